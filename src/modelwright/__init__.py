@@ -1,0 +1,82 @@
+"""Modelwright: give it a model and a budget; get back the best model that fits, and a measured account of the price.
+
+    import modelwright as mw
+
+    mw.fit("starter", budget="40%", save="small/")
+
+The names below load what they need when first used: importing this package loads neither torch nor transformers.
+Once transformers is loaded, it reads models that Modelwright saved.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "open": "core.model",
+    "Model": "core.model",
+    "apply": "core.walk",
+    "starter": "starter",
+    "corpus": "starter",
+    "run": "core.recipe",
+    "Recipe": "core.recipe",
+    "plan": "core.plan",
+    "measure": "core.measure",
+    "fit": "fit",
+    "check": "core.contract",
+    "find": "core.find",
+}
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from .core.contract import check
+    from .core.find import find
+    from .core.measure import measure
+    from .core.model import Model, open
+    from .core.plan import plan
+    from .core.recipe import Recipe, run
+    from .core.walk import apply
+    from .fit import fit
+    from .starter import corpus, starter
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"modelwright has no {name!r}; it has {', '.join(sorted(_HOMES))}")
+    return getattr(importlib.import_module(f"modelwright.{_HOMES[name]}"), name)
+
+
+class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Registers our checkpoint format right after transformers' table of quantizers is loaded."""
+
+    target = "transformers.quantizers.auto"
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name != self.target:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec is None or spec.loader is None:
+            return None
+        self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> Any:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: Any) -> None:
+        self._loader.exec_module(module)
+        module.__loader__ = module.__spec__.loader = self._loader
+        importlib.import_module("modelwright.core.loading")
+
+
+if _AfterImport.target in sys.modules:
+    importlib.import_module("modelwright.core.loading")
+else:
+    sys.meta_path.insert(0, _AfterImport())

@@ -1,0 +1,40 @@
+"""Layers that store what they claim: packed integers, two factors, a sparse layout.
+
+Each file holds one layer, and the file's name is its kind. A layer has `dense()`, the weight that it stands for;
+`describe()`, a JSON object from which `build` makes an empty one; and `stored_bytes()`. Its state dict is exactly what
+is stored.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
+
+import torch
+
+from modelwright.blocks._stored import Stored
+from modelwright.core.errors import ModelError, nearest
+
+
+def build(
+    description: dict[str, Any],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Stored:
+    """An empty layer from what `describe()` said of one, ready for its state dict.
+
+    dtype: of the floating-point tensors. device: "meta" gives the sizes without the memory.
+    Raises ModelError when the kind is unknown or the description does not fit it.
+    """
+    kinds = [module.name for module in iter_modules(__path__) if not module.name.startswith("_")]
+    kind = description.get("kind")
+    if kind not in kinds:
+        found = f"A layer of kind {kind!r} was asked for; known are {', '.join(kinds)}."
+        raise ModelError(found + nearest(str(kind), kinds))
+    items = vars(import_module(f"{__name__}.{kind}")).values()
+    classes = [item for item in items if isinstance(item, type) and issubclass(item, Stored) and item is not Stored]
+    try:
+        return classes[0].from_description(description, dtype, device)
+    except (TypeError, IndexError) as error:
+        raise ModelError(f"A layer of kind {kind!r} cannot be made from {description}: {error}.") from error

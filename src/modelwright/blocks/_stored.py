@@ -1,0 +1,72 @@
+"""What the layers of this package have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+
+class Stored(nn.Module, ABC):
+    """A layer whose weight is stored in another form than a dense matrix.
+
+    Its constructor takes the weight's two sizes, the other keys of `describe()` by name, a dtype and a device, and
+    leaves the tensors unfilled.
+    """
+
+    kind: ClassVar[str]  # the name of its file
+    stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
+    replaces: str = "Linear"  # the class of the layer that stood in its place
+    out_features: int
+    in_features: int
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight that this layer stands for, [out, in]."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The kind, sizes and settings, as a JSON object."""
+
+    @classmethod
+    def from_description(
+        cls,
+        description: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Self:
+        """A layer without values, from what `describe()` gave."""
+        settings = {key: value for key, value in description.items() if key != "kind"}
+        return cls(**settings, dtype=dtype, device=device)  # type: ignore[call-arg]
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, made anew, for code that looks at a linear's weight."""
+        return self.dense()
+
+    def take_bias(self, bias: nn.Parameter | None) -> None:
+        """Go on with this bias [out]."""
+        self.bias = bias
+
+    def weights(self) -> int:
+        """How many weights this layer stands for."""
+        return self.out_features * self.in_features
+
+    def nonzeros(self) -> int:
+        """How many of them are not zero; on the meta device, how many there can be."""
+        held = next(iter(self.state_dict().values()))
+        return self.weights() if held.is_meta else int(torch.count_nonzero(self.dense()))
+
+    def stored_bytes(self) -> int:
+        """The bytes of all tensors that a checkpoint holds of this layer."""
+        return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.describe().items() if key != "kind")
+
+
+def parameter(values: Tensor | None) -> nn.Parameter | None:
+    """`values` as a parameter that can be trained, if there are any."""
+    return None if values is None else nn.Parameter(values.detach())

@@ -1,0 +1,102 @@
+"""A linear layer of packed integers, stored as compressed-tensors stores one (format pack-quantized)."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.blocks._stored import Stored, parameter
+from modelwright.maths.rounding import decode, pack, packed_words, unpack
+
+
+class PackedLinear(Stored):
+    """y = x Ŵᵀ + b with Ŵ = (code - zero) · scale, the codes in a dense stream of 1 to 8 bits each.
+
+    Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when
+    asymmetric weight_zero_point int32 [ceil(out · bits / 32), groups], and bias [out]. Ŵ is made anew at each call.
+    group: columns that share a scale, a divisor of in_features; None is the whole row.
+    """
+
+    kind = "packed"
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_shape: Tensor
+    weight_zero_point: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        *,
+        bits: int,
+        group: int | None = None,
+        symmetric: bool = True,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        self.out_features, self.in_features, self.bits, self.group = out_features, in_features, bits, group
+        groups = in_features // (group or in_features)
+        sizes = [(out_features, packed_words(in_features, bits)), (packed_words(out_features, bits), groups)]
+        codes, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
+        self.register_buffer("weight_packed", codes)
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype, device=device))
+        self.register_buffer("weight_zero_point", None if symmetric else zeros)
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        self.bias = parameter(torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None
+    ) -> Self:
+        """Store codes int8 [out, in], scale [out, groups] and zero int8 [out, groups] or None.
+
+        They are what `maths.rounding` makes: codes and zeros signed, columns in consecutive groups of equal size.
+        """
+        layer = cls(
+            out_features=codes.shape[0],
+            in_features=codes.shape[1],
+            bits=bits,
+            group=None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1],
+            dtype=scale.dtype,
+            device=codes.device,
+        )
+        layer.weight_packed = pack(codes, bits)
+        layer.weight_scale = scale.detach().clone()
+        layer.weight_zero_point = None if zero is None else pack(zero.t().contiguous(), bits).t().contiguous()
+        layer.bias = parameter(bias)
+        return layer
+
+    def codes(self) -> Tensor:
+        """The signed codes, int8 [out, in]."""
+        return unpack(self.weight_packed, self.bits, self.in_features)
+
+    def zero(self) -> Tensor | None:
+        """The signed zero points, int8 [out, groups], or None on a symmetric grid."""
+        if self.weight_zero_point is None:
+            return None
+        return unpack(self.weight_zero_point.t(), self.bits, self.out_features).t()
+
+    def dense(self) -> Tensor:
+        """Ŵ [out, in] in the scales' dtype."""
+        return decode(self.codes(), self.weight_scale, self.zero())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """inputs [..., in] → [..., out], in the inputs' dtype."""
+        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+
+    def describe(self) -> dict[str, Any]:
+        """The kind, sizes and settings, as a JSON object."""
+        return {
+            "kind": self.kind,
+            "out_features": self.out_features,
+            "in_features": self.in_features,
+            "bits": self.bits,
+            "group": self.group,
+            "symmetric": self.weight_zero_point is None,
+            "bias": self.bias is not None,
+        }

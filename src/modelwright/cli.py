@@ -1,0 +1,258 @@
+"""The command line: few verbs, no flags of single methods; `--set steps.0.bits=3` changes anything in a recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .core.errors import ModelwrightError
+
+app = typer.Typer(
+    help="Give it a model and a budget; get back the best model that fits, with a measured account of what was paid.",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+out = Console(highlight=False)
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe's value, such as steps.0.blocks=2. Repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
+Data = Annotated[str, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, a hub data set, or corpus.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's folder run code of its own.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one message and exit code 2, an interrupt is exit code 130."""
+    with _plain_errors():
+        app()
+
+
+@contextlib.contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except ModelwrightError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escape(str(error))}")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on from here")
+        raise SystemExit(130) from None
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+@app.command("list")
+def list_(family: Annotated[str | None, typer.Argument(help="Only this family.")] = None, as_json: Json = False) -> None:
+    """List the methods with a line each."""
+    from .core import find
+
+    pages = [find.page(name) for name in find.names() if family is None or name.split(".")[0] == family]
+    if not pages:
+        from .core.errors import MethodError, nearest
+
+        known = sorted({name.split(".")[0] for name in find.names()})
+        raise MethodError(f"There is no family {family!r}.{nearest(str(family), known)} Families are {', '.join(known)}.")
+    if as_json:
+        print(json.dumps([{"name": page.name, "summary": page.summary, "status": page.status} for page in pages], indent=2))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "what it does", "status"):
+        table.add_column(column)
+    for page in pages:
+        table.add_row(page.name, _escape(page.summary), page.status)
+    out.print(table)
+
+
+@app.command()
+def show(
+    name: Annotated[str | None, typer.Argument(help="A method or a family.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
+) -> None:
+    """Show what a method does, what it needs, its settings and its source."""
+    from .core import describe, find
+
+    if schema or name is None:
+        if not schema:
+            raise typer.BadParameter("name a method or a family, or pass --schema")
+        print(json.dumps(describe.schema(), indent=2))
+    elif name in find.families():
+        out.print(_escape(find.families()[name]))
+    else:
+        out.print(_escape(describe.page(name)))
+
+
+@app.command()
+def plan(recipe: Path, set_: Set = None, as_json: Json = False) -> None:
+    """Predict a recipe's cost, step by step; no weight is read."""
+    _print_plan(recipe, set_ or [], as_json)
+
+
+def _print_plan(recipe: Any, overrides: list[str], as_json: bool) -> None:
+    import dataclasses
+
+    from . import report
+    from .core.plan import plan as planned
+
+    found = planned(str(recipe), overrides=overrides)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), indent=2))
+        return
+    table = Table()
+    for column in ("step", "parameters", "zeros", "stored", "FLOPs per token", "peak memory", "time"):
+        table.add_column(column, justify="left" if column == "step" else "right")
+    for row in found.rows:
+        table.add_row(
+            row.step, report.short(row.parameters), report.short(row.zeros), report.size(row.bytes), report.short(row.flops_per_token),
+            report.size(row.peak_bytes) if row.peak_bytes else "–", row.time or "–",
+        )  # fmt: skip
+    out.print(table)
+    for text in [*found.warnings, *(note for row in found.rows for note in row.notes)]:
+        out.print(f"note: {_escape(text)}")
+
+
+@app.command()
+def run(
+    recipe: Path,
+    set_: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the recipe and predict its cost.")] = False,
+    overwrite: Overwrite = False,
+    keep_steps: Annotated[bool, typer.Option("--keep-steps", help="Keep the model of every step.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe; a run that was killed goes on from its last finished step or block."""
+    if dry_run:
+        _print_plan(recipe, set_ or [], as_json)
+        return
+    from . import report
+    from .core.progress import silence
+    from .core.recipe import run as run_recipe
+
+    with silence(quiet):
+        done = run_recipe(str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps)
+    if as_json:
+        print(json.dumps({"folder": str(done.model.folder), "account": done.account}, indent=2))
+        return
+    out.print(report.table(done.account))
+    for row in done.account:
+        for note in row.get("notes", []):
+            out.print(f"note: {_escape(note)}")
+    out.print(f"saved to {done.model.folder}")
+
+
+@app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or starter.")] = "starter",
+    budget: Annotated[str, typer.Option(help="The most that the weight files may take: 40%, 300MB, or 2x smaller.")] = "40%",
+    data: Data = "corpus",
+    save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("small"),
+    quick: Annotated[bool, typer.Option("--quick", help="A short search.")] = False,
+    trials: Annotated[int | None, typer.Option(min=1, help="How many recipes to try.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find the best model within a budget, recover it, and write it with a report."""
+    from . import report
+    from .core.model import open as opened
+    from .core.progress import silence
+    from .fit import fit as fitted
+
+    with silence(quiet):
+        source = opened(model, trust_remote_code=trust_remote_code)
+        found = fitted(source, budget=budget, data=data, save=save, quick=quick, trials=trials, seed=seed, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"folder": str(found.folder), "table": found.table, "frontier": found.frontier}, indent=2))
+        return
+    out.print(report.table(found.table, "On held-out text"))
+    out.print(f"saved to {found.folder}/model; open {found.folder}/report.html for the frontier")
+
+
+@app.command()
+def measure(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub names, or starter.")],
+    data: Data = "corpus",
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
+    tokens: Annotated[int | None, typer.Option(min=64, help="The most tokens of text to measure on.")] = None,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure models side by side: size, quality on held-out text, speed, memory, energy."""
+    from . import report
+    from .core.measure import measure as measured
+    from .core.model import open as opened
+    from .core.progress import silence
+
+    with silence(quiet):
+        opened_models = [opened(model, trust_remote_code=trust_remote_code) for model in models]
+        rows = measured(*opened_models, data=data, tasks=[task for task in tasks.split(",") if task], most_tokens=tokens)
+    print(json.dumps(rows, indent=2)) if as_json else out.print(report.table(rows))
+
+
+@app.command()
+def merge(
+    method: Annotated[str, typer.Argument(help="A method of the merge family, such as linear or ties.")],
+    base: Annotated[str, typer.Argument(help="The model that the donors were fine-tuned from.")],
+    donors: Annotated[list[str], typer.Argument(help="The models to merge.")],
+    save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("merged"),
+    set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, such as keep=0.3. Repeatable.")] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+) -> None:
+    """Merge models that were fine-tuned from one; tensors stream from disk to disk."""
+    from .core import recipe
+    from .core.progress import silence
+
+    name = method if "." in method else f"merge.{method}"
+    made = recipe.read(
+        {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save)}, [f"steps.0.{text}" for text in set_ or []]
+    )
+    with silence(quiet):
+        done = recipe.run(made, overwrite=overwrite)
+    out.print(f"saved to {done.model.folder}")
+
+
+@app.command()
+def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:Class.")], as_json: Json = False) -> None:
+    """Check that a method keeps the contract; each failing check is named with its reason."""
+    from .core.contract import check as checked
+
+    results = checked(method)
+    if as_json:
+        print(json.dumps([result.plain() for result in results], indent=2))
+    else:
+        for result in results:
+            colour = {"passed": "green", "failed": "red", "known": "yellow", "skipped": "bright_black"}[result.outcome]
+            out.print(f"[{colour}]{result.outcome:8}[/] {result.check}{': ' + _escape(result.reason) if result.reason else ''}")
+    if any(result.outcome == "failed" for result in results):
+        sys.exit(1)
+
+
+@app.command()
+def new(
+    family: Annotated[str, typer.Argument(help="The family it belongs to, such as prune.")],
+    name: Annotated[str, typer.Argument(help="Its name, such as mine.")],
+) -> None:
+    """Write the two files of a new method: the method and its test."""
+    from .core.template import write
+
+    for path in write(family, name):
+        out.print(f"wrote {path}")
+    out.print(f"next: fill in its verb, then `modelwright check {family}.{name}`")
+
+
+if __name__ == "__main__":
+    main()

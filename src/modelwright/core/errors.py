@@ -1,0 +1,74 @@
+"""What can go wrong, as classes. Each message says what was asked, what was found and what to do.
+
+ModelwrightError
+├── SettingError    a setting has a wrong name, type or range
+├── MethodError     a method is unknown, or its file cannot be read
+├── NeedError       a step lacks something that it needs: calibration text, donors, a teacher
+├── SiteError       `where` or `skip` chooses nothing, or a layer cannot take the method
+├── PlanError       steps that cannot follow each other, or that cannot meet a budget
+├── WeightsError    a checkpoint is missing, corrupt, truncated or not finite
+├── ModelError      a model's type, layout or tokenizer is unknown or does not match
+├── DataError       text or other data is empty, too short or not readable
+└── RecipeError     a recipe cannot be read
+
+Only a user's mistakes are errors of these classes; our own are assertions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class ModelwrightError(Exception):
+    """The root of all errors that a user can act on."""
+
+
+class SettingError(ModelwrightError, ValueError):
+    """A setting has a wrong name, type or range."""
+
+
+class MethodError(ModelwrightError, LookupError):
+    """A method is unknown, or its file cannot be read."""
+
+
+class NeedError(ModelwrightError, ValueError):
+    """A step lacks something that it needs."""
+
+
+class SiteError(ModelwrightError, ValueError):
+    """`where` or `skip` chooses nothing, or a layer cannot take the method."""
+
+
+class PlanError(ModelwrightError, ValueError):
+    """Steps that cannot follow each other, or that cannot meet a budget."""
+
+
+class WeightsError(ModelwrightError, ValueError):
+    """A checkpoint is missing, corrupt, truncated or not finite."""
+
+
+class ModelError(ModelwrightError, ValueError):
+    """A model's type, layout or tokenizer is unknown or does not match."""
+
+
+class DataError(ModelwrightError, ValueError):
+    """Text or other data is empty, too short or not readable."""
+
+
+class RecipeError(ModelwrightError, ValueError):
+    """A recipe cannot be read."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `name`, or nothing when none is near."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.55)
+    return f" Did you mean {found[0]!r}?" if found else ""
+
+
+def refuse(error: type[ModelwrightError], reasons: Sequence[str]) -> None:
+    """Raise `error` with all `reasons`, one a line; do nothing when there are none."""
+    if len(reasons) == 1:
+        raise error(reasons[0])
+    if reasons:
+        raise error(f"{len(reasons)} problems:\n" + "\n".join(f"  {n}. {text}" for n, text in enumerate(reasons, 1)))

@@ -1,0 +1,78 @@
+"""What a step is given beside the model: text, donors, a base, a teacher, a seed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import data as texts
+from .errors import NeedError, refuse
+from .method import NEEDS, Method
+from .model import Model
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(kw_only=True)
+class Given:
+    """Everything that a method may need; what it does need is read from its verb."""
+
+    data: texts.Text | Sequence[Batch] | None = None  # calibration and training text, or ready batches of model inputs
+    donors: Sequence[Model] = ()
+    base: Model | None = None
+    teacher: Model | None = None
+    seed: int = 0
+    samples: int = 128  # calibration sequences
+    length: int = 512  # tokens in each, at most what the model allows
+    work: Path | None = None  # where a long step keeps its progress
+    notes: list[str] = field(default_factory=list)  # what the user should know: sites left out, fallbacks
+
+    def lacking(self, method: Method | type[Method]) -> list[str]:
+        """The sentences for the needs of `method` that are not given."""
+        return [
+            f"{method.name()} needs {NEEDS[need]}."
+            for need in method.needs()
+            if (need in ("statistics", "calibration", "gradients", "train") and self.data is None)
+            or (need == "donors" and not self.donors)
+            or (need == "teacher" and self.teacher is None)
+            or (need == "base" and self.base is None)
+        ]
+
+    def refuse_lacking(self, method: Method) -> None:
+        """Raise NeedError with all that is missing."""
+        refuse(NeedError, self.lacking(method))
+
+    def rng(self, place: str = "") -> torch.Generator:
+        """A generator that depends on the seed and the place alone, so that order and streaming do not matter."""
+        digest = hashlib.sha256(f"{self.seed}/{place}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def batches(self, model: Model) -> list[Batch]:
+        """Calibration batches of model inputs; text becomes whole windows of tokens, spread over all of it."""
+        if self.data is None or not isinstance(self.data, texts.Text):
+            return list(self.data or [])
+        limit = getattr(model.config, "max_position_embeddings", None) or self.length
+        rows = texts.windows(self.ids(model), min(self.length, limit))
+        if len(rows) > self.samples:
+            rows = rows[torch.linspace(0, len(rows) - 1, self.samples).round().long()]
+        return [{"input_ids": part} for part in rows.split(8)]
+
+    def ids(self, model: Model) -> Tensor:
+        """All of the text as token ids [n]."""
+        assert isinstance(self.data, texts.Text)
+        if model.tokenizer is None:
+            raise NeedError(f"{model.name} has no tokenizer, and text needs one. Copy tokenizer.json beside its weights.")
+        config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        return texts.tokens(self.data, model.tokenizer, needed=64, vocabulary=config.vocab_size)
+
+
+def inputs_of(module: nn.Module, batch: Batch) -> dict[str, Any]:
+    """A batch on the module's device."""
+    device = next((value.device for value in module.parameters() if not value.is_meta), torch.device("cpu"))
+    return {key: value.to(device) for key, value in batch.items()}

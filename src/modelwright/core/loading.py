@@ -1,0 +1,161 @@
+"""Save and load models whose layers are stored in other ways than as one dense matrix.
+
+Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
+transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures) is written for the
+`modelwright` quantizer below, so that `import modelwright` then `from_pretrained` loads it. The tensors in the file
+are the same either way; only `quantization_config` differs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from modelwright import blocks
+from modelwright.blocks._stored import Stored
+from modelwright.blocks.experts import SplitExperts, is_fused
+from modelwright.blocks.packed import PackedLinear
+
+from .errors import ModelError
+
+METHOD = "modelwright"
+EXPERTS = "split_experts"  # experts with matrices of their own, where the architecture has them in one tensor
+
+
+class ModelwrightConfig(QuantizationConfigMixin):
+    """`modules`: module name -> description of the layer that stands there (see `modelwright.blocks`)."""
+
+    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, **others: Any):
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.modules = modules or {}
+        self.dequantize = False
+
+
+class ModelwrightQuantizer(HfQuantizer):
+    """Puts the described layers into the empty model before its weights are read."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        install(model, self.quantization_config.modules)  # type: ignore[attr-defined]
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self) -> bool:
+        return True
+
+
+def register() -> None:
+    """Make transformers know `quant_method: modelwright`; safe to call again."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(ModelwrightConfig)
+        register_quantizer(METHOD)(ModelwrightQuantizer)
+
+
+def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
+    """Replace the named submodules by empty layers of the described kinds, outer ones first."""
+    for name in sorted(descriptions, key=lambda name: name.count(".")):
+        old = module.get_submodule(name)
+        if descriptions[name]["kind"] == EXPERTS:
+            if is_fused(old):
+                module.set_submodule(name, SplitExperts.from_fused(old))
+            continue
+        weight = getattr(old, "weight", None)
+        dtype = weight.dtype if weight is not None else next(module.parameters()).dtype
+        device = weight.device if weight is not None else torch.device("meta")
+        layer = blocks.build(descriptions[name], dtype=dtype, device=device)
+        layer.replaces = type(old).__name__
+        module.set_submodule(name, layer)
+
+
+def described(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Module name -> description, for every layer that is stored in a way of ours."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, SplitExperts):
+            found[name] = {"kind": EXPERTS}
+        if isinstance(layer, Stored):
+            found[name] = layer.describe()
+    return found
+
+
+def quantization_config(module: nn.Module) -> dict[str, Any] | None:
+    """What `config.json` must say for this model to load; None for a model of dense layers."""
+    descriptions = described(module)
+    if not descriptions:
+        return None
+    layers = [module.get_submodule(name) for name in descriptions]
+    if not all(isinstance(layer, PackedLinear) and layer.replaces == "Linear" and layer.weight_zero_point is None for layer in layers):
+        return {"quant_method": METHOD, "modules": descriptions}
+    schemes: dict[tuple[int, int | None], list[str]] = {}
+    for name, text in descriptions.items():
+        schemes.setdefault((text["bits"], text["group"]), []).append(name)
+    dense = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    groups = {}
+    for number, ((bits, group), names) in enumerate(schemes.items()):
+        weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
+        groups[f"group_{number}"] = {
+            "targets": ["Linear"] if len(schemes) == 1 else names,
+            "weights": weights,
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": dense,
+    }
+
+
+def translated(config: dict[str, Any], module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The descriptions of the packed layers of a `compressed-tensors` checkpoint, so that they stay packed.
+
+    Raises:
+        ModelError: a format that cannot be kept packed here.
+    """
+    descriptions: dict[str, dict[str, Any]] = {}
+
+    def chosen(name: str, layer: nn.Module, patterns: list[str]) -> bool:
+        return any(
+            re.match(pattern[3:], name) if pattern.startswith("re:") else pattern in (name, type(layer).__name__)
+            for pattern in patterns
+        )
+
+    for scheme in config["config_groups"].values():
+        weights = scheme["weights"]
+        form = scheme.get("format") or config.get("format")
+        if form != "pack-quantized" or weights["type"] != "int":
+            raise ModelError(
+                f"A compressed-tensors checkpoint of format {form} cannot be opened yet; pack-quantized integers can. "
+                "Load it with transformers and pass the module instead."
+            )
+        for name, layer in module.named_modules():
+            if not isinstance(layer, nn.Linear) or chosen(name, layer, config.get("ignore") or []):
+                continue
+            if chosen(name, layer, scheme["targets"]):
+                group = weights.get("group_size") if weights["strategy"] == "group" else None
+                descriptions[name] = {
+                    "kind": "packed",
+                    "out_features": layer.out_features,
+                    "in_features": layer.in_features,
+                    "bits": weights["num_bits"],
+                    "group": group,
+                    "symmetric": weights.get("symmetric", True),
+                    "bias": layer.bias is not None,
+                }
+    return descriptions
+
+
+register()

@@ -1,0 +1,286 @@
+"""What a model is and does: everything stored, work per token, speed, memory, energy, and how well it predicts text."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modelwright.anatomy import anatomy_of
+from modelwright.blocks._stored import Stored
+
+from . import data as texts
+from .errors import DataError, NeedError
+from .model import Model, open, stored_bytes, unwrapped
+from .progress import track
+
+# Sizes
+
+
+def sizes(model: Model) -> dict[str, Any]:
+    """Parameters, zeros, bytes on disk and in memory, bits per weight and FLOPs per token.
+
+    `parameters` counts the weights that the model stands for: a packed matrix counts as the dense one, two factors as
+    their own entries. `bits_per_weight` is everything stored, scales and masks too, over the parameters.
+    """
+    module = unwrapped(model.module)
+    parameters, zeros = count(module)
+    memory = stored_bytes(model.module)
+    disk = disk_bytes(model.folder) if model.folder is not None else None
+    return {
+        "parameters": parameters,
+        "zeros": zeros,
+        "bytes_disk": disk,
+        "bytes_memory": memory,
+        "bits_per_weight": 8 * memory / max(parameters, 1),
+        "flops_per_token": flops_per_token(module),
+    }
+
+
+def count(module: nn.Module) -> tuple[int, int]:
+    """(weights that the module stands for, those of them that are zero); shared tensors count once."""
+    total = zeros = 0
+    seen: set[int] = set()
+    for layer in module.modules():
+        if isinstance(layer, Stored) and layer.stands_for_dense:
+            seen |= {id(value) for name, value in layer.named_parameters() if name != "bias"}
+            total += layer.weights()
+            zeros += layer.weights() - layer.nonzeros()
+    for value in module.parameters():
+        if id(value) not in seen:
+            seen.add(id(value))
+            total += value.numel()
+            zeros += 0 if value.is_meta else value.numel() - int(torch.count_nonzero(value))
+    return total, zeros
+
+
+def disk_bytes(folder: Path) -> int:
+    """Bytes of the weight files in a folder, headers included."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def flops_per_token(module: nn.Module) -> int:
+    """Multiplications and additions of the matrices for one token, two per weight; attention scores are left out.
+
+    Zeros cost what other weights cost; experts count by the share that is used.
+    """
+    config = getattr(module, "config", None)
+    experts = next((getattr(config, name) for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), 1)
+    used = getattr(config, "num_experts_per_tok", experts) / experts
+    total = 0.0
+    for site in anatomy_of(module).sites(module):
+        if site.role in ("embed", "position"):
+            continue
+        share = used if site.role.startswith("experts") else 1.0
+        total += 2 * share * module.get_parameter(site.name).numel()
+    for name, layer in module.named_modules():
+        if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
+            total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
+    tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
+    if tied and module.get_output_embeddings() is not None:  # type: ignore[operator]
+        total += 2 * module.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    return int(total)
+
+
+# Peak memory and energy
+
+
+@dataclass
+class Meter:
+    """Filled when the block ends."""
+
+    bytes: int = 0
+
+
+@contextlib.contextmanager
+def peak_memory() -> Iterator[Meter]:
+    """The largest resident memory of this process while the block runs, in bytes; 0 where the system does not tell."""
+    meter = Meter()
+    reset = Path("/proc/self/clear_refs")
+    with contextlib.suppress(OSError):
+        reset.write_text("5")
+    try:
+        yield meter
+    finally:
+        with contextlib.suppress(OSError):
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM"):
+                    meter.bytes = int(line.split()[1]) * 1024
+
+
+class Energy:
+    """Joules of the processor packages between `start` and `joules`, where the machine tells."""
+
+    folder = Path("/sys/class/powercap")
+
+    def __init__(self) -> None:
+        self.counters = [path for path in self.folder.glob("intel-rapl:?/energy_uj") if os.access(path, os.R_OK)]
+        self.before = self._read()
+
+    def _read(self) -> list[int]:
+        return [int(path.read_text()) for path in self.counters]
+
+    def joules(self) -> float | None:
+        """None where no counter can be read."""
+        if not self.counters:
+            return None
+        return sum(after - before for before, after in zip(self.before, self._read(), strict=True)) / 1e6
+
+
+# Quality
+
+
+@torch.no_grad()
+def window_losses(module: nn.Module, ids: Tensor, length: int, batch: int = 8) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood in nats and number of predicted tokens, per window of `length` tokens.
+
+    Windows overlap by one token, so that every token of ids [n] but the first is predicted exactly once.
+    """
+    starts = range(0, len(ids) - 1, length - 1)
+    rows = [ids[start : start + length] for start in starts]
+    losses, counts = [], []
+    device = next(module.parameters()).device
+    for begin in range(0, len(rows), batch):
+        part = rows[begin : begin + batch]
+        padded = nn.utils.rnn.pad_sequence(part, batch_first=True).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in part], batch_first=True).to(device)
+        logits = module(input_ids=padded, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        loss = F.cross_entropy(logits.transpose(1, 2), padded[:, 1:], reduction="none") * mask[:, 1:]
+        losses.append(loss.sum(1).double().cpu())
+        counts.append(mask[:, 1:].sum(1).cpu())
+    return torch.cat(losses), torch.cat(counts)
+
+
+def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int | None = None) -> dict[str, Any]:
+    """Perplexity per token and bits per byte on a text, with a 95 % interval over windows.
+
+    Every byte of the text counts in bits per byte; the marks between documents cost bits but count no bytes.
+    """
+    if model.tokenizer is None:
+        raise NeedError(f"{model.name} has no tokenizer, so its perplexity on text cannot be measured. Copy tokenizer.json beside its weights.")
+    limit = getattr(model.config, "max_position_embeddings", None) or length
+    ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=model.config.vocab_size)
+    size = sum(len(document.encode()) for document in text.documents)
+    if most_tokens is not None and len(ids) > most_tokens:
+        size = int(size * most_tokens / len(ids))
+        ids = ids[:most_tokens]
+    losses, counts = window_losses(model.module, ids, min(length, limit))
+    tokens = int(counts.sum())
+    mean = float(losses.sum()) / tokens
+    if not math.isfinite(mean):
+        raise DataError(f"{model.name}: its loss on the text is not finite; its weights are broken.")
+    rates = losses / counts.clamp(min=1)
+    weights = counts / counts.sum()
+    spread = float((weights.square() * (rates - mean).square()).sum().sqrt()) if len(rates) > 1 else math.inf
+    return {
+        "perplexity": math.exp(min(mean, 700)),
+        "perplexity_low": math.exp(max(mean - 1.96 * spread, 0)),
+        "perplexity_high": math.exp(min(mean + 1.96 * spread, 700)),
+        "bits_per_byte": float(losses.sum()) / math.log(2) / size,
+        "tokens": tokens,
+        "bytes": size,
+    }
+
+
+# Speed
+
+
+@torch.no_grad()
+def speed(model: Model, prompt: int = 256, new: int = 32, repeats: int = 3) -> dict[str, Any]:
+    """Prefill and decode tokens per second at batch 1, the median of `repeats`, and joules per token if known."""
+    module, config = model.module, model.config
+    limit = (getattr(config, "max_position_embeddings", None) or prompt + new) - new
+    ids = torch.randint(0, config.vocab_size, (1, min(prompt, limit)), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(next(module.parameters()).device)
+    prefill, decode = [], []
+    energy = Energy()
+    for _ in range(repeats):
+        started = time.perf_counter()
+        out = module(input_ids=ids, use_cache=True)
+        prefill.append(ids.shape[1] / (time.perf_counter() - started))
+        token = out.logits[:, -1:].argmax(-1)
+        started = time.perf_counter()
+        for _ in range(new):
+            out = module(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1:].argmax(-1)
+        decode.append(new / (time.perf_counter() - started))
+    joules = energy.joules()
+    return {
+        "prefill_tokens_per_second": sorted(prefill)[repeats // 2],
+        "decode_tokens_per_second": sorted(decode)[repeats // 2],
+        "joules_per_token": None if joules is None else joules / (repeats * (ids.shape[1] + new)),
+    }
+
+
+def continuation(model: Model, prompt: str, new: int = 40) -> str:
+    """What the model writes after a prompt, taking the likeliest token each time."""
+    ids = model.tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        out = None
+        for _ in range(new):
+            out = model.module(input_ids=ids, use_cache=False)
+            ids = torch.cat([ids, out.logits[:, -1:].argmax(-1)], 1)
+    return model.tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+# All of it
+
+
+def measure(
+    *targets: Any, data: Any = "corpus", tasks: Sequence[str] = (), most_tokens: int | None = None, timed: bool = True
+) -> list[dict[str, Any]]:
+    """Measure models side by side: sizes, quality on held-out text, speed, peak memory; a row each.
+
+    data: text that none of the models has been fitted to; of "corpus", the held-out part is taken.
+    tasks: names of lm-eval tasks; needs the package lm-eval.
+    """
+    text = texts.read(data)
+    held = text.split()[1] if data == "corpus" else text
+    rows = []
+    for target in track(targets, "measure"):
+        model = open(target)
+        row: dict[str, Any] = {"model": model.name}
+        with peak_memory() as memory:
+            row |= sizes(model)
+            if hasattr(model.config, "vocab_size") and model.tokenizer is not None and _speaks(model):
+                row |= quality(model, held, most_tokens=most_tokens)
+                row |= speed(model) if timed else {}
+        row["peak_memory"] = memory.bytes
+        row |= task_scores(model, tasks) if tasks else {}
+        rows.append(row)
+    return rows
+
+
+def _speaks(model: Model) -> bool:
+    return "logits" in getattr(type(unwrapped(model.module)), "__doc__", "") or hasattr(unwrapped(model.module), "lm_head") or (
+        getattr(unwrapped(model.module), "get_output_embeddings", lambda: None)() is not None
+    )  # fmt: skip
+
+
+def task_scores(model: Model, tasks: Sequence[str]) -> dict[str, float]:
+    """Scores of lm-eval tasks, as "task/metric".
+
+    Raises:
+        NeedError: lm-eval is not installed.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+    except ImportError:
+        raise NeedError("Tasks need the package lm-eval, which is not installed. Run `pip install lm-eval`.") from None
+    found = simple_evaluate(model=HFLM(pretrained=model.module, tokenizer=model.tokenizer), tasks=list(tasks))
+    return {
+        f"{task}/{metric}": value
+        for task, metrics in found["results"].items()
+        for metric, value in metrics.items()
+        if isinstance(value, float)
+    }

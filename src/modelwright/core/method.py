@@ -1,0 +1,289 @@
+"""What a method is: a frozen dataclass whose fields are its settings and which writes one verb.
+
+The base class says at which level the method works, and so which driver of `core.walk` runs it:
+
+| base class     | verb                                         | the driver                                         |
+|----------------|----------------------------------------------|----------------------------------------------------|
+| `TensorMethod` | `tensor(weight, ...)` -> weight or layer     | streams tensors; the module is never built         |
+| `LayerMethod`  | `layer(weight, statistics, ...)` -> the same | one block in memory; gathers statistics on the way |
+| `BlockMethod`  | `block(before, after)` -> score; `keep(...)` | one block in memory; removes whole blocks          |
+| `ModelMethod`  | `model(model, ...)` -> model                 | hands over the whole model                         |
+| `AdapterMethod`| `adapter(targets)` -> a peft config          | freezes, attaches, saves as a peft adapter         |
+| `TrainMethod`  | `loss(module, ids, mask, ...)` -> scalar     | the training loop                                  |
+
+What a method needs is read from its verb's parameters after the first ones; the names come from `NEEDS`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import io
+import tokenize
+import typing
+from abc import ABC
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from .errors import SettingError, refuse
+from .settings import ByRole, at_depth, check, count, fraction, number, unknown_setting
+
+NEEDS: dict[str, str] = {
+    "statistics": "calibration text; the recipe gives none. Add `data:`",
+    "calibration": "calibration text; the recipe gives none. Add `data:`",
+    "train": "training text; the recipe gives none. Add `data:`",
+    "donors": "donors: the models to merge. Add `donors: [folder, ...]` to the step",
+    "base": "a base model. Add `base:` to the step",
+    "teacher": "a teacher. Add `teacher: $input` or a model to the step",
+    "gradients": "calibration text for gradients; the recipe gives none. Add `data:`",
+    "tokenizer": "a tokenizer; the model's folder has none",
+    "requests": "edit requests. Add `requests:` to the step",
+    "rng": "a random generator",
+}
+MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
+STATUSES = ("sketch", "checked", "reproduced")
+Places = str | tuple[str, ...] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """The root of all methods."""
+
+    level: ClassVar[str] = ""
+    verb: ClassVar[str] = ""
+    subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
+    by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
+
+    status: ClassVar[str] = "sketch"
+    neutral: ClassVar[Mapping[str, Any] | None] = None  # settings under which no output may change
+    wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
+    leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
+    drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
+    small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
+    fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        assert "__init__" not in cls.__dict__, f"{cls.__name__} is a dataclass; it writes no __init__"
+        cls.__repr__ = Method.__repr__  # type: ignore[method-assign]  # so that `dataclass` writes none
+
+    def __post_init__(self) -> None:
+        problems = []
+        for field, kind in fields_of(type(self)):
+            try:
+                value = check(self.name(), field, kind, getattr(self, field.name), self.by_place)
+                object.__setattr__(self, field.name, value)
+            except SettingError as error:
+                problems.append(str(error))
+        refuse(SettingError, problems)
+        refuse(SettingError, [f"{self.name()}: {problem}" for problem in self.problems()])
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings taken together, each a sentence; for methods to extend."""
+        return []
+
+    def promise(self) -> dict[str, float]:
+        """Measurable effects on the chosen sites, such as `{"zeros": 0.5}`; compared after every run."""
+        return {}
+
+    # The record, read from the class.
+
+    @classmethod
+    def name(cls) -> str:
+        """The path that is the method's name, such as "prune.wanda"."""
+        return getattr(cls, "_outside_name", None) or cls.__module__.removeprefix("modelwright.methods.")
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        """What the method must be given, from the closed list `NEEDS`."""
+        parameters = list(inspect.signature(getattr(cls, cls.verb)).parameters)[1 + cls.subjects :]
+        unknown = [name for name in parameters if name not in NEEDS]
+        assert not unknown, f"{cls.name()}: {cls.verb} asks for {unknown}, which is not in the closed list of needs"
+        return tuple(parameters)
+
+    @classmethod
+    def build(cls, settings: Mapping[str, Any]) -> Self:
+        """The method with these settings, all unknown keys and bad values said at once."""
+        known = [field.name for field, _ in fields_of(cls)]
+        strange = [unknown_setting(cls.name(), key, known) for key in settings if key not in known]
+        try:
+            made = cls(**{key: value for key, value in settings.items() if key in known})
+        except SettingError as error:
+            raise SettingError("\n".join([*strange, str(error)])) from None
+        refuse(SettingError, strange)
+        return made
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from the defaults, as plain values for YAML."""
+        return {
+            field.name: plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        }
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self.settings().items())
+        return f"{type(self).__name__}({given})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMethod(Method):
+    """A method that works weight by weight."""
+
+    by_place: ClassVar[bool] = True
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
+    every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
+
+    where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default the matrices of the blocks
+    skip: Places = None  # roles to leave alone
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        """Why a weight of this shape [out, in] cannot take the method, as the end of a sentence; "" if it can."""
+        return ""
+
+    def planned(self, weight: Any) -> Any:
+        """What the verb would return for this empty weight [out, in], for sizes before any work."""
+        return weight
+
+    def at(self, role: str, depth: int | None, depths: int) -> Self | None:
+        """The method with its settings for one place; None where a map by role leaves the place alone."""
+        return _resolved(self, role, depth, depths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorMethod(SiteMethod):
+    """Needs the weights alone: `tensor(weight [out, in], ...)` returns a tensor or a layer of `blocks`."""
+
+    level: ClassVar[str] = "tensor"
+    verb: ClassVar[str] = "tensor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMethod(SiteMethod):
+    """Needs a weight's inputs: `layer(weight [out, in], statistics, ...)` returns a tensor or a layer of `blocks`."""
+
+    level: ClassVar[str] = "layer"
+    verb: ClassVar[str] = "layer"
+    gathers: ClassVar[tuple[str, ...]] = ()  # of `core.statistics`: "norm", "mean", "moment", ...
+
+    stages: bool = False  # gather anew for q k v, o, gate up and down in turn, with what came before already changed
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockMethod(Method):
+    """Scores whole blocks by what enters and leaves: `block(before, after)`, both [tokens, width], then `keep`."""
+
+    level: ClassVar[str] = "block"
+    verb: ClassVar[str] = "block"
+    subjects: ClassVar[int] = 2
+
+    def keep(self, scores: list[float]) -> list[int]:
+        """The indices of the blocks that stay."""
+        raise AssertionError("a BlockMethod writes keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMethod(Method):
+    """Works on the whole model: `model(model, ...)` changes it in place and returns it."""
+
+    level: ClassVar[str] = "model"
+    verb: ClassVar[str] = "model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMethod(Method):
+    """Attaches trainable parts to a frozen model: `adapter(targets)` returns the peft config for these modules."""
+
+    level: ClassVar[str] = "adapter"
+    verb: ClassVar[str] = "adapter"
+    leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
+
+    where: Places = None  # roles to adapt; by default the linears of the blocks
+    skip: Places = None  # roles to leave alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMethod(Method):
+    """Trains all parameters that may change: `loss(module, ids, mask, ...)` returns a scalar and its named parts."""
+
+    level: ClassVar[str] = "train"
+    verb: ClassVar[str] = "loss"
+    subjects: ClassVar[int] = 3
+
+    tokens: int = count(1_000_000, unit="tokens")  # seen in all, repeats too
+    batch: int = count(16, unit="sequences")  # in one step
+    length: int = count(256, low=2, unit="tokens")  # in a sequence, at most what the model allows
+    learning_rate: float = number(1e-3, low=0)  # the highest
+    warmup: float = fraction(0.05)  # of the steps, linear from zero
+    floor: float = fraction(0.1)  # of the learning rate, where the cosine ends
+    weight_decay: float = number(0.1, low=0)  # of matrices only
+    clip: float = number(1.0, low=0)  # the largest norm of the gradient; 0 for none
+    accumulation: int = count(1)  # parts that a step's batch is computed in, to save memory
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices inside the blocks, with adamw for the rest
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
+    save_every: int = count(100, low=0, unit="steps")  # between checkpoints, from which a killed run goes on
+
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        return ("train", *super().needs())
+
+
+def fields_of(cls: type[Method]) -> list[tuple[dataclasses.Field, Any]]:
+    """The settings of a method with their types."""
+    hints = _hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+@functools.cache
+def setting_texts(cls: type[Method]) -> dict[str, str]:
+    """The comment beside each setting, read from the source of the class and its bases."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not (isinstance(base, type) and issubclass(base, Method)):
+            continue
+        source = inspect.getsource(base)
+        comments = {
+            token.start[0]: token.string.lstrip("# ").strip()
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT
+        }
+        tree = ast.parse(inspect.cleandoc("if 1:\n" + source) if source[:1].isspace() else source)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                texts[node.target.id] = comments.get(node.end_lineno or node.lineno, "")
+    return {field.name: texts.get(field.name, "") for field in dataclasses.fields(cls)}
+
+
+def plain(value: Any) -> Any:
+    """A setting as lists, dicts and scalars."""
+    if isinstance(value, ByRole):
+        return {role: plain(inner) for role, inner in value.items()}
+    if isinstance(value, tuple):
+        return [plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+@functools.lru_cache(maxsize=65536)
+def _resolved(method: Any, role: str, depth: int | None, depths: int) -> Any:
+    from modelwright.anatomy import matches
+
+    changes = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        if isinstance(value, ByRole):
+            key = next((key for key in value if key != "*" and matches(role, depth, key)), "*" if "*" in value else None)
+            if key is None:
+                return None
+            value = changes[field.name] = value[key]
+        if isinstance(value, tuple) and field.name not in ("where", "skip") and "range" in field.metadata:
+            changes[field.name] = at_depth(value, depth, depths)
+    return dataclasses.replace(method, **changes) if changes else method

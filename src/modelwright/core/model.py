@@ -1,0 +1,379 @@
+"""A model: opened from a folder, the hub or memory; read only when needed; saved so that plain tools load it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from modelwright.anatomy import Anatomy, Site, anatomy_of
+from modelwright.blocks._stored import Stored
+
+from . import loading
+from .errors import ModelError, WeightsError, nearest
+from .files import whole_folder, write_json
+from .weights import Checkpoint, check_finite
+
+RECORD = "modelwright.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+
+
+class Model:
+    """A model with its tokenizer, its anatomy, and the marks that say which methods it can take.
+
+    Made by `open`. `folder` is where its checkpoint lies, None for a model that came as a module; `module` reads the
+    weights when first asked for.
+    """
+
+    def __init__(self, *, name: str, folder: Path | None = None, module: nn.Module | None = None,
+                 tokenizer: Any = None, trust_remote_code: bool = False):  # fmt: skip
+        self.name = name
+        self.folder = folder
+        self.trust_remote_code = trust_remote_code
+        self.history: list[dict[str, Any]] = []
+        self._module = module
+        self._tokenizer = tokenizer
+        self._config: Any = getattr(module, "config", None)
+        self._marks: set[str] | None = None
+        if folder is not None and (folder / RECORD).is_file():
+            record = json.loads((folder / RECORD).read_text("utf-8"))
+            self.history = record["steps"]
+            self._marks = set(record["marks"])
+
+    def __repr__(self) -> str:
+        return f"<Model {self.name}{'' if self._module is not None else ', not read yet'}>"
+
+    @property
+    def config(self) -> Any:
+        """The transformers config; None for other modules."""
+        if self._config is None and self.folder is not None:
+            self._config = read_config(self.folder, self.trust_remote_code)
+        return self._config
+
+    @property
+    def module(self) -> nn.Module:
+        """The module with its weights, in evaluation mode."""
+        if self._module is None:
+            assert self.folder is not None
+            self._module = load_module(self.folder, self.config, self.trust_remote_code).eval()
+        return self._module
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self._module = module
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._module is not None
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The files on disk, when the model lies in a folder and has not been changed in memory."""
+        return Checkpoint(self.folder) if self.folder is not None and self._module is None else None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; None when the folder has none."""
+        if self._tokenizer is None and self.folder is not None and tokenizer_files(self.folder):
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
+            except (OSError, ValueError, KeyError) as error:
+                raise ModelError(f"{self.name}: its tokenizer cannot be read ({error}). Copy it from the original model.") from error
+        return self._tokenizer
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """Which tensor plays which role."""
+        return anatomy_of(self.config if self._module is None else unwrapped(self._module))
+
+    def sites(self) -> list[Site]:
+        """All weight matrices, in the order of the model; of the real module, or of an empty one if it is not read."""
+        module = unwrapped(self.module) if self.loaded else self.skeleton()
+        return anatomy_of(module).sites(module)
+
+    def skeleton(self) -> nn.Module:
+        """The module with empty (meta) tensors; no weight is read."""
+        if self._module is not None:
+            return self._module
+        return empty_module(self.config)
+
+    @property
+    def marks(self) -> set[str]:
+        """Of `core.method.MARKS`."""
+        if self._marks is None:
+            described = loading.described(self.module) if self.loaded else stated_descriptions(self.config)
+            kinds = {text["kind"] for text in described.values()}
+            self._marks = {"float"}
+            self._marks |= {"low-rank"} if "low_rank" in kinds else set()
+            self._marks |= {"sparse"} if "sparse" in kinds else set()
+            if any("packed" in kind for kind in kinds):
+                self._marks = (self._marks | {"packed"}) - {"float"}
+            if self.folder is not None and (self.folder / "adapter_config.json").is_file():
+                self._marks.add("adapters")
+        return self._marks
+
+    @marks.setter
+    def marks(self, marks: set[str]) -> None:
+        self._marks = set(marks)
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model, its tokenizer and its record; the folder appears when it is whole.
+
+        Raises:
+            RecipeError: the folder holds something and `overwrite` is false.
+        """
+        final = Path(folder)
+        with whole_folder(final, overwrite=overwrite) as partial:
+            save_module(self.module, partial)
+            self.save_beside(partial)
+        return final
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what stands beside the weights: tokenizer and record."""
+        if self.folder is not None:
+            for file in tokenizer_files(self.folder):
+                shutil.copyfile(file, folder / file.name)
+        elif self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+        write_json(folder / RECORD, {"steps": self.history, "marks": sorted(self.marks)})
+
+
+def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust_remote_code: bool = False) -> Model:
+    """Open a model: a folder, a hub name, "starter", or a module that is already in memory. Nothing large is read.
+
+    Raises:
+        WeightsError: no checkpoint there, or one that is damaged.
+        ModelError: the model's type is unknown.
+    """
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, nn.Module):
+        return Model(name=type(source).__name__, module=source, tokenizer=tokenizer)
+    if str(source) == "starter":
+        from modelwright.starter import path
+
+        folder = path()
+    elif (Path(source) / "adapter_config.json").is_file():
+        folder = Path(source)
+    else:
+        folder = Checkpoint(source).path
+    model = Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    if not (folder / "adapter_config.json").is_file():
+        _ = model.config
+    return model
+
+
+def check_readable(model: Model) -> None:
+    """Read every weight once, slice by slice, before any work.
+
+    Raises:
+        WeightsError: a shard is damaged, or weights are NaN or infinite.
+    """
+    if model.checkpoint is not None:
+        check_finite(model.checkpoint)
+    else:
+        bad = [name for name, value in model.module.named_parameters() if value.is_floating_point() and not value.isfinite().all()]
+        if bad:
+            raise WeightsError(f"{model.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The config of a checkpoint folder.
+
+    Raises:
+        ModelError: no config, or a model type that transformers does not know.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        adapter = folder / "adapter_config.json"
+        if adapter.is_file():
+            return read_config(_base_of(adapter), trust_remote_code)
+        raise ModelError(f"{folder} has no config.json, so its architecture is unknown. Copy it from the original model.")
+    try:
+        stated = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not valid JSON: {error}. Copy it from the original model.") from error
+    kind = stated.get("model_type")
+    if stated.get("auto_map") and not trust_remote_code and kind not in transformers.CONFIG_MAPPING:
+        raise ModelError(f"{folder} runs code of its own. Read that code, then pass --trust-remote-code if you trust it.")
+    if kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
+        raise ModelError(
+            f"{folder}: transformers {transformers.__version__} knows no model type {kind!r}."
+            f"{nearest(str(kind), transformers.CONFIG_MAPPING)} A newer transformers may know it."
+        )
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def class_of(config: Any) -> type[PreTrainedModel]:
+    """The transformers class that the config names; the causal language model of its type when it names none."""
+    for name in config.architectures or []:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    found = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return found or transformers.AutoModel._model_mapping[type(config)]
+
+
+def empty_module(config: Any) -> nn.Module:
+    """The model with meta tensors, and with the layers that its checkpoint describes in place."""
+    with torch.device("meta"), quiet():
+        module = class_of(config)._from_config(config)
+    loading.install(module, stated_descriptions(config, module))
+    return module
+
+
+def stated_descriptions(config: Any, module: nn.Module | None = None) -> dict[str, dict[str, Any]]:
+    """The stored layers that a config speaks of: ours, or the packed ones of compressed-tensors."""
+    stated = getattr(config, "quantization_config", None)
+    if stated is None:
+        return {}
+    stated = stated if isinstance(stated, dict) else stated.to_dict()
+    if stated["quant_method"] == loading.METHOD:
+        return stated["modules"]
+    if stated["quant_method"] == "compressed-tensors":
+        if module is None:
+            with torch.device("meta"), quiet():
+                module = class_of(config)._from_config(config)
+        return loading.translated(stated, module)
+    raise ModelError(f"A checkpoint in the {stated['quant_method']} format cannot be opened yet. Open the unquantised model.")
+
+
+def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The module with its weights; packed layers stay packed; a peft adapter is put on its base.
+
+    Raises:
+        ModelError: tensors are missing from the checkpoint.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        from peft import PeftModel
+
+        base = load_module(_base_of(adapter), config, trust_remote_code)
+        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+    descriptions = stated_descriptions(config)
+    if descriptions:
+        config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions}
+    with quiet():
+        module, found = class_of(config).from_pretrained(
+            folder, config=config, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
+            local_files_only=True,
+        )  # fmt: skip
+    lacking = sorted(found["missing_keys"])
+    if lacking:
+        raise ModelError(f"{folder} lacks {len(lacking)} tensors that its config.json asks for, first {lacking[0]!r}. Fetch it again.")
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(module):
+            delattr(module, attribute)
+    if hasattr(module.config, "quantization_config"):
+        del module.config.quantization_config
+    return module
+
+
+def save_module(module: nn.Module, folder: Path) -> None:
+    """Write weights and config into an existing folder, in the form that the most tools load."""
+    stated = loading.quantization_config(module)
+    if isinstance(module, PreTrainedModel):
+        if stated:
+            module.config.quantization_config = stated
+        try:
+            with quiet():
+                module.save_pretrained(folder)
+        finally:
+            if stated:
+                del module.config.quantization_config
+    elif hasattr(module, "peft_config"):
+        with quiet():
+            module.save_pretrained(str(folder))  # type: ignore[operator]
+    else:
+        from safetensors.torch import save_model
+
+        save_model(module, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base model under peft's wrapper; another module as it is."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's and processor's files in a model folder."""
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def weight_of(module: nn.Module, site: Site) -> Tensor | None:
+    """The dense weight of a site as [out, in] (experts: [n, out, in]); None where a stored layer stands instead."""
+    if isinstance(module.get_submodule(site.module), Stored):
+        return None
+    weight = module.get_parameter(site.name)
+    return weight.data.T if site.transposed else weight.data
+
+
+def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
+    """Put a verb's result in the place of a site's weight: values in place, or a stored layer for the module."""
+    if isinstance(result, Tensor):
+        weight = module.get_parameter(site.name)
+        weight.data.copy_(result.T if site.transposed else result)
+        return
+    old = module.get_submodule(site.module)
+    assert isinstance(result, Stored), result
+    result.take_bias(getattr(old, "bias", None))
+    result.replaces = type(old).__name__
+    module.set_submodule(site.module, result)
+
+
+def stored_bytes(module: nn.Module) -> int:
+    """Bytes of everything that is saved: parameters and persistent buffers, shared ones once."""
+    seen: set[int] = set()
+    total = 0
+    for name, value in module.state_dict(keep_vars=True).items():
+        key = id(value)
+        if key not in seen and not (isinstance(module, PreTrainedModel) and name in (module._tied_weights_keys or ()) and _tied(module)):
+            seen.add(key)
+            total += value.numel() * value.element_size()
+    return total
+
+
+def _tied(module: PreTrainedModel) -> bool:
+    return bool(getattr(module.config, "tie_word_embeddings", False))
+
+
+def _base_of(adapter: Path) -> Path:
+    base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{adapter} does not name its base model. Set base_model_name_or_path in it.")
+    inside = adapter.parent / base
+    return inside if inside.is_dir() else Checkpoint(base).path
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' own bars and warnings off the screen."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+

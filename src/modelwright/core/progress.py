@@ -1,0 +1,65 @@
+"""Progress bars on a terminal for what takes longer than a second; nothing when the output is piped or quiet."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextvars import ContextVar
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Item = TypeVar("Item")
+Tick = Callable[..., None]
+
+console = Console(stderr=True, highlight=False)
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+_current: ContextVar[Progress | None] = ContextVar("progress", default=None)
+
+
+@contextlib.contextmanager
+def silence(on: bool = True) -> Iterator[None]:
+    """No progress inside this block."""
+    token = _quiet.set(on)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+@contextlib.contextmanager
+def bar(title: str, total: int | None = None) -> Iterator[Tick]:
+    """A bar; call what it yields as `tick()`, `tick(note="loss 2.1")` or `tick(done=5)`."""
+    if _quiet.get() or not console.is_terminal:
+        yield lambda **_: None
+        return
+    outer = _current.get()
+    progress = outer or Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        console=console, transient=True,
+    )  # fmt: skip
+    with contextlib.nullcontext() if outer else progress:
+        token = _current.set(progress)
+        task = progress.add_task(title, total=total, note="")
+
+        def tick(*, note: str | None = None, done: int | None = None) -> None:
+            fields = {} if note is None else {"note": note}
+            if done is None:
+                progress.update(task, advance=1, **fields)  # type: ignore[arg-type]
+            else:
+                progress.update(task, completed=done, **fields)  # type: ignore[arg-type]
+
+        try:
+            yield tick
+        finally:
+            progress.remove_task(task)
+            _current.reset(token)
+
+
+def track(items: Iterable[Item], title: str) -> Iterator[Item]:
+    """The items, with a bar."""
+    with bar(title, len(items) if isinstance(items, Sized) else None) as tick:
+        for item in items:
+            yield item
+            tick()

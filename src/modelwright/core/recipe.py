@@ -1,0 +1,332 @@
+"""Recipes: a model, text, steps and a place to save, in YAML or in Python; run step by step, resumed after a kill.
+
+Every finished step is a folder beside the result, named by the hash of its settings and inputs; a run that finds
+the folder of a step goes on from there. Long steps keep their progress block by block, training step by step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import find, walk
+from . import data as texts
+from .errors import ModelwrightError, NeedError, RecipeError, nearest, refuse
+from .files import publish, refuse_existing, write_json, write_text
+from .given import Given
+from .measure import peak_memory, sizes
+from .method import Method
+from .model import RECORD, Model, check_readable, open
+from .progress import console
+
+INPUT = "$input"  # the model that the recipe starts from
+GIVEN = ("donors", "base", "teacher")  # needs that a step states beside its settings
+KEYS = ("model", "data", "samples", "length", "seed", "steps", "save")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A method with the models that it is given."""
+
+    method: Method
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def plain(self) -> Any:
+        """The step as YAML has it."""
+        inside = {**self.given, **self.method.settings()}
+        return {self.method.name(): inside} if inside else self.method.name()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do: `steps` on `model`, with text `data`, saved to `save`."""
+
+    model: Any = "starter"  # a folder, a hub name, "starter", or {new: llama, config: {...}} for fresh weights
+    steps: tuple[Step, ...] = ()
+    data: Any = None  # .txt .jsonl .parquet, a folder, a hub name, or "corpus"
+    samples: int = 128  # calibration sequences
+    length: int = 512  # tokens in each
+    seed: int = 0
+    save: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """The recipe as lists, dicts and scalars."""
+        shown: dict[str, Any] = {"model": self.model}
+        shown |= {key: getattr(self, key) for key in ("data", "samples", "length", "seed") if getattr(self, key) != getattr(Recipe, key, None)}
+        shown["steps"] = [step.plain() for step in self.steps]
+        return shown | ({"save": self.save} if self.save else {})
+
+    def yaml(self) -> str:
+        """The recipe as YAML; `read` gives it back."""
+        stream = io.StringIO()
+        _yaml().dump(self.plain(), stream)
+        return stream.getvalue()
+
+
+def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a YAML file, YAML text or a mapping, with `overrides` such as "steps.0.blocks=2".
+
+    Raises:
+        RecipeError: not YAML, or keys that a recipe does not have.
+        SettingError, MethodError, NeedError: for the steps; all that is wrong is said at once.
+    """
+    stated = source if isinstance(source, Mapping) else parse(source)
+    if not isinstance(stated, Mapping):
+        raise RecipeError(f"A recipe is a mapping with the keys {', '.join(KEYS)}; found {type(stated).__name__}.")
+    stated = json.loads(json.dumps(stated))
+    for override in overrides:
+        _override(stated, override)
+    problems = [f"A recipe has no key {key!r}.{nearest(key, KEYS)} Its keys are {', '.join(KEYS)}." for key in stated if key not in KEYS]
+    steps = stated.get("steps")
+    if not isinstance(steps, list) or not steps:
+        problems.append("A recipe needs `steps:`, a list of methods with their settings, such as `- quantize.rtn: {bits: 4}`.")
+        steps = []
+    made = []
+    for number, text in enumerate(steps):
+        try:
+            made.append(_step(text))
+        except ModelwrightError as error:
+            problems.append(f"step {number}: {error}")
+    for key in ("samples", "length", "seed"):
+        if key in stated and (not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)):
+            problems.append(f"{key} must be a whole number; got {stated[key]!r}.")
+    refuse(RecipeError, problems)
+    known = {key: stated[key] for key in KEYS if key in stated and key != "steps"}
+    return Recipe(**known, steps=tuple(made))
+
+
+def parse(source: str | Path) -> Any:
+    """The contents of a YAML file, or of YAML text."""
+    from ruamel.yaml.error import YAMLError
+
+    text = str(source)
+    if "\n" not in text:
+        path = Path(text)
+        if not path.is_file():
+            raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
+        text = path.read_text("utf-8")
+    try:
+        return _yaml().load(text)
+    except YAMLError as error:
+        raise RecipeError(f"The recipe is not valid YAML: {error}") from error
+
+
+def _yaml() -> Any:
+    from ruamel.yaml import YAML
+
+    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `on` is a text and 1e-4 a number
+    yaml.default_flow_style = None
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 110
+    return yaml
+
+
+def _step(stated: Any) -> Step:
+    if isinstance(stated, str):
+        stated = {stated: {}}
+    if not isinstance(stated, Mapping) or len(stated) != 1:
+        raise RecipeError(f"A step is one method with its settings, such as `prune.wanda: {{sparsity: 0.5}}`; got {stated!r}.")
+    name, settings = next(iter(stated.items()))
+    settings = {} if settings is None else settings
+    if not isinstance(settings, Mapping):
+        raise RecipeError(f"{name}: settings are a mapping, such as {{sparsity: 0.5}}; got {settings!r}.")
+    cls = find.find(name)
+    given = {key: settings[key] for key in GIVEN if key in settings and key in cls.needs()}
+    return Step(cls.build({key: value for key, value in settings.items() if key not in given}), given)
+
+
+def _override(stated: Any, text: str) -> None:
+    """Set one value, such as steps.0.blocks=2; a step's method name is left out of the path."""
+    path, equals, value = text.partition("=")
+    if not equals:
+        raise RecipeError(f"An override is written path=value, such as steps.0.blocks=2; got {text!r}.")
+    parsed = _yaml().load(value) if value else None
+    *way, last = path.split(".")
+    here = stated
+    for part in way:
+        here = here[int(part)] if isinstance(here, list) and part.isdigit() and int(part) < len(here) else here.get(part) if isinstance(here, dict) else None
+        if here is None:
+            raise RecipeError(f"--set {text}: the recipe has no {part!r} there.")
+    if isinstance(here, dict) and len(way) == 2 and way[0] == "steps":
+        method, settings = next(iter(here.items()))
+        here[method] = settings = settings or {}
+        here = settings
+    elif not isinstance(here, dict):
+        raise RecipeError(f"--set {text}: steps.{last} is a whole step; set one of its settings, such as steps.{last}.bits=4.")
+    here[last] = parsed
+
+
+# Running
+
+
+@dataclass
+class Run:
+    """A finished run: the model, and one row of the account for the input and for every step."""
+
+    model: Model
+    account: list[dict[str, Any]]
+
+
+def run(
+    recipe: Recipe | str | Path | Model,
+    steps: Sequence[Method | Step] | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    keep_steps: bool = False,
+    **others: Any,
+) -> Run:
+    """Run a recipe: `run("recipe.yaml")`, or `run("starter", [Wanda(), ...], data="corpus", save="small/")`.
+
+    Raises, before work starts, a subclass of ModelwrightError for whatever is missing or cannot be done.
+    """
+    if steps is not None:
+        recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
+    elif not isinstance(recipe, Recipe):
+        recipe = read(str(recipe), overrides)
+    if recipe.save is None:
+        raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
+    final = Path(recipe.save)
+    refuse_existing(final, overwrite=overwrite)
+    beside = final.absolute().with_name(final.name + ".steps")
+    model, given = prepare(recipe)
+    check_order(recipe, model)
+    check_readable(model)
+    source = model
+    key = _hash(model_digest(model), None if given.data is None else texts.digest(given.data), recipe.samples, recipe.length, recipe.seed)  # type: ignore[arg-type]
+    account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
+    folder: Path | None = None
+    for number, step in enumerate(recipe.steps):
+        key = _hash(key, step.plain(), [model_digest(open(name)) for name in _names(step.given) if name != INPUT])
+        folder = beside / f"{number:02d}-{step.method.name()}-{key}"
+        if folder.is_dir():
+            console.print(f"step {number} {step.method.name()}: done before, taken from {folder.name}")
+            row = json.loads((beside / f"{folder.name}.json").read_text("utf-8"))
+        else:
+            local = replace(given, **step_models(step, source), work=beside / f"{folder.name}.work", notes=[])
+            started = time.perf_counter()
+            with peak_memory() as memory:
+                result = walk.write(model, step.method, local, folder.with_suffix(".whole"))
+            row = {"step": step.method.name(), "seconds": time.perf_counter() - started, "peak_bytes": memory.bytes, **sizes(result), "notes": local.notes}
+            write_json(beside / f"{folder.name}.json", row)
+            os.rename(folder.with_suffix(".whole"), folder)
+            shutil.rmtree(local.work, ignore_errors=True)  # type: ignore[arg-type]
+        account.append(row)
+        model = open(folder)
+    assert folder is not None
+    write_text(folder / "recipe.yaml", recipe.yaml())
+    write_json(folder / "account.json", account)
+    shutil.copytree(folder, final.with_name(final.name + ".partial"), dirs_exist_ok=True)
+    publish(final.with_name(final.name + ".partial"), final)
+    if not keep_steps:
+        shutil.rmtree(beside)
+    return Run(open(final), account)
+
+
+def prepare(recipe: Recipe) -> tuple[Model, Given]:
+    """The input model and what all steps are given; every need is checked, all reasons at once."""
+    text = read_data(recipe.data)
+    given = Given(data=text, seed=recipe.seed, samples=recipe.samples, length=recipe.length)
+    problems = []
+    for number, step in enumerate(recipe.steps):
+        local = replace(given, donors=step.given.get("donors", ()), base=step.given.get("base"), teacher=step.given.get("teacher"))
+        problems += [f"step {number}: {sentence}" for sentence in local.lacking(step.method)]
+    refuse(NeedError, problems)
+    if isinstance(recipe.model, Mapping):
+        from modelwright.starter import new
+
+        return new.model(recipe.model, text, recipe.seed), given
+    return open(recipe.model), given
+
+
+def read_data(stated: Any) -> texts.Text | None:
+    """The text of a recipe's `data:`: a source, or {source: ..., held: 0.1} to leave the held-out part out.
+
+    Raises:
+        RecipeError: a mapping with other keys.
+    """
+    if not isinstance(stated, Mapping):
+        return None if stated is None else texts.read(stated)
+    if set(stated) != {"source", "held"}:
+        raise RecipeError(f"data is a source, or a mapping with source and held; got the keys {', '.join(map(str, stated))}.")
+    return texts.read(stated["source"]).split(stated["held"])[0]
+
+
+def check_order(recipe: Recipe, model: Model) -> list[str]:
+    """Refuse steps that cannot follow each other; return warnings."""
+    from .errors import PlanError
+
+    marks, problems, warnings = set(model.marks), [], []
+    makers: dict[str, str] = {}
+    for number, step in enumerate(recipe.steps):
+        method = step.method
+        for mark in sorted(method.wants - marks):
+            maker = makers.get(f"-{mark}")
+            because = f"step {maker} leaves it without" if maker else f"the model is {', '.join(sorted(marks))}"
+            problems.append(f"step {number}: {method.name()} wants a model that is {mark}, but {because}. Put it earlier.")
+        for mark in sorted(method.drops & marks):
+            if mark == "sparse":
+                warnings.append(f"step {number} ({method.name()}) fills in the zeros of step {makers.get(mark, 'input')}.")
+            makers[f"-{mark}"] = f"{number} ({method.name()})"
+        for mark in method.leaves:
+            makers[mark] = f"{number} ({method.name()})"
+        marks = (marks | method.leaves) - method.drops
+    refuse(PlanError, problems)
+    return warnings
+
+
+def step_models(step: Step, source: Model) -> dict[str, Any]:
+    """The models that a step names, opened."""
+
+    def opened(name: Any) -> Model:
+        return source if name == INPUT else open(name)
+
+    models: dict[str, Any] = {}
+    if "donors" in step.given:
+        models["donors"] = [opened(name) for name in step.given["donors"]]
+    for key in ("base", "teacher"):
+        if key in step.given:
+            models[key] = opened(step.given[key])
+    return models
+
+
+def model_digest(model: Model) -> str:
+    """A hash that changes when a checkpoint does: its config, its headers and the ends of its files."""
+    if model.folder is None:
+        digest = hashlib.sha256()
+        for name, value in model.module.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted([*model.folder.glob("*.safetensors"), *model.folder.glob("*.json")]):
+        if file.name in (RECORD, "account.json"):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            for start in {0, max(0, size // 2), max(0, size - 1_000_000)}:
+                handle.seek(start)
+                digest.update(handle.read(1_000_000))
+    return digest.hexdigest()
+
+
+def _names(given: Mapping[str, Any]) -> list[str]:
+    found = []
+    for value in given.values():
+        found += value if isinstance(value, list) else [value]
+    return found
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,246 @@
+"""From disk to disk: one tensor in memory, or one block with the activations that enter it; never the whole model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.anatomy import Site, anatomy_of, removal
+from modelwright.blocks.experts import SplitExperts, is_fused
+
+from . import loading, walk
+from .errors import WeightsError
+from .given import Given
+from .method import BlockMethod, LayerMethod, Method, TensorMethod
+from .model import RECORD, Model, empty_module, open, put, tokenizer_files
+from .progress import track
+from .weights import Checkpoint, Writer
+
+
+def possible(model: Model, method: Method) -> bool:
+    """Whether the method can stream this model: it lies on disk, and its files name what the module names."""
+    if model.checkpoint is None or model.folder is None or (model.folder / "adapter_config.json").is_file():
+        return False
+    if not isinstance(method, (TensorMethod, LayerMethod, BlockMethod)):
+        return False
+    skeleton = split_skeleton(model)
+    if None in disk_names(model.checkpoint, skeleton).values():
+        return False
+    return isinstance(method, TensorMethod) or (anatomy_of(skeleton).blocks(skeleton) is not None and revive(skeleton, model.config))
+
+
+def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite: bool = False) -> Model:
+    """Apply a method from the model's folder to a new one."""
+    given.refuse_lacking(method)
+    walk.refuse_marks(model, method)
+    with torch.no_grad():
+        if isinstance(method, TensorMethod):
+            _write_tensors(model, method, given, folder, overwrite)
+        elif isinstance(method, LayerMethod):
+            _write_layers(model, method, given, folder, overwrite)
+        else:
+            assert isinstance(method, BlockMethod)
+            _write_kept_blocks(model, method, given, folder, overwrite)
+    return open(folder)
+
+
+# Names
+
+
+def split_skeleton(model: Model) -> nn.Module:
+    """The empty module with every expert's matrices apart, as files have them."""
+    skeleton = empty_module(model.config)
+    for name in [name for name, layer in skeleton.named_modules() if is_fused(layer)]:
+        skeleton.set_submodule(name, SplitExperts.from_fused(skeleton.get_submodule(name)))
+    return skeleton
+
+
+def disk_names(checkpoint: Checkpoint, module: nn.Module) -> dict[str, str | None]:
+    """Tensor name in the module -> name in the files; None where the files have no such tensor."""
+    prefix = getattr(module, "base_model_prefix", "") + "."
+    tied = getattr(module, "_tied_weights_keys", None) or {}
+    config = getattr(module, "config", None)
+    aliases = dict(tied) if isinstance(tied, dict) and getattr(config, "tie_word_embeddings", False) else {}
+    aliases |= {target: source for source, target in aliases.items()}
+
+    def on_disk(name: str) -> str | None:
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in checkpoint:
+                return candidate
+        return None
+
+    found = {}
+    for name in module.state_dict():
+        found[name] = on_disk(name) or (on_disk(aliases[name]) if name in aliases else None)
+    return found
+
+
+def revive(module: nn.Module, config: Any) -> bool:
+    """Make the buffers that no file holds (rotary frequencies, position ids) real; say whether that worked."""
+    stored = set(module.state_dict())
+    for path, layer in list(module.named_modules()):
+        lost = [leaf for leaf, value in layer._buffers.items()
+                if value is not None and value.is_meta and f"{path}.{leaf}".lstrip(".") not in stored]  # fmt: skip
+        if not lost:
+            continue
+        try:
+            fresh = type(layer)(config)
+        except Exception:  # noqa: BLE001 - any failure to build means the same: this model does not stream
+            return False
+        for leaf in lost:
+            layer._buffers[leaf] = fresh._buffers[leaf]
+    return True
+
+
+# Tensor level
+
+
+def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Path, overwrite: bool) -> None:
+    checkpoint = model.checkpoint
+    assert checkpoint is not None
+    skeleton = split_skeleton(model)
+    names = disk_names(checkpoint, skeleton)
+    donors = [*given.donors, *([given.base] if given.base else [])]
+    walk._refuse_other_shapes(
+        {name: checkpoint.shape(name) for name in checkpoint.names},
+        [(donor.name, {name: files.shape(name) for name in files.names}) for donor in donors if (files := _files(donor))],
+    )
+    sites = walk.everything(skeleton) if method.every else anatomy_of(skeleton).sites(skeleton)
+    chosen = {names[site.name]: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if names.get(site.name)}
+    with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
+        for name in track(checkpoint.names, method.name()):
+            if name not in chosen:
+                out.copy(name, checkpoint)
+                continue
+            site, local = chosen[name]
+
+            def read(donor: Model, name: str = name, site: Site = site) -> Tensor:
+                found = _files(donor).read(name)
+                return found.T if site.transposed else found
+
+            weight = checkpoint.read(name)
+            result = walk._call(local, weight.T if site.transposed else weight, site, walk._needed(local, given, site, read))
+            if isinstance(result, Tensor):
+                out.add(name, result.T if site.transposed else result)
+            else:
+                for key, value in result.state_dict().items():
+                    out.add(f"{name.rpartition('.')[0]}.{key}", value)
+                put(skeleton, site, result.to("meta"))
+        _write_beside(out, model, method, given, checkpoint.config, skeleton)
+
+
+def _files(model: Model) -> Checkpoint:
+    if model.checkpoint is None:
+        raise WeightsError(f"{model.name} is in memory, but this step streams from disk. Give its folder instead.")
+    return model.checkpoint
+
+
+# Layer and block level
+
+
+class Streamed(walk.Resident):
+    """The walk over an empty module whose blocks are read from disk when their turn comes and dropped afterwards."""
+
+    def __init__(self, model: Model, work: Path):
+        assert model.checkpoint is not None
+        self.model = model
+        self.work = work
+        self.checkpoint = model.checkpoint
+        self.module = empty_module(model.config).eval()
+        revive(self.module, model.config)
+        self.anatomy = anatomy_of(self.module)
+        self.path = self.anatomy.blocks(self.module)
+        self.depths = len(self.stack)
+        self.names = disk_names(self.checkpoint, split_skeleton(model))
+        self.outside = [name for name in self.names if not name.startswith(f"{self.path}.")]
+
+    def load_outside(self) -> None:
+        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta], self._read)
+        if hasattr(self.module, "tie_weights"):
+            self.module.tie_weights()
+
+    def free_outside(self) -> None:
+        walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
+
+    def load(self, depth: int) -> None:
+        prefix = f"{self.path}.{depth}."
+        with walk.split_experts(self.module, prefix):
+            walk.fill(self.module, [name for name in self.names if name.startswith(prefix)], self._read)
+
+    def finish(self, depth: int) -> None:
+        self.stack[depth].to("meta")
+
+    def _at(self, name: str) -> Tensor:
+        path, _, leaf = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        found = owner._parameters.get(leaf)
+        return found if found is not None else owner._buffers[leaf]  # type: ignore[return-value]
+
+    def _read(self, name: str) -> Tensor:
+        found = self.names[name]
+        assert found is not None
+        return self.checkpoint.read(found)
+
+
+def _write_layers(model: Model, method: LayerMethod, given: Given, folder: Path, overwrite: bool) -> None:
+    work = given.work or Path(tempfile.mkdtemp(prefix=f"{folder.name}.work-", dir=_existing_parent(folder)))
+    try:
+        passage = Streamed(model, work)
+        walk._change_layers(passage, method, given)
+        with Writer(folder, overwrite=overwrite, metadata=passage.checkpoint.metadata or None) as out:
+            stored = {name: passage.names[name] for name in passage.outside}
+            for name in sorted(set(filter(None, stored.values()))):
+                out.copy(name, passage.checkpoint)
+            for depth in range(passage.depths):
+                kept = Checkpoint(work / f"block-{depth:05d}")
+                for name in kept.names:
+                    out.copy(passage.names.get(name) or name, kept, name)
+            _write_beside(out, model, method, given, passage.checkpoint.config, passage.module)
+    finally:
+        if given.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: Path, overwrite: bool) -> None:
+    passage = Streamed(model, folder)
+    drop = walk._choose_blocks(passage, method, given)
+    kept = [depth for depth in range(passage.depths) if depth not in drop]
+    shorter = empty_module(model.config)
+    removal.remove_blocks(shorter, drop)
+    with Writer(folder, overwrite=overwrite, metadata=passage.checkpoint.metadata or None) as out:
+        for name in sorted(set(filter(None, (passage.names[name] for name in passage.outside)))):
+            out.copy(name, passage.checkpoint)
+        for new, old in enumerate(kept):
+            before = f"{passage.path}.{old}."
+            for name, found in passage.names.items():
+                if name.startswith(before):
+                    assert found is not None
+                    out.copy(found.replace(f".{old}.", f".{new}.", 1), passage.checkpoint, found)
+        _write_beside(out, model, method, given, shorter.config.to_dict(), shorter)  # type: ignore[union-attr, operator]
+
+
+def _existing_parent(folder: Path) -> Path:
+    parent = folder.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    return parent
+
+
+def _write_beside(out: Writer, model: Model, method: Method, given: Given, config: dict[str, Any], module: nn.Module) -> None:
+    """Config, tokenizer and record beside the streamed weights."""
+    assert model.folder is not None
+    config = {key: value for key, value in config.items() if key != "quantization_config"}
+    stated = loading.quantization_config(module)
+    out.write_json("config.json", config | ({"quantization_config": stated} if stated else {}))
+    for file in [*tokenizer_files(model.folder), model.folder / "generation_config.json"]:
+        if file.is_file():
+            out.copy_file(file)
+    record = Model(name=model.name, folder=model.folder)
+    record.marks = set(model.marks)
+    record.history = list(model.history)
+    walk.record(record, method, given)
+    out.write_json(RECORD, {"steps": record.history, "marks": sorted(record.marks)})

@@ -1,0 +1,642 @@
+"""The drivers: they own loops, streaming, hooks, seeds, progress and saving, so that a method is only its verb.
+
+`apply` takes a method to a model. What is in memory is changed there; what lies on disk streams from its folder to
+a new one where the method's level allows it: one tensor at a time, or one block with the activations that enter it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.blocks._stored import Stored
+from modelwright.blocks.experts import SplitExperts, is_fused
+
+from . import data as texts
+from . import loading, training
+from .errors import ModelError, PlanError, SiteError
+from .given import Batch, Given, inputs_of
+from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
+from .model import Model, open, put, quiet, unwrapped, weight_of
+from .progress import bar, track
+from .statistics import Statistics
+from .weights import Checkpoint, Writer
+
+Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
+Result = Tensor | nn.Module
+
+
+def apply(
+    target: str | Path | Model | nn.Module,
+    method: Method | Sequence[Method],
+    *,
+    data: Any = None,
+    donors: Sequence[Any] = (),
+    base: Any = None,
+    teacher: Any = None,
+    seed: int = 0,
+    samples: int = 128,
+    length: int = 512,
+    save: str | Path | None = None,
+    overwrite: bool = False,
+) -> Any:
+    """Apply one method, or several in order.
+
+    target: a folder, a hub name or "starter"; a `Model`; a transformers model or any `nn.Module`. A `Model` or module
+        in memory is changed in place and returned.
+    data: text for methods that need it (see `core.data.read`), or a list of batches of model inputs.
+    donors, base, teacher: models, for methods that need them.
+    save: a folder to write. With it, a model on disk streams there and is never held whole, if the method allows.
+
+    Returns the changed model: a `Model`, or the module if a module came in.
+    Raises a subclass of ModelwrightError, before work starts, for whatever is missing or cannot be done.
+    """
+    model = open(target)
+    given = Given(
+        data=data if data is None or isinstance(data, (list, tuple)) and data and isinstance(data[0], dict) else texts.read(data),
+        donors=[open(donor) for donor in donors],
+        base=None if base is None else open(base),
+        teacher=None if teacher is None else open(teacher),
+        seed=seed, samples=samples, length=length,
+    )  # fmt: skip
+    methods = [method] if isinstance(method, Method) else list(method)
+    for step in methods:
+        given.refuse_lacking(step)
+    if save is not None and len(methods) == 1:
+        return write(model, methods[0], given, Path(save), overwrite=overwrite)
+    for step in methods:
+        change(model, step, given)
+    if save is not None:
+        model.save(save, overwrite=overwrite)
+    return model.module if isinstance(target, nn.Module) else model
+
+
+def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite: bool = False) -> Model:
+    """Apply a method and save to `folder`: streaming from disk to disk where that can be, in memory otherwise."""
+    from . import stream
+
+    if stream.possible(model, method):
+        return stream.write(model, method, given, folder, overwrite=overwrite)
+    change(model, method, given).save(folder, overwrite=overwrite)
+    return open(folder)
+
+
+def change(model: Model, method: Method, given: Given) -> Model:
+    """Apply a method to a model in memory, in place."""
+    given.refuse_lacking(method)
+    refuse_marks(model, method)
+    with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
+        if isinstance(method, TensorMethod):
+            _change_tensors(model, method, given)
+        elif isinstance(method, LayerMethod):
+            _change_layers(Resident(model), method, given)
+        elif isinstance(method, BlockMethod):
+            drop = _choose_blocks(Resident(model), method, given)
+            removal.remove_blocks(model.module, drop)
+        elif isinstance(method, AdapterMethod):
+            _attach(model, method, given)
+        elif isinstance(method, TrainMethod):
+            _train(model, method, given)
+        else:
+            assert isinstance(method, ModelMethod), method
+            extras = {"rng": given.rng(), "teacher": given.teacher, "base": given.base, "donors": given.donors}
+            model = method.model(model, **{need: extras[need] for need in method.needs()})  # type: ignore[attr-defined]
+    record(model, method, given)
+    return model
+
+
+def record(model: Model, method: Method, given: Given) -> None:
+    """Write the step into the model's history and set its marks."""
+    model.marks = (model.marks | method.leaves) - method.drops
+    model.history.append({"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)})
+
+
+def refuse_marks(model: Model, method: Method) -> None:
+    """Raise when the model cannot take the method in its present form."""
+    lacking = method.wants - model.marks
+    if lacking:
+        raise PlanError(
+            f"{method.name()} wants a model that is {' and '.join(sorted(lacking))}; {model.name} is "
+            f"{', '.join(sorted(model.marks)) or 'none of these'}. Put this step before the one that changed that."
+        )
+
+
+# Which sites
+
+
+def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | AdapterMethod, notes: list[str] | None = None) -> Chosen:
+    """The sites that `where`, `skip` and settings by role choose, each with the method's settings for it.
+
+    Raises:
+        SiteError: nothing is chosen, or weights have shapes that the method cannot take.
+    """
+    every = isinstance(method, SiteMethod) and method.every
+    where = method.where or (None if every else method.sites)
+    chosen: Chosen = []
+    left, unfit = [], []
+    for site in sites:
+        if where and not matches(site, None, where) or method.skip and matches(site, None, method.skip):
+            continue
+        local = method.at(site.role, site.depth, site.depths) if isinstance(method, SiteMethod) else method
+        if local is None:
+            left.append(site.module)
+            continue
+        weight = weight_of(module, site)
+        shape = tuple(weight.shape[1:] if site.stack else weight.shape) if weight is not None else ()
+        why = local.unfit(shape) if shape and isinstance(local, SiteMethod) else ""
+        unfit += [f"{site.name} {why}"] if why else []
+        chosen.append((site, local))
+    if unfit:
+        raise SiteError(f"{method.name()}: {len(unfit)} weights cannot take it: {unfit[0]}.")
+    if not chosen:
+        roles = ", ".join(sorted({site.role for site in sites})) or "none"
+        raise SiteError(f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}.")
+    if left and notes is not None:
+        notes.append(f"{method.name()} left {len(left)} weights alone, whose roles its maps do not name; first {left[0]}")
+    return chosen
+
+
+# Tensor level
+
+
+def everything(module: nn.Module) -> list[Site]:
+    """Every float parameter as a site: norms, biases and embeddings too."""
+    anatomy = anatomy_of(module)
+    depths = max((site.depths for site in anatomy.sites(module)), default=0)
+    return [
+        Site(name, name.rpartition(".")[0], *(anatomy.role(name) or ("linear", None)), depths)
+        for name, value in module.named_parameters()
+        if value.is_floating_point()
+    ]
+
+
+def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
+    module = unwrapped(model.module)
+    donors = [unwrapped(open(donor).module) for donor in (*given.donors, *([given.base] if given.base else []))]
+    with contextlib.ExitStack() as stack:
+        for each in (module, *donors):
+            stack.enter_context(split_experts(each))
+        _refuse_other_shapes(
+            {name: tuple(value.shape) for name, value in module.named_parameters()},
+            [(given_.name, {name: tuple(value.shape) for name, value in donor.named_parameters()})
+             for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
+        )  # fmt: skip
+        sites = everything(module) if method.every else anatomy_of(module).sites(module)
+        for site, local in track(choose(module, sites, method, given.notes), method.name()):
+            weight = weight_of(module, site)
+            if weight is None:
+                given.notes.append(_left_out(method, module, site))
+                continue
+
+            def read(model: Model, site: Site = site) -> Tensor:
+                found = unwrapped(model.module).get_parameter(site.name).data
+                return found.T if site.transposed else found
+
+            put(module, site, _call(local, weight, site, _needed(local, given, site, read)))
+
+
+def _call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
+    """Call a tensor verb: on a matrix, on each of a stack of them [n, out, in], or on a convolution as [out, rest]."""
+    if weight.ndim < 2 or local.every or weight.ndim == 2:
+        return local.tensor(weight, **extras)
+    if weight.ndim == 3 and site.stack:
+        return torch.stack([_dense(local.tensor(part, **extras), site) for part in weight])
+    return _dense(local.tensor(weight.flatten(1), **extras), site).view_as(weight)
+
+
+def _dense(result: Result, site: Site) -> Tensor:
+    if isinstance(result, Tensor):
+        return result
+    raise SiteError(f"{site.name} is not a plain matrix, so it cannot become a stored layer. Leave it out with `skip: {site.role}`.")
+
+
+def _needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tensor]) -> dict[str, Any]:
+    extras: dict[str, Any] = {}
+    for need in local.needs():
+        if need == "rng":
+            extras[need] = given.rng(site.name)
+        elif need == "donors":
+            extras[need] = [read(donor) for donor in given.donors]
+        elif need == "base":
+            assert given.base is not None
+            extras[need] = read(given.base)
+    return extras
+
+
+def _left_out(method: Method, module: nn.Module, site: Site) -> str:
+    return f"{method.name()} left out {site.module}, which is stored as a {type(module.get_submodule(site.module)).__name__}"
+
+
+def _refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
+    """Raise ModelError, naming every difference, unless all donors have the tensors of the model in its shapes."""
+    faults = []
+    for name, shapes in donors:
+        missing = [tensor for tensor in own if tensor not in shapes]
+        more = [tensor for tensor in shapes if tensor not in own]
+        other = [tensor for tensor in own if tensor in shapes and shapes[tensor] != own[tensor]]
+        if missing or more:
+            faults.append(f"{name} lacks {len(missing)} tensors and has {len(more)} others, first {(missing + more)[0]}")
+        if other:
+            faults.append(f"{name}: {len(other)} tensors have other shapes, first {other[0]}: {shapes[other[0]]} against {own[other[0]]}")
+    if faults:
+        raise ModelError("Models that are worked on together must have the same tensors. " + "; ".join(faults) + ".")
+
+
+# Experts
+
+
+@contextlib.contextmanager
+def split_experts(module: nn.Module, inside: str = "") -> Iterator[None]:
+    """Give every expert matrices of its own; afterwards, put those that are still dense back into their stacks."""
+    names = [name for name, layer in module.named_modules() if name.startswith(inside) and is_fused(layer)]
+    for name in names:
+        module.set_submodule(name, SplitExperts.from_fused(module.get_submodule(name)))
+    yield
+    for name in names:
+        layer = module.get_submodule(name)
+        assert isinstance(layer, SplitExperts)
+        if not any(isinstance(part, Stored) for part in layer.modules()):
+            module.set_submodule(name, layer.to_fused())
+
+
+# Layer and block level
+
+
+class _Stub(nn.Module):
+    """Stands for a block: hands its input on, remembers how it was called, answers for the block's attributes."""
+
+    def __init__(self, block: nn.Module, calls: list[Any], in_tuple: bool, play: Iterator[Tensor] | None = None):
+        super().__init__()
+        self._original = [block]  # in a list, so that it is no submodule
+        self._calls, self._in_tuple, self._play = calls, in_tuple, play
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_original"][0], name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._calls.append((args, kwargs))
+        out = next(self._play) if self._play is not None else hidden
+        return (out,) if self._in_tuple else out
+
+
+class _Entered(Exception):
+    """The first block was reached."""
+
+
+class Resident:
+    """A model in memory, walked block by block with the activations that enter each block carried on."""
+
+    def __init__(self, model: Model, work: Path | None = None):
+        self.model = model
+        self.work = work
+        self.module = unwrapped(model.module)
+        self.anatomy = anatomy_of(self.module)
+        self.path = self.anatomy.blocks(self.module)
+        self.depths = len(self.stack) if self.path else 0
+
+    @property
+    def stack(self) -> nn.ModuleList:
+        assert self.path is not None
+        return cast(nn.ModuleList, self.module.get_submodule(self.path))
+
+    # What the streaming walk does otherwise.
+
+    def load_outside(self) -> None:
+        """Have the tensors outside the blocks ready."""
+
+    def free_outside(self) -> None:
+        """They are not needed until further notice."""
+
+    def load(self, depth: int) -> None:
+        """Have a block's tensors ready."""
+
+    def finish(self, depth: int) -> None:
+        """The block is done with."""
+
+    # Resume: with a work folder, every finished block is kept there.
+
+    def keep(self, depth: int) -> None:
+        """Store a finished block in the work folder."""
+        if self.work is None:
+            return
+        block = self.stack[depth]
+        prefix = f"{self.path}.{depth}."
+        with Writer(self.work / f"block-{depth:05d}", overwrite=True) as out:
+            for name, value in block.state_dict().items():
+                out.add(prefix + name, value)
+            out.write_json("layers.json", {prefix + name: text for name, text in loading.described(block).items()})
+
+    def restore(self, depth: int) -> bool:
+        """Put a block that was finished before back in place; say whether there was one."""
+        if self.work is None or not (self.work / f"block-{depth:05d}").is_dir():
+            return False
+        kept = Checkpoint(self.work / f"block-{depth:05d}")
+        loading.install(self.module, json.loads((kept.path / "layers.json").read_text("utf-8")))
+        fill(self.module, kept.names, kept.read)
+        return True
+
+    def enter(self, batches: Sequence[Batch]) -> None:
+        """Run the batches up to the first block; keep what enters it and how every block is called."""
+        self.load_outside()
+        self.masks = [batch.get("attention_mask") for batch in batches]
+        originals = list(self.stack)
+        caught: list[Any] = []
+
+        def catch(_: nn.Module, args: Any, kwargs: Any) -> None:
+            caught.append((args, kwargs))
+            raise _Entered
+
+        self.load(0)
+        handle = originals[0].register_forward_pre_hook(catch, with_kwargs=True)
+        with contextlib.suppress(_Entered):
+            self.forward(batches[0])
+        handle.remove()
+        if not caught:
+            raise ModelError(f"{self.model.name}: the calibration inputs never reach its first block.")
+        args, kwargs = caught[0]
+        in_tuple = isinstance(originals[0](*args, **kwargs), tuple)
+        calls: list[list[Any]] = [[] for _ in originals]
+        states: list[Tensor] = []
+        self._in_tuple = in_tuple
+
+        class First(_Stub):
+            def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+                states.append(hidden)
+                return super().forward(hidden, *args, **kwargs)
+
+        for depth, block in enumerate(originals):
+            self.stack[depth] = (_Stub if depth else First)(block, calls[depth], in_tuple)
+        try:
+            for batch in batches:
+                self.forward(batch)
+        finally:
+            for depth, block in enumerate(originals):
+                self.stack[depth] = block
+        self.states, self.calls = states, calls
+        self.free_outside()
+
+    def forward(self, batch: Batch) -> Any:
+        """The whole module on one batch, without a cache."""
+        config = getattr(self.module, "config", None)
+        cached = getattr(config, "use_cache", None)
+        if cached:
+            config.use_cache = False  # type: ignore[union-attr]
+        try:
+            return self.module(**inputs_of(self.module, batch))
+        finally:
+            if cached:
+                config.use_cache = True  # type: ignore[union-attr]
+
+    def run_block(self, depth: int) -> Iterator[Tensor]:
+        """What leaves a block, batch by batch."""
+        block = self.stack[depth]
+        for state, (args, kwargs) in zip(self.states, self.calls[depth], strict=True):
+            out = block(state, *args, **kwargs)
+            yield out[0] if isinstance(out, tuple) else out
+
+    def tail(self, batches: Sequence[Batch]) -> None:
+        """Run what follows the last block, on the carried activations."""
+        self.load_outside()
+        originals = list(self.stack)
+        last = len(originals) - 1
+        for depth, block in enumerate(originals):
+            self.stack[depth] = _Stub(block, [], self._in_tuple, iter(self.states) if depth == last else None)
+        try:
+            for batch in batches:
+                self.forward(batch)
+        finally:
+            for depth, block in enumerate(originals):
+                self.stack[depth] = block
+        self.free_outside()
+
+
+def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
+    """Give the named parameters and buffers of a module the tensors that `read` returns, whatever was there."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        tensor = read(name)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any]) -> dict[str, Statistics]:
+    """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count."""
+    found: dict[str, Statistics] = {}
+    handles = []
+    turn = {"batch": 0}
+    for site, _ in chosen:
+        layer = walk.module.get_submodule(site.module)
+        weight = weight_of(walk.module, site)
+        assert weight is not None
+        collector = found[site.name] = Statistics(weight[0].numel(), gathers, weight.device)
+        if isinstance(layer, nn.Conv2d):
+            handles.append(layer.register_forward_pre_hook(_convolution_hook(collector)))
+        else:
+            handles.append(layer.register_forward_pre_hook(_linear_hook(collector, walk, turn)))
+    try:
+        for number, _ in enumerate(run(), 1):
+            turn["batch"] = number
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _linear_hook(collector: Statistics, walk: Resident, turn: dict[str, int]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x, mask = args[0], walk.masks[turn["batch"]]
+        if mask is not None and mask.shape == x.shape[:2]:
+            x = x[mask.bool()]
+        collector.add(x)
+
+    return hook
+
+
+def _convolution_hook(collector: Statistics) -> Callable[..., None]:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        layer = cast(nn.Conv2d, layer)
+        if layer.groups == 1 and not isinstance(layer.padding, str):
+            columns = nn.functional.unfold(args[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+            collector.add(columns.transpose(1, 2))
+
+    return hook
+
+
+def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
+    """Block after block: gather, change, run again with the changed weights, carry on."""
+    batches = given.batches(walk.model)
+    if not batches:
+        raise SiteError(f"{method.name()} was given no calibration batch.")
+    if walk.path is None:
+        _change_layers_at_once(walk, method, given, batches)
+        return
+    notes = given.notes
+    choose(walk.module, walk.anatomy.sites(walk.module), method)  # refuse now what would choose nothing
+    walk.enter(batches)
+    for depth in track(range(walk.depths), method.name()):
+        inside = f"{walk.path}.{depth}"
+        walk.load(depth)
+        with split_experts(walk.module, inside + "."):
+            if not walk.restore(depth):
+                sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
+                chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
+                groups = walk.anatomy.stages([site.role for site, _ in chosen]) if method.stages else [[s.role for s, _ in chosen]]
+                for stage in groups:
+                    now = [(site, local) for site, local in chosen if site.role in stage]
+                    if now:
+                        statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth))  # type: ignore[misc]
+                        _change_stage(walk.module, method, now, statistics, given)
+                walk.keep(depth)
+        walk.states = list(walk.run_block(depth))
+        walk.finish(depth)
+    outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
+    chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, outside, method, notes), notes)
+    if chosen:
+        walk.load_outside()
+        statistics = gather(walk, chosen, method.gathers, lambda: _each(walk.tail, batches))
+        walk.load_outside()
+        _change_stage(walk.module, method, chosen, statistics, given)
+
+
+def _each(run: Callable[[Sequence[Batch]], None], batches: Sequence[Batch]) -> Iterator[None]:
+    run(batches)
+    yield
+
+
+def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, batches: Sequence[Batch]) -> None:
+    """For models without a single row of blocks: all statistics come from the unchanged model, a few sites at a time."""
+    given.notes.append(f"{method.name()}: {walk.model.name} has no single row of blocks, so all statistics come from the unchanged model")
+    walk.masks = [batch.get("attention_mask") for batch in batches]
+    results: list[tuple[Site, Result]] = []
+    with split_experts(walk.module):
+        sites = [site for site in walk.anatomy.sites(walk.module) if site.role not in ("embed", "position")]
+        chosen = _dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
+        for start in track(range(0, len(chosen), 16), method.name()):
+            part = chosen[start : start + 16]
+            statistics = gather(walk, part, method.gathers, lambda: (walk.forward(batch) for batch in batches))
+            results += [(site, _verb(walk.module, method, site, local, statistics[site.name], given)) for site, local in part]
+        for site, result in results:
+            put(walk.module, site, result)
+
+
+def _chosen_or_none(module: nn.Module, sites: Sequence[Site], method: LayerMethod, notes: list[str]) -> Chosen:
+    try:
+        return choose(module, sites, method, notes)
+    except SiteError:
+        return []
+
+
+def _dense_sites(module: nn.Module, method: Method, chosen: Chosen, notes: list[str]) -> Chosen:
+    kept = []
+    for site, local in chosen:
+        if weight_of(module, site) is None:
+            notes.append(_left_out(method, module, site))
+        else:
+            kept.append((site, local))
+    return kept
+
+
+def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statistics: dict[str, Statistics], given: Given) -> None:
+    for site, local in chosen:
+        put(module, site, _verb(module, method, site, local, statistics.pop(site.name), given))
+
+
+def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Result:
+    if not statistics.finite():
+        raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
+    if statistics.tokens == 0:
+        given.notes.append(f"{method.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
+        statistics = alike(statistics, method.gathers)
+    weight = weight_of(module, site)
+    assert weight is not None
+    extras = {need: given.rng(site.name) if need == "rng" else statistics for need in local.needs()}
+    if weight.ndim == 4:
+        return _dense(local.layer(weight.flatten(1), **extras), site).view_as(weight)
+    return local.layer(weight, **extras)
+
+
+def alike(statistics: Statistics, gathers: Sequence[str]) -> Statistics:
+    """The statistics of inputs that all have size one and no correlation: what an expert without tokens is given."""
+    plain = Statistics(statistics.inputs, gathers)
+    plain.add(torch.eye(statistics.inputs) * statistics.inputs**0.5)
+    return plain
+
+
+def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[int]:
+    """The indices of the blocks to remove."""
+    if walk.path is None:
+        raise SiteError(f"{method.name()} removes whole blocks, but {walk.model.name} has no single row of them.")
+    walk.enter(given.batches(walk.model))
+    scores = []
+    for depth in track(range(walk.depths), method.name()):
+        walk.load(depth)
+        after = list(walk.run_block(depth))
+        rows = [
+            (_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)
+        ]
+        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))  # type: ignore[attr-defined]
+        walk.states = after
+        walk.finish(depth)
+    kept = method.keep(scores)
+    given.notes.append(f"{method.name()}: block scores " + ", ".join(f"{score:.4f}" for score in scores))
+    return [depth for depth in range(walk.depths) if depth not in kept]
+
+
+def _real(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [tokens, width] without the padded ones."""
+    return state[mask.bool()] if mask is not None and mask.shape == state.shape[:2] else state.flatten(0, -2)
+
+
+# Adapters
+
+
+def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
+    import peft
+
+    module = model.module
+    targets = [site.module for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
+    torch.manual_seed(given.rng().initial_seed())
+    with quiet():
+        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[attr-defined, arg-type]
+
+
+# Training
+
+
+def _train(model: Model, method: TrainMethod, given: Given) -> None:
+    shared = {name.name for name in dataclasses.fields(training.Training)} - {"seed", "length"}
+    limit = getattr(model.config, "max_position_embeddings", None) or method.length
+    settings = training.Training(
+        **{name: getattr(method, name) for name in shared if hasattr(method, name)}, seed=given.seed, length=min(method.length, limit)
+    )
+    extras: dict[str, Any] = {}
+    if "teacher" in method.needs():
+        assert given.teacher is not None
+        extras["teacher"] = unwrapped(given.teacher.module)
+        if extras["teacher"] is unwrapped(model.module):
+            raise PlanError(f"{method.name()}: the teacher is the model itself. Open the teacher separately.")
+    with bar(method.name(), settings.steps) as tick:
+        training.train(
+            model.module,
+            given.ids(model),
+            settings,
+            lambda module, ids, mask: method.loss(module, ids, mask, **extras),  # type: ignore[attr-defined]
+            keep_zeros="sparse" in model.marks,
+            folder=given.work,
+            report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
+        )
+    model.module.eval()

@@ -1,0 +1,443 @@
+"""The main job: search for the best model that fits a budget, and say what was paid.
+
+    modelwright fit Qwen/Qwen3-0.6B --budget 40% --data my.txt --save small/
+
+Every trial is a recipe: blocks removed, weights zeroed, matrices factored, integers of some bits, each allotted over
+the blocks by how much the blocks mind. Trials are scored on calibration text alone; the held-out text is read once,
+for the final table. The study lies on disk, so that a killed search goes on and several processes can share it.
+"""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from torch import nn
+
+from modelwright.anatomy import anatomy_of, matches
+
+from . import __version__, report
+from .core import data as texts
+from .core import find, measure, plan, recipe, walk
+from .core.errors import DataError, ModelError, PlanError
+from .core.files import publish, refuse_existing, write_json, write_text
+from .core.given import Given
+from .core.model import Model, check_readable, open, stored_bytes, unwrapped, weight_of
+from .core.progress import bar, console, track
+from .core.recipe import INPUT, Recipe, Step
+
+HELD = 0.1  # of the text is kept for the final table
+BITS = (2, 3, 4, 5, 6, 8)
+PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
+PROBES = {"bits": ("quantize.rtn", {"bits": 3}), "rank": ("factor.svd", {"keep": 0.5, "store": "dense"}),
+          "zeros": ("prune.magnitude", {"sparsity": 0.5})}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a fit spends."""
+
+    trials: int = 36
+    samples: int = 48  # calibration sequences for the methods' statistics
+    score: int = 24  # sequences that trials are scored on
+    length: int = 256  # tokens in each
+    recover: int = 160_000  # tokens of distillation
+
+    @classmethod
+    def quick(cls) -> Effort:
+        return cls(trials=10, samples=16, score=8, recover=16_000)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The most bytes that the weight files may take."""
+
+    bytes: int
+    text: str
+
+    @classmethod
+    def parse(cls, text: str | int | float, original: int) -> Budget:
+        """Read "40%", "300MB", "1.5GiB", "2x" (half the size) or a number of bytes.
+
+        Raises:
+            PlanError: not a budget, or one that asks for nothing smaller.
+        """
+        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|x|[kKMGT]?i?B)?\s*", str(text))
+        if not found:
+            raise PlanError(f"A budget is written 40%, 300MB or 2x; got {text!r}.")
+        value, unit = float(found[1]), found[2] or "B"
+        if unit == "%":
+            size = original * value / 100
+        elif unit == "x":
+            size = original / value if value else 0
+        else:
+            step = 1024 if "i" in unit else 1000
+            size = value * step ** ("kMGT".index(unit[0].replace("K", "k")) + 1 if unit not in ("B",) else 0)
+        if size < 1:
+            raise PlanError(f"A budget of {text} leaves no byte. Ask for more.")
+        return cls(int(size), str(text))
+
+
+@dataclass
+class Fitted:
+    """What a fit found."""
+
+    model: Model
+    recipe: Recipe
+    folder: Path
+    table: list[dict[str, Any]]  # the original and the chosen model, measured on held-out text
+    frontier: list[dict[str, Any]]  # a row for every trial
+
+
+class Job:
+    """What the phases of one fit share."""
+
+    def __init__(self, model: Model, name: str, budget: Budget, data: Any, effort: Effort, seed: int, work: Path):
+        self.model, self.name, self.budget, self.data, self.effort, self.seed, self.work = model, name, budget, data, effort, seed, work
+        text = texts.read(data)
+        self.calibration, self.held = text.split(HELD)
+        self.given = Given(data=self.calibration, seed=seed, samples=effort.samples, length=effort.length)
+        limit = getattr(model.config, "max_position_embeddings", None) or effort.length
+        length = min(effort.length, limit)
+        rows = texts.windows(self.given.ids(model), length)
+        if len(rows) < 4:
+            raise DataError(f"{data}: its calibration part has {rows.numel()} tokens; a fit needs at least {4 * length}. Give more text.")
+        picked = torch.linspace(0, len(rows) - 1, min(effort.score, len(rows)) + 2).round().long()[1:-1]
+        self.score_rows = rows[picked]
+        self.depths = len(anatomy_of(model.module).sites(model.module)) and max(s.depths for s in model.sites())
+
+    def score(self, module: nn.Module) -> float:
+        """Nats per token on the text that trials are scored on."""
+        losses, counts = measure.window_losses(module, self.score_rows.flatten(), self.score_rows.shape[1])
+        return float(losses.sum() / counts.sum())
+
+
+def fit(
+    model: Any = "starter",
+    *,
+    budget: str | int | float = "40%",
+    data: Any = "corpus",
+    save: str | Path = "small",
+    quick: bool = False,
+    trials: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Fitted:
+    """Find the best model within a budget, recover it by distillation, and write it with a report.
+
+    model: a folder, a hub name, or "starter". budget: "40%" of the weight files, "300MB", or "2x" smaller.
+    data: text for calibration and, its held-out tenth, for the final table. save: the folder to write: `model/`,
+        `recipe.yaml`, `report.html`, `frontier.csv`. trials: how many recipes to try. quick: a short search.
+
+    Raises:
+        PlanError: no trial meets the budget; the text says which came nearest.
+    """
+    folder = Path(save)
+    refuse_existing(folder, overwrite=overwrite)
+    effort = Effort.quick() if quick else Effort()
+    effort = replace(effort, trials=trials) if trials is not None else effort
+    source = open(model)
+    if source.folder is None or "packed" in source.marks or "adapters" in source.marks:
+        raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
+    check_readable(source)
+    limits = Budget.parse(budget, measure.disk_bytes(source.folder))
+    key = recipe._hash(recipe.model_digest(source), str(data), limits.bytes, effort.trials, effort.samples, seed, __version__)
+    work = folder.absolute().with_name(f"{folder.name}.fit") / key
+    work.mkdir(parents=True, exist_ok=True)
+    job = Job(source, str(model), limits, data, effort, seed, work)
+    started = job.score(source.module)
+    sensitivity = probe(job, started)
+    found = search(job, sensitivity, started)
+    frontier = [_row(trial) for trial in found]
+    chosen = choose(job, found)
+    best = final_recipe(job, steps_of(job, chosen.params, sensitivity))
+    result = recipe.run(replace(best, save=str(work / "model")), overwrite=True)
+    console.print("measuring the original and the chosen model on held-out text")
+    table = []
+    for each, label in ((open(model), "original"), (result.model, "chosen")):
+        row = {"model": label, **measure.sizes(each), **measure.quality(each, job.held, job.effort.length, most_tokens=100_000), **measure.speed(each)}
+        table.append(row)
+    with_folder = work / "out"
+    shutil.rmtree(with_folder, ignore_errors=True)
+    with_folder.mkdir()
+    shutil.copytree(work / "model", with_folder / "model")
+    write_text(with_folder / "recipe.yaml", best.yaml())
+    write_text(with_folder / "frontier.csv", as_csv(frontier))
+    samples = [(prompt, measure.continuation(open(model), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
+    page = report.Page(
+        name=str(model), budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
+        sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started,
+    )  # fmt: skip
+    write_text(with_folder / "report.html", report.html(page))
+    write_text(with_folder / "model" / "README.md", report.card(page, result.model))
+    publish(with_folder, folder)
+    shutil.rmtree(work.parent, ignore_errors=True)
+    return Fitted(open(folder / "model"), best, folder, table, frontier)
+
+
+# Probe
+
+
+def probe(job: Job, original: float) -> dict[str, dict[str, float]]:
+    """How much the score suffers when one block's attention or MLP alone is rounded, factored or pruned, in nats.
+
+    Kept in the work folder; keys "block 0 attn", "block 0 mlp", ...; "removed" is the loss without the block.
+    """
+    file = job.work / "probe.json"
+    if file.is_file():
+        return json.loads(file.read_text("utf-8"))
+    module = unwrapped(job.model.module)
+    anatomy = anatomy_of(module)
+    path = anatomy.blocks(module)
+    found: dict[str, dict[str, float]] = {}
+    for depth in track(range(job.depths), "probe"):
+        for part, roles in PARTS.items():
+            sites = [site for site in anatomy.sites(module) if site.depth == depth and matches(site, None, roles)]
+            if sites:
+                found[f"block {depth} {part}"] = {
+                    name: _with_weights(job, module, sites, find.find(method)(**settings)) - original
+                    for name, (method, settings) in PROBES.items()
+                }
+        if path is not None:
+            found[f"block {depth}"] = {"removed": _without_block(job, module, path, depth) - original}
+    write_json(file, found)
+    return found
+
+
+@torch.no_grad()
+def _with_weights(job: Job, module: nn.Module, sites: list[Any], method: Any) -> float:
+    """The score with a tensor-level method applied to these sites alone; the module is as before afterwards."""
+    before = {}
+    for site in sites:
+        weight = weight_of(module, site)
+        assert weight is not None
+        before[site.name] = weight.clone()
+        for part in weight if weight.ndim == 3 else [weight]:
+            result = method.tensor(part)
+            part.copy_(result if isinstance(result, torch.Tensor) else result.dense())
+    score = job.score(module)
+    for site in sites:
+        weight_of(module, site).copy_(before[site.name])  # type: ignore[union-attr]
+    return score
+
+
+def _without_block(job: Job, module: nn.Module, path: str, depth: int) -> float:
+    """The score with one block handing its input on."""
+    stack = module.get_submodule(path)
+    block = stack[depth]  # type: ignore[index]
+
+    def hand_on(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
+
+    handle = block.register_forward_hook(hand_on)
+    try:
+        return job.score(module)
+    finally:
+        handle.remove()
+
+
+# Search
+
+
+def starts(depths: int) -> Iterator[dict[str, Any]]:
+    """The trials that every search begins with, from large to small."""
+    plain = {"drop": 0, "tilt": 0.0, "group": 64, "attn": "integers", "mlp": "integers"}
+    for bits in (8, 4, 3, 5, 6, 2):
+        yield plain | {"attn_bits": bits, "mlp_bits": bits}
+    yield plain | {"attn_bits": 4, "mlp_bits": 4, "tilt": 0.5}
+    yield plain | {"attn_bits": 5, "mlp_bits": 5, "drop": min(1, depths // 3)}
+    yield plain | {"attn_bits": 5, "mlp_bits": 5, "mlp": "factors", "mlp_keep": 0.7}
+    yield plain | {"attn_bits": 5, "mlp": "zeros", "mlp_sparsity": 0.7}
+
+
+def ask(trial: optuna.Trial, depths: int) -> dict[str, Any]:
+    """One point of the search space."""
+    point: dict[str, Any] = {
+        "drop": trial.suggest_int("drop", 0, depths // 3),
+        "tilt": trial.suggest_float("tilt", 0.0, 1.0),
+        "group": trial.suggest_categorical("group", (32, 64, 128)),
+    }
+    for part in PARTS:
+        form = point[part] = trial.suggest_categorical(part, ("integers", "factors", "zeros"))
+        if form in ("integers", "factors"):
+            point[f"{part}_bits"] = trial.suggest_categorical(f"{part}_bits", BITS)
+        if form == "factors":
+            point[f"{part}_keep"] = trial.suggest_float(f"{part}_keep", 0.4, 1.0)
+        if form == "zeros":
+            point[f"{part}_sparsity"] = trial.suggest_float(f"{part}_sparsity", 0.4, 0.9)
+    return point
+
+
+def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, float]]) -> list[Step]:
+    """The steps that a point of the search space stands for: structure first, integers last."""
+    steps = []
+    left = list(range(job.depths))
+    if point["drop"]:
+        steps.append(Step(find.find("prune.shortgpt")(blocks=point["drop"])))
+        influence = sorted(left, key=lambda depth: sensitivity.get(f"block {depth}", {}).get("removed", 0.0))
+        left = sorted(influence[point["drop"] :])
+    bits, factors, zeros = {}, {}, {}
+    for part, roles in PARTS.items():
+        minds = [sensitivity.get(f"block {depth} {part}", {}) for depth in left]
+        if point[part] == "factors":
+            factors |= dict.fromkeys(roles, round(point[f"{part}_keep"], 3))
+        if point[part] == "zeros":
+            zeros |= dict.fromkeys(roles, round(point[f"{part}_sparsity"], 3))
+        else:
+            bits |= dict.fromkeys(roles, tilted(point[f"{part}_bits"], point["tilt"], [mind.get("bits", 0.0) for mind in minds]))
+    present = {site.role.split(".")[0] for site in job.model.sites()}
+    bits, factors, zeros = ({role: value for role, value in chosen.items() if role in present} for chosen in (bits, factors, zeros))
+    if factors:
+        steps.append(Step(find.find("factor.svd_llm")(keep=factors)))
+    if zeros:
+        steps.append(Step(find.find("prune.sparsegpt")(sparsity=zeros, store="sparse")))
+    if bits:
+        steps.append(Step(find.find("quantize.gptq")(bits=bits, group=point["group"])))
+    return steps
+
+
+def tilted(bits: int, tilt: float, minds: list[float]) -> int | list[int]:
+    """Bits for every block: a share of the blocks that mind most get the next width up, as many that mind least the next down."""
+    moved = round(tilt * len(minds) / 2)
+    if not moved:
+        return bits
+    place = BITS.index(bits)
+    ranked = sorted(range(len(minds)), key=lambda depth: minds[depth])
+    found = [bits] * len(minds)
+    for depth in ranked[:moved]:
+        found[depth] = BITS[max(place - 1, 0)]
+    for depth in ranked[len(minds) - moved :]:
+        found[depth] = BITS[min(place + 1, len(BITS) - 1)]
+    return found
+
+
+def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) -> list[FrozenTrial]:
+    """All finished trials of the study, after as many as the effort says; values are (bytes, nats per token)."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study = optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(job.work / "study.journal"))),
+            study_name="fit", directions=["minimize", "minimize"], load_if_exists=True,
+        )  # fmt: skip
+        _give_up_dead_trials(study)
+        with bar("search", job.effort.trials) as tick:
+            while (done := len(_finished(study))) < job.effort.trials:
+                # A sampler of its own for every trial, so that a search that was killed goes on as if it had not been.
+                study.sampler = optuna.samplers.TPESampler(
+                    seed=job.seed * 100_003 + done, n_startup_trials=4,
+                    constraints_func=lambda trial: (trial.user_attrs["bytes"] - job.budget.bytes,),
+                )  # fmt: skip
+                fixed = next((start for number, start in enumerate(starts(job.depths)) if number == done), None)
+                if fixed is not None:
+                    study.enqueue_trial(fixed)
+                trial = study.ask()
+                trial.set_user_attr("process", f"{socket.gethostname()}/{os.getpid()}")
+                point = ask(trial, job.depths)
+                size, score = try_out(job, steps_of(job, point, sensitivity))
+                trial.set_user_attr("bytes", size)
+                trial.set_user_attr("steps", recipe.Recipe(steps=tuple(steps_of(job, point, sensitivity))).yaml())
+                study.tell(trial, (float(size), score))
+                tick(done=done + 1, note=f"{size / job.budget.bytes:.0%} of the budget, {score - original:+.3f} nats")
+        return _finished(study)
+
+
+def try_out(job: Job, steps: list[Step]) -> tuple[int, float]:
+    """(bytes, nats per token) of the model after these steps."""
+    model = Model(name=job.name, module=copy.deepcopy(job.model.module), tokenizer=job.model.tokenizer)
+    for step in steps:
+        walk.change(model, step.method, replace(job.given, notes=[]))
+    score = job.score(model.module)
+    header = sum(len(name) + 90 for name in model.module.state_dict())
+    return stored_bytes(model.module) + header, score if math.isfinite(score) else 1e6
+
+
+def _finished(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def _give_up_dead_trials(study: optuna.Study) -> None:
+    """Close the trials of a process that was killed; those of other machines and live processes go on."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        host, _, process = str(trial.user_attrs.get("process", "/")).partition("/")
+        if host == socket.gethostname() and process.isdigit() and not psutil.pid_exists(int(process)) or not process:
+            study.tell(trial.number, state=TrialState.FAIL)
+
+
+def choose(job: Job, found: list[FrozenTrial]) -> FrozenTrial:
+    """The trial with the best score of those within the budget.
+
+    Raises:
+        PlanError: none is; the text says which came nearest.
+    """
+    within = [trial for trial in found if trial.values[0] <= job.budget.bytes]
+    if not within:
+        nearest = min(found, key=lambda trial: trial.values[0])
+        raise PlanError(
+            f"None of {len(found)} trials meets the budget of {job.budget.bytes:,} bytes ({job.budget.text}). The nearest has "
+            f"{nearest.values[0]:,.0f} bytes: {nearest.user_attrs['steps']}Ask for at least that, or for more trials."
+        )
+    return min(within, key=lambda trial: trial.values[1])
+
+
+# The chosen recipe
+
+
+def final_recipe(job: Job, steps: list[Step]) -> Recipe:
+    """The chosen steps with recovery by distillation: before the integers where structure went, and after them."""
+    tokens, length = job.effort.recover, job.score_rows.shape[1]
+    settings = {"tokens": tokens, "batch": 8, "length": length, "save_every": 50}
+    recover = Step(find.find("distill.recover")(**settings, learning_rate=5e-4), {"teacher": INPUT})
+    needed = plan.peak(job.model.module, recover.method, job.given, stored_bytes(job.model.module), streaming=False)
+    free = psutil.virtual_memory().available
+    made = []
+    for step in steps:
+        if step.method.name() == "quantize.gptq" and made:
+            made.append(recover)
+        made.append(step)
+    made.append(recover)
+    if needed > free:
+        console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
+        made = [step for step in made if step is not recover]
+    return Recipe(model=job.name, data={"source": str(job.data), "held": HELD}, samples=job.effort.samples, length=length, seed=job.seed,
+                  steps=tuple(made))  # fmt: skip
+
+
+def prompts(job: Job) -> list[str]:
+    """The first words of three documents."""
+    longest = [document for document in job.calibration.documents if len(document.split()) > 30]
+    picked = longest[:: max(1, len(longest) // 3)][:3] or list(job.calibration.documents[:1])
+    return [" ".join(document.split()[:8]) for document in picked]
+
+
+def _row(trial: FrozenTrial) -> dict[str, Any]:
+    return {"trial": trial.number, "bytes": int(trial.values[0]), "nats_per_token": trial.values[1], **trial.params, "steps": trial.user_attrs["steps"]}
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """Rows as CSV, with every column that any of them has."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()

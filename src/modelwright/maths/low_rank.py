@@ -1,0 +1,53 @@
+"""The best product of two thin matrices for a weight, under a metric.
+
+W [out, in] ≈ B A with B [out, r] and A [r, in] that minimise ‖(W - B A) S‖. With S = I this is the plain truncated
+singular value decomposition; with S Sᵀ = Σ x xᵀ it is the error of the layer's outputs (SVD-LLM, 2403.07378); with S
+diagonal it is ASVD (2312.05821).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def factor(weight: Tensor, rank: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The two factors of the best approximation of a rank: (B [out, rank], A [rank, in]) in weight's dtype.
+
+    weight: [out, in]. rank: 1 to min(out, in). metric: S, lower triangular [in, in] from `whitening`, or the diagonal
+    of one [in]; None is the identity. Then ‖(W - B A) S‖² is the sum of the squares of the singular values of W S
+    that are dropped. The singular values are shared evenly: each factor has their roots.
+    Differs: S is never inverted, since U_r s_r V_rᵀ S⁻¹ = U_r U_rᵀ W; so it may be singular.
+    """
+    exact = weight.double()
+    if metric is None:
+        stretched = exact
+    elif metric.ndim == 1:
+        stretched = exact * metric.double()
+    else:
+        stretched = exact @ metric.double()
+    left, values, _ = torch.linalg.svd(stretched, full_matrices=False)
+    left = left[:, :rank]
+    roots = values[:rank].clamp(min=values[0] * 1e-12).sqrt()
+    roots = torch.where(roots > 0, roots, 1.0)
+    tall = left * roots
+    wide = (left.t() @ exact) / roots[:, None]
+    return tall.to(weight.dtype), wide.to(weight.dtype)
+
+
+def whitening(moment: Tensor) -> Tensor:
+    """S with S Sᵀ = `moment`, lower triangular [in, in] float64, for a second moment [in, in].
+
+    A moment that is not positive definite is lifted: -λ_min + 1e-6 of its mean diagonal is added to the diagonal.
+    """
+    exact = moment.double()
+    lower, failed = torch.linalg.cholesky_ex(exact)
+    if failed:
+        lift = 1e-6 * exact.diagonal().mean() - torch.linalg.eigvalsh(exact)[0].clamp(max=0)
+        lower = torch.linalg.cholesky(exact + lift * torch.eye(len(exact), dtype=exact.dtype, device=exact.device))
+    return lower
+
+
+def rank_for(keep: float, rows: int, columns: int) -> int:
+    """The rank whose two factors hold at most `keep` of the entries of a [rows, columns] weight; at least 1."""
+    return max(1, int(keep * rows * columns / (rows + columns)))

@@ -1,0 +1,155 @@
+"""Affine integer grids: scales, codes, and the dense bit stream that stores the codes.
+
+weight [out, in] ≈ (code - zero) · scale, where each row is cut into groups of `group` consecutive columns that share
+a scale and, on an asymmetric grid, a zero point. Codes are signed, from -2^(bits-1) to 2^(bits-1) - 1.
+Layout of the stored bits: compressed-tensors 0.20, format pack-quantized.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from torch import Tensor
+
+CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
+NORM = 2.4  # the power of the error that it minimises
+
+
+def scales(
+    weight: Tensor, bits: int, group: int | None = None, *, symmetric: bool = True, mse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Choose each group's scale, and its zero point when the grid is asymmetric.
+
+    weight: [out, in]; `in` is a multiple of `group`. group: columns that share a scale; None is the whole row.
+    symmetric: scale = max|w| / ((2^bits - 1) / 2), so that the grid's full range is used; else the range from the
+        least to the greatest weight, with 0 in it, is cut into 2^bits - 1 steps.
+    mse: also try ranges shrunk by 1 to 79 percent, and keep the one with the least Σ|error|^2.4.
+
+    Returns (scale [out, groups] in weight's dtype and always above 0, zero [out, groups] int8 or None).
+    Source: IST-DASLab/gptq quant.py; compressed-tensors for the symmetric range.
+    """
+    grouped = _grouped(weight, weight.shape[1] // (group or weight.shape[1])).float()
+    low = grouped.amin(-1).clamp_(max=0)
+    high = grouped.amax(-1).clamp_(min=0)
+    if symmetric:
+        high = torch.maximum(high, low.neg_())
+        low = -high
+    scale, zero = _scale(low, high, bits, symmetric, weight.dtype)
+    if not mse:
+        return scale, zero
+    least = _error(grouped, scale, zero, bits)
+    for step in range(1, CLIPS):
+        shrunk = 1 - step / 100
+        other, other_zero = _scale(low * shrunk, high * shrunk, bits, symmetric, weight.dtype)
+        error = _error(grouped, other, other_zero, bits)
+        better = error < least
+        least = torch.where(better, error, least)
+        scale = torch.where(better, other, scale)
+        zero = zero if zero is None or other_zero is None else torch.where(better, other_zero, zero)
+    return scale, zero
+
+
+def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """The nearest codes, halves to even: round(weight / scale) + zero, clipped; int8 [out, in].
+
+    weight [out, in], scale and zero [out, groups] as `scales` gives them.
+    """
+    return _codes(_grouped(weight, scale.shape[1]), scale, zero, bits).to(torch.int8).view(weight.shape)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+    """The weights that codes stand for, (code - zero) · scale: [out, in] in `dtype`, by default scale's.
+
+    codes int8 [out, in], scale and zero [out, groups]. The product is rounded once, in scale's dtype.
+    """
+    grouped = _grouped(codes, scale.shape[1]).to(scale.dtype)
+    if zero is not None:
+        grouped -= zero.to(scale.dtype).unsqueeze(-1)
+    return grouped.mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype or scale.dtype)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Store each row of signed codes as a dense stream of bits, lowest first, in 32-bit words.
+
+    codes: int8 [out, in], each from -2^(bits-1) to 2^(bits-1) - 1; stored with 2^(bits-1) added. Column j takes the
+    bits from j · bits of its row's stream; spare bits at a row's end are 0. bits: 1 to 8.
+
+    Returns int32 [out, ceil(in · bits / 32)].
+    """
+    assert sys.byteorder == "little"
+    rows, columns = codes.shape
+    words = packed_words(columns, bits)
+    values, width = _unit(bits)
+    units = -(-words * 4 // width)
+    unsigned = codes.new_zeros(rows, units * values, dtype=torch.uint8)
+    unsigned[:, :columns] = codes.view(torch.uint8) + (1 << (bits - 1))
+    unsigned = unsigned.view(rows, units, values)
+    stream = unsigned.new_zeros(rows, units, width)
+    for index in range(values):
+        byte, shift = divmod(index * bits, 8)
+        stream[..., byte] |= unsigned[..., index] << shift
+        if shift + bits > 8:
+            stream[..., byte + 1] |= unsigned[..., index] >> (8 - shift)
+    return stream.view(rows, -1)[:, : words * 4].reshape(-1).view(torch.int32).view(rows, words)
+
+
+def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes that `pack` stored: int32 [out, words] → int8 [out, columns]."""
+    rows = packed.shape[0]
+    values, width = _unit(bits)
+    stream = packed.contiguous().view(torch.uint8)
+    units = -(-columns // values)
+    stream = torch.nn.functional.pad(stream, (0, max(0, units * width - stream.shape[1])))
+    stream = stream[:, : units * width].reshape(rows, units, width)
+    unsigned = stream.new_empty(rows, units, values)
+    for index in range(values):
+        byte, shift = divmod(index * bits, 8)
+        value = stream[..., byte] >> shift
+        if shift + bits > 8:
+            value |= stream[..., byte + 1] << (8 - shift)
+        unsigned[..., index] = value
+    unsigned &= (1 << bits) - 1
+    unsigned -= 1 << (bits - 1)
+    return unsigned.view(rows, -1)[:, :columns].view(torch.int8)
+
+
+def packed_words(columns: int, bits: int) -> int:
+    """How many 32-bit words a row of codes takes."""
+    return -(-columns * bits // 32)
+
+
+def _unit(bits: int) -> tuple[int, int]:
+    """The fewest codes that fill whole bytes: (codes, bytes)."""
+    common = math.gcd(8, bits)
+    return 8 // common, bits // common
+
+
+def _grouped(weight: Tensor, groups: int) -> Tensor:
+    assert weight.shape[1] % groups == 0, (weight.shape, groups)
+    return weight.reshape(weight.shape[0], groups, -1)
+
+
+def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    steps = 2**bits - 1
+    scale = ((high - low) / steps).to(dtype).clamp_(min=torch.finfo(dtype).tiny)
+    if symmetric:
+        return scale, None
+    zero = torch.round(-low / scale.float()).clamp_(0, steps) - 2 ** (bits - 1)
+    return scale, zero.to(torch.int8)
+
+
+def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Codes as floats; both operands in float32, so that the scale in its stored dtype decides."""
+    codes = (grouped.float() / scale.float().unsqueeze(-1)).round_()
+    if zero is not None:
+        codes += zero.unsqueeze(-1)
+    return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _error(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    values = _codes(grouped, scale, zero, bits)
+    if zero is not None:
+        values -= zero.unsqueeze(-1)
+    return values.mul_(scale.float().unsqueeze(-1)).sub_(grouped).abs_().pow_(NORM).sum(-1)

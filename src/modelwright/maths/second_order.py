@@ -1,0 +1,196 @@
+"""Change a weight column by column and let the columns to the right make up for it.
+
+For y = W x with second moment H = Σ x xᵀ, GPTQ (2210.17323) and SparseGPT (2301.00774) do the same: with H⁻¹ = Uᵀ U,
+U upper triangular, replace column j by q, and take e U[j, j:] with e = (w_j - q) / U_jj from the columns from j on.
+They differ only in q: GPTQ rounds, SparseGPT zeroes. Then tr((W - Q) H (W - Q)ᵀ) = Σ e², exactly.
+
+Columns are worked on as contiguous rows of Wᵀ, and every update that can wait is one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from modelwright.maths.masks import lowest
+
+# choose(start, block [n, out], columns) is called as each block of n of all the columns begins, and returns
+# pick(k, column [out]), which gives what column start + k becomes. `block` is live: at pick(k), its next columns up to
+# a multiple of LEAF hold their values as of then.
+Pick = Callable[[int, Tensor], Tensor]
+Choose = Callable[[int, Tensor, int], Pick]
+
+LEAF = 32  # columns whose updates are applied one at a time
+TRIES = 6  # dampings that are tried, each ten times the last
+
+
+def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, float]:
+    """Factor the inverse of a damped second moment.
+
+    moment: H [in, in], symmetric, at any positive scale. damp: added to the diagonal, as a fraction of its mean.
+
+    Returns (U, dead, damp used): U upper triangular [in, in] float32 with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U;
+    `dead` [in], the columns that no input has reached, whose weights mean nothing; the damping, raised tenfold as
+    often as the factorisation failed.
+    Raises torch.linalg.LinAlgError when H is not finite or stays singular.
+    Differs: one Cholesky factorisation of the reversed matrix and one triangular inverse, for the usual two
+    factorisations and one inverse; dead columns get the mean of the live diagonal and not 1, so that damping does
+    not depend on H's scale.
+    """
+    diagonal = moment.diagonal().float()
+    dead = diagonal == 0
+    mean = diagonal.sum().item() / max(1, int((~dead).sum())) or 1.0
+    if not torch.isfinite(diagonal).all():
+        raise torch.linalg.LinAlgError(
+            "The second moment of a layer's inputs is not finite: the layers before it overflow. Use a wider dtype."
+        )
+    reversed_ = moment.flip(0, 1).float()
+    live = torch.where(dead, mean, diagonal).flip(0)
+    used = damp
+    for _ in range(TRIES):
+        reversed_.diagonal().copy_(live + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        if not failed:
+            return _inverse(lower.flip(0, 1)), dead, used
+        used = max(used * 10, 1e-4)
+    raise torch.linalg.LinAlgError(
+        f"The second moment [{len(dead)}, {len(dead)}] of a layer's inputs has no inverse, even with {used / 10:g} of "
+        "its mean added to its diagonal. Give more calibration text."
+    )
+
+
+def sweep(
+    weight: Tensor, inverse: Tensor, choose: Choose, *, dead: Tensor | None = None, block: int = 128
+) -> tuple[Tensor, float]:
+    """Replace each column in turn by what `choose` picks, and pass its error on to the columns after it.
+
+    weight: W [out, in] of any float dtype. inverse: U [in, in] from `inverse_factor`. dead: [in], columns that are 0
+    from the start. block: columns between calls of `choose`, and between updates of all the rest.
+
+    Returns (Q [out, in] in weight's dtype, Σ e² = tr((W - Q) H_damped (W - Q)ᵀ)). W is not changed.
+    """
+    rows, columns = weight.shape
+    result = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
+    result.copy_(weight.detach().t())
+    if dead is not None:
+        result[dead] = 0
+    errors = torch.empty(min(block, columns), rows, dtype=torch.float32, device=weight.device)
+    loss = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for start in range(0, columns, block):
+        stop = min(start + block, columns)
+        part = result[start:stop]
+        error = errors[: stop - start]
+        _sweep_block(part, error, inverse[start:stop, start:stop], choose(start, part, columns))
+        loss += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
+        if stop < columns:
+            result[stop:].addmm_(inverse[start:stop, stop:].t(), error, alpha=-1)
+    return result.t().to(weight.dtype, memory_format=torch.contiguous_format), loss.item()
+
+
+def rounded(scale: Tensor, zero: Tensor | None, bits: int, order: Tensor | None = None) -> Choose:
+    """Pick the nearest point of a fixed integer grid: GPTQ.
+
+    scale, zero: [out, groups], of the original weight, as `rounding.scales` gives them. order: [in], for a weight
+    whose columns were permuted, the original place of each, which decides its group ("static" act-order).
+    """
+    steps = scale.float().t().contiguous()
+    shift = torch.zeros_like(steps) if zero is None else zero.float().t()
+    lows = (-(2.0 ** (bits - 1)) - shift).unbind()
+    highs = (2.0 ** (bits - 1) - 1 - shift).unbind()
+    rows = steps.unbind()
+
+    def choose(start: int, block: Tensor, columns: int) -> Pick:
+        places = range(start, start + len(block)) if order is None else order[start : start + len(block)].tolist()
+        groups = [place // (columns // len(rows)) for place in places]
+
+        def pick(k: int, column: Tensor) -> Tensor:
+            group = groups[k]
+            return (column / rows[group]).round_().clamp_(lows[group], highs[group]).mul_(rows[group])
+
+        return pick
+
+    return choose
+
+
+def zeroed(
+    inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] | None = None, then: Choose | None = None
+) -> Choose:
+    """Pick 0 where the error w² / U_jj² that this makes is least: SparseGPT.
+
+    inverse: U [in, in]. sparsity: the fraction zeroed of each block of columns, all rows together.
+    pattern: (n, m) keeps n of every m consecutive columns in each row, and overrides `sparsity`; m divides 32.
+    then: what becomes of the entries that stay, such as `rounded`.
+    """
+    importance = inverse.diagonal().pow(-2)
+    assert pattern is None or LEAF % pattern[1] == 0, pattern
+
+    def choose(start: int, block: Tensor, columns: int) -> Pick:
+        later = then and then(start, block, columns)
+        weight = importance[start : start + len(block), None]
+        if pattern:
+            keep = torch.empty_like(block)
+        else:
+            keep = (~lowest(block * block * weight, sparsity)).float()
+
+        def pick(k: int, column: Tensor) -> Tensor:
+            if pattern and k % pattern[1] == 0:
+                run = slice(k, k + pattern[1])
+                keep[run] = (~lowest((block[run] ** 2 * weight[run]).t(), pattern=pattern)).t()
+            return (later(k, column) if later else column) * keep[k]
+
+        return pick
+
+    return choose
+
+
+def masked(remove: Tensor) -> Choose:
+    """Pick 0 where a given mask [out, in] says so."""
+
+    def choose(start: int, block: Tensor, columns: int) -> Pick:
+        keep = (~remove[:, start : start + len(block)]).t().float().contiguous()
+        return lambda k, column: column * keep[k]
+
+    return choose
+
+
+def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> None:
+    """Sweep one block in place: part and error [columns, out], inverse the block's own square of U.
+
+    Each leaf of columns is followed by a product that updates as many columns again as lie to its left in the block,
+    so that most of the work is in products of large matrices.
+    """
+    columns = part.unbind()
+    errors = error.unbind()
+    scales = inverse.diagonal().tolist()
+
+    def solve(start: int, stop: int) -> None:
+        if stop - start > LEAF:
+            middle = start + -(-(stop - start) // (2 * LEAF)) * LEAF
+            solve(start, middle)
+            part[middle:stop].addmm_(inverse[start:middle, middle:stop].t(), error[start:middle], alpha=-1)
+            solve(middle, stop)
+            return
+        for k in range(start, stop):
+            column = columns[k]
+            chosen = pick(k, column)
+            torch.sub(column, chosen, out=errors[k]).div_(scales[k])
+            column.copy_(chosen)
+            if k + 1 < stop:
+                part[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k], alpha=-1)
+
+    solve(0, len(part))
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """The inverse of an upper triangular matrix, by halves: most of the work is in matrix products."""
+    size = len(upper)
+    if size <= 128:
+        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+    half = size // 2
+    result = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    result[:half, :half] = _inverse(upper[:half, :half])
+    result[half:, half:] = _inverse(upper[half:, half:])
+    result[:half, half:] = result[:half, :half] @ upper[:half, half:] @ -result[half:, half:]
+    return result

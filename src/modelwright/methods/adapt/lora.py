@@ -1,0 +1,32 @@
+"""Train a low-rank update beside each frozen matrix.
+
+Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen 2021, arXiv:2106.09685, section 4.1; through peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from modelwright.core.method import AdapterMethod
+from modelwright.core.settings import count, fraction, number
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora(AdapterMethod):
+    """Add `alpha/rank · B A x` to the output of each chosen matrix; only A and B train."""
+
+    status: ClassVar[str] = "checked"
+    neutral = {}  # B starts at zero: attaching changes no output
+
+    rank: int = count(8)  # rows of A, columns of B
+    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
+    dropout: float = fraction(0.0, high=0.99)  # of the update's inputs, while training
+
+    def adapter(self, targets: list[str]) -> PeftConfig:
+        from peft import LoraConfig
+
+        return LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]

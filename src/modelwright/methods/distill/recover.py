@@ -1,0 +1,45 @@
+"""Train a compressed model to predict what its original predicts.
+
+Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2, with the skewed divergences of Ko et al. 2024,
+arXiv:2402.03898, as an option.
+Differs: no factor T² with a temperature, as in generalised knowledge distillation (arXiv:2306.13649); zeros of a
+pruned model stay zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.core.method import TrainMethod
+from modelwright.core.settings import fraction, number
+from modelwright.core.training import next_token
+from modelwright.maths.divergence import mixed_kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recover(TrainMethod):
+    """Distil from `teacher` (often `$input`) on the text; zeros stay zero."""
+
+    status: ClassVar[str] = "checked"
+    small = dict(tokens=256, batch=2, length=16)
+
+    direction: Literal["forward", "reverse"] = "forward"  # KL(teacher ‖ student), or KL(student ‖ teacher)
+    skew: float = fraction(0.0)  # weight of the first distribution in the mixture it is compared with
+    temperature: float = number(1.0, low=1e-3)  # divides the logits of both
+    text: float = fraction(0.0)  # weight of the text's own next tokens in the loss
+
+    def loss(self, module: nn.Module, ids: Tensor, mask: Tensor, teacher: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            wanted = teacher(input_ids=ids).logits[:, :-1]
+        found = module(input_ids=ids).logits[:, :-1]
+        first, second = (wanted, found) if self.direction == "forward" else (found, wanted)
+        divergence = mixed_kl(first, second, self.skew, self.temperature, mask[:, 1:])
+        if not self.text:
+            return divergence, {"divergence": divergence.detach()}
+        own, _ = next_token(module, ids, mask)
+        total = (1 - self.text) * divergence + self.text * own
+        return total, {"divergence": divergence.detach(), "text": own.detach()}

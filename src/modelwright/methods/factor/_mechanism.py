@@ -1,0 +1,57 @@
+"""Low rank: W ≈ B·A, the best fit of its rank under a metric. A method fills in the metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from modelwright.blocks.low_rank import LowRankLinear
+from modelwright.core.method import SiteMethod
+from modelwright.core.settings import count, fraction
+from modelwright.maths import low_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factoriser(SiteMethod):
+    """Stores each chosen weight as two factors."""
+
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear")
+    leaves: ClassVar[frozenset[str]] = frozenset({"low-rank"})
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    keep: float = fraction(0.5)  # of each matrix's parameters, in both factors together; 1 leaves it as it is
+    rank: int | None = count(None)  # of the product; overrides keep
+    store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
+
+    def rank_of(self, shape: tuple[int, ...]) -> int | None:
+        """The rank for a weight of this shape [out, in]; None where two factors would be no smaller."""
+        rank = self.rank or low_rank.rank_for(self.keep, *shape)
+        return rank if rank * sum(shape) < shape[0] * shape[1] else None
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        if len(shape) != 2:
+            return f"has the shape {list(shape)}, and two factors are for matrices"
+        if self.rank and self.rank > min(shape):
+            return f"is {shape[0]} × {shape[1]}, so its rank is at most {min(shape)}; asked for {self.rank}"
+        return ""
+
+    def factored(self, weight: Tensor, metric: Tensor | None) -> Tensor | nn.Module:
+        """The weight [out, in] at its rank, under the metric S: None, a diagonal [in] or a lower factor [in, in]."""
+        rank = self.rank_of(tuple(weight.shape))
+        if rank is None:
+            return weight
+        b, a = low_rank.factor(weight, rank, metric)
+        if self.store == "dense":
+            return (b.float() @ a.float()).to(weight.dtype)
+        return LowRankLinear.from_factors(b, a)
+
+    def planned(self, weight: Tensor) -> Tensor | nn.Module:
+        rank = self.rank_of(tuple(weight.shape))
+        if rank is None or self.store == "dense":
+            return weight
+        return LowRankLinear(out_features=weight.shape[0], in_features=weight.shape[1], rank=rank, dtype=weight.dtype, device="meta")
+
+    def promise(self) -> dict[str, Any]:
+        return {}

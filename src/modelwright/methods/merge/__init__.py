@@ -1,0 +1,8 @@
+"""Merging: make one model of several that were fine-tuned from the same one.
+
+Mechanism: θ0 + λ·norm(Σ wᵢ·agree(sparsify(θᵢ − θ0))), tensor by tensor. The model of the recipe is the base θ0; the
+donors are the fine-tuned ones.
+
+How to choose: `merge.linear` is the average and hard to beat with strong bases; `merge.ties` keeps donors that
+changed different things from cancelling each other.
+"""

@@ -1,0 +1,26 @@
+"""Average models, weight by weight.
+
+Wortsman et al. 2022, arXiv:2203.05482, section 2 (uniform soup); weights as in mergekit's `linear`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from modelwright.maths import task_vectors
+from modelwright.methods.merge._mechanism import Merger
+
+
+@dataclass(frozen=True, kw_only=True)
+class Linear(Merger):
+    """Replace every weight by the weighted mean of the donors'; the model itself counts only if it is a donor too."""
+
+    status: ClassVar[str] = "checked"
+
+    normalize: bool = True  # divide by the sum of the weights
+
+    def tensor(self, weight: Tensor, donors: list[Tensor]) -> Tensor:
+        return task_vectors.average(donors, self.weights_for(len(donors)), normalize=self.normalize, dtype=weight.dtype)

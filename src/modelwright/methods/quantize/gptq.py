@@ -1,0 +1,47 @@
+"""Round column by column, and let the columns still to come make up for the error.
+
+Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, algorithm 1.
+Differs: group scales are those of the original weights, also when columns are taken by falling importance ("static"
+order), so that checkpoints need no column index. A group that does not divide a row is lowered to the largest
+divisor that they share. The damping is raised tenfold when the factorisation fails.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from modelwright.core.method import LayerMethod
+from modelwright.core.settings import count, number
+from modelwright.core.statistics import Statistics
+from modelwright.maths import rounding, second_order
+from modelwright.methods.quantize._mechanism import IntegerQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gptq(IntegerQuantizer, LayerMethod):
+    """Store weights as `bits`-bit integers, chosen so that the layers' outputs on the text change least."""
+
+    status: ClassVar[str] = "checked"
+    gathers: ClassVar[tuple[str, ...]] = ("moment",)
+    small = dict(group=32)
+
+    order: bool = False  # columns with large inputs first; costs nothing at inference
+    damp: float = number(0.01, low=0)  # added to the moment's diagonal, as a share of its mean
+    block: int = count(128, unit="columns")  # between updates of all later columns
+
+    def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
+        moment = statistics.moment
+        scale, zero = rounding.scales(weight, self.bits, self.group_of(weight.shape[1]), symmetric=self.symmetric, mse=self.search)
+        places = moment.diagonal().argsort(descending=True, stable=True) if self.order else None
+        if places is not None:
+            moment = moment[places][:, places]
+        inverse, dead, _ = second_order.inverse_factor(moment, self.damp)
+        columns = weight if places is None else weight[:, places]
+        pick = second_order.rounded(scale, zero, self.bits, places)
+        values, _ = second_order.sweep(columns.float(), inverse, pick, dead=dead, block=self.block)
+        if places is not None:
+            values = values[:, places.argsort()]
+        return self.packed(rounding.encode(values, scale, zero, self.bits), scale, zero)

@@ -1,0 +1,28 @@
+"""Round every weight to the nearest point of its group's integer grid.
+
+Folklore; the grid is that of compressed-tensors: symmetric scale max|w| / ((2^bits - 1) / 2), halves to even.
+Differs: a group that does not divide a row is lowered to the largest divisor that they share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from modelwright.core.method import TensorMethod
+from modelwright.maths import rounding
+from modelwright.methods.quantize._mechanism import IntegerQuantizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(IntegerQuantizer, TensorMethod):
+    """Store weights as `bits`-bit integers, each rounded by itself; needs no text."""
+
+    status: ClassVar[str] = "checked"
+    small = dict(group=32)
+
+    def tensor(self, weight: Tensor) -> nn.Module:
+        scale, zero = rounding.scales(weight, self.bits, self.group_of(weight.shape[1]), symmetric=self.symmetric, mse=self.search)
+        return self.packed(rounding.encode(weight, scale, zero, self.bits), scale, zero)

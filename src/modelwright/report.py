@@ -1,0 +1,280 @@
+"""What a fit or a run shows: an HTML page that needs no other file, plots, tables, and the model card."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+from rich.table import Table
+
+from . import __version__
+from .core import loading
+from .core.model import Model
+
+INK, ACCENT, SOFT, WARM = "#1f2933", "#0b6e99", "#9fb3c8", "#c2410c"
+PARTS = ("attn", "mlp")
+COLUMNS = {
+    "model": "model", "step": "step", "parameters": "parameters", "zeros": "zeros", "bytes_disk": "on disk", "bytes_memory": "in memory",
+    "bits_per_weight": "bits per weight", "flops_per_token": "FLOPs per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte",
+    "tokens": "tokens measured", "prefill_tokens_per_second": "prefill tokens/s", "decode_tokens_per_second": "decode tokens/s",
+    "joules_per_token": "joules per token", "peak_memory": "peak memory", "peak_bytes": "peak memory", "seconds": "seconds",
+}  # fmt: skip
+
+
+@dataclass
+class Page:
+    """Everything that the report of a fit shows."""
+
+    name: str
+    budget: str
+    budget_bytes: int
+    table: list[dict[str, Any]]  # the original and the chosen model
+    frontier: list[dict[str, Any]]  # every trial
+    chosen: dict[str, Any]
+    sensitivity: dict[str, dict[str, float]]
+    samples: list[tuple[str, str, str]]  # prompt, what the original writes, what the chosen one writes
+    recipe: str
+    account: list[dict[str, Any]]
+    score: float  # of the original on the text that trials were scored on
+    notes: list[str] = field(default_factory=list)
+
+
+# Numbers in words
+
+
+def size(count: float | None) -> str:
+    """Bytes as "2.2 MB"."""
+    if count is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def short(count: float) -> str:
+    """A count as "2.83 M"."""
+    for unit in ("", " k", " M", " G"):
+        if abs(count) < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"
+
+
+def shown(column: str, row: dict[str, Any]) -> str:
+    """A value of a table as text."""
+    value = row.get(column)
+    if value is None:
+        return "unknown" if column == "joules_per_token" else "–"
+    if column in ("bytes_disk", "bytes_memory", "peak_memory", "peak_bytes"):
+        return size(value)
+    if column == "perplexity":
+        return f"{value:.2f} ({row['perplexity_low']:.2f}–{row['perplexity_high']:.2f})"
+    if column in ("parameters", "zeros", "flops_per_token", "tokens"):
+        return short(value)
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def columns_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The columns that some row has, in the usual order."""
+    return [column for column in COLUMNS if any(column in row for row in rows)]
+
+
+def table(rows: list[dict[str, Any]], title: str = "") -> Table:
+    """Rows as a table for the terminal: one column for each row when there are few, as models are compared."""
+    made = Table(title=title or None, title_justify="left")
+    columns = columns_of(rows)
+    if rows and "model" in rows[0]:
+        made.add_column("")
+        for row in rows:
+            made.add_column(str(row["model"]), justify="right")
+        for column in columns[1:]:
+            made.add_row(COLUMNS[column], *(shown(column, row) for row in rows))
+        return made
+    for column in columns:
+        made.add_column(COLUMNS[column], justify="left" if column == "step" else "right")
+    for row in rows:
+        made.add_row(*(shown(column, row) for column in columns))
+    return made
+
+
+# Plots
+
+
+def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that no other row beats in both bytes and score, from small to large."""
+    found: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (row["bytes"], row["nats_per_token"])):
+        if not found or row["nats_per_token"] < found[-1]["nats_per_token"]:
+            found.append(row)
+    return found
+
+
+def frontier_plot(page: Page) -> str:
+    """Size against quality: the original, every trial, the chosen one, the budget. SVG."""
+    figure, axes = _figure(7.2, 4.2)
+    original = page.table[0]["bytes_disk"]
+    worst = page.score + 3.0
+    trials = [row for row in page.frontier if row["nats_per_token"] < worst]
+    left_out = len(page.frontier) - len(trials)
+    axes.scatter([row["bytes"] / 1e6 for row in trials], [row["nats_per_token"] for row in trials], s=26, color=SOFT, label="trials", zorder=2)
+    front = best_of(trials)
+    axes.step([row["bytes"] / 1e6 for row in front], [row["nats_per_token"] for row in front], where="post", color=ACCENT, lw=1.4,
+              label="frontier", zorder=3)  # fmt: skip
+    axes.scatter([original / 1e6], [page.score], marker="s", s=52, color=INK, label="original", zorder=4)
+    axes.scatter([page.chosen["bytes"] / 1e6], [page.chosen["nats_per_token"]], marker="*", s=190, color=WARM, label="chosen, before recovery", zorder=5)
+    axes.axvline(page.budget_bytes / 1e6, color=WARM, lw=1, ls="--")
+    axes.annotate(f" budget {page.budget}", (page.budget_bytes / 1e6, 1), xycoords=("data", "axes fraction"), va="top", color=WARM, fontsize=9)
+    axes.set_xlabel("weight files, MB")
+    axes.set_ylabel("nats per token on calibration text")
+    axes.set_xlim(left=0)
+    if left_out:
+        axes.annotate(f"{left_out} trials lie above", (0.99, 0.99), xycoords="axes fraction", ha="right", va="top", color=SOFT, fontsize=8)
+    axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.93))
+    return _svg(figure)
+
+
+def sensitivity_plot(page: Page) -> str:
+    """How much each block minds rounding, low rank, zeros and removal. SVG."""
+    depths = sorted({int(place.split()[1]) for place in page.sensitivity})
+    figure, all_axes = _figure(7.2, 4.6, 2, 2)
+    titles = {"bits": "rounded to 3 bits", "rank": "half the rank's parameters", "zeros": "half the weights zero", "removed": "block removed"}
+    for axes, (name, title) in zip(all_axes.flat, titles.items(), strict=True):
+        if name == "removed":
+            axes.bar(depths, [page.sensitivity.get(f"block {depth}", {}).get(name, 0) for depth in depths], color=INK, width=0.6)
+        else:
+            for shift, (part, colour) in enumerate(zip(PARTS, (ACCENT, WARM), strict=True)):
+                heights = [page.sensitivity.get(f"block {depth} {part}", {}).get(name, 0) for depth in depths]
+                axes.bar([depth + 0.4 * shift - 0.2 for depth in depths], heights, width=0.4, color=colour, label=part)
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.set_xticks(depths if len(depths) <= 16 else depths[:: len(depths) // 8])
+    all_axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("block", fontsize=10)
+    figure.supylabel("nats per token lost", fontsize=10)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "svg.hashsalt": "modelwright"}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots(rows, columns, squeeze=True)
+
+
+def _svg(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", metadata={"Date": None})
+    return stream.getvalue()[stream.getvalue().index("<svg") :]
+
+
+# Pages
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Modelwright: {{ page.name }} within {{ page.budget }}</title>
+<style>
+ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+ h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+ .lead { color: #52606d } svg { max-width: 100%; height: auto }
+ table { border-collapse: collapse; font-size: .92rem } td, th { padding: .3rem .8rem; border-bottom: 1px solid #e4e7eb; text-align: right }
+ td:first-child, th:first-child { text-align: left } .wide { overflow-x: auto }
+ pre { background: #f5f7fa; padding: .8rem 1rem; overflow-x: auto; font-size: .86rem } details summary { cursor: pointer; color: #0b6e99 }
+ .prompt { color: #829ab1 } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1rem }
+ .pair div { background: #f5f7fa; padding: .6rem .8rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere }
+</style></head><body>
+<h1>{{ page.name }} within {{ page.budget }}</h1>
+<p class="lead">{{ lead }}</p>
+<h2>Before and after, on text that nothing has seen</h2>
+<div class="wide"><table><tr><th></th>{% for row in page.table %}<th>{{ row.model }}</th>{% endfor %}</tr>
+{% for column in columns[1:] %}<tr><td>{{ names[column] }}</td>{% for row in page.table %}<td>{{ shown(column, row) }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+<p class="lead">Perplexity with its 95 % interval over windows of text. Energy is unknown where the machine has no counter for it.</p>
+<h2>Size against quality</h2>{{ frontier }}
+<h2>What each block minds</h2>{{ sensitivity }}
+<h2>Continuations</h2>
+{% for prompt, before, after in page.samples %}<div class="pair">
+<div><b>original</b><br><span class="prompt">{{ prompt }}</span>{{ before[prompt|length:] }}</div>
+<div><b>chosen</b><br><span class="prompt">{{ prompt }}</span>{{ after[prompt|length:] }}</div></div>{% endfor %}
+<h2>The recipe</h2><pre>{{ page.recipe }}</pre>
+<h2>What each step did</h2>
+<div class="wide"><table><tr>{% for column in steps %}<th>{{ names[column] }}</th>{% endfor %}</tr>
+{% for row in page.account %}<tr>{% for column in steps %}<td>{{ shown(column, row) }}</td>{% endfor %}</tr>{% endfor %}</table></div>
+{% for row in page.account %}{% for note in row.notes or [] %}<p class="lead">{{ row.step }}: {{ note }}</p>{% endfor %}{% endfor %}
+<details><summary>All {{ page.frontier|length }} trials</summary><div class="wide"><table>
+<tr><th>trial</th><th>bytes</th><th>nats per token</th><th>steps</th></tr>
+{% for row in page.frontier|sort(attribute="bytes") %}<tr><td>{{ row.trial }}</td><td>{{ size(row.bytes) }}</td><td>{{ "%.4f"|format(row.nats_per_token) }}</td>
+<td><pre>{{ row.steps }}</pre></td></tr>{% endfor %}</table></div></details>
+<p class="lead">Made by Modelwright {{ version }}.</p>
+</body></html>
+"""
+
+
+def lead(page: Page) -> str:
+    """The result in one or two sentences."""
+    before, after = page.table
+    return (
+        f"{size(before['bytes_disk'])} became {size(after['bytes_disk'])}, {after['bytes_disk'] / before['bytes_disk']:.0%} of the weight files. "
+        f"Perplexity on held-out text went from {before['perplexity']:.2f} to {after['perplexity']:.2f}, "
+        f"bits per byte from {before['bits_per_byte']:.3f} to {after['bits_per_byte']:.3f}, on {short(after['tokens'])} tokens."
+    )
+
+
+def html(page: Page) -> str:
+    """The report as one self-contained HTML file."""
+    from markupsafe import Markup
+
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(TEMPLATE)
+    steps = [column for column in columns_of(page.account) if column not in ("flops_per_token",)]
+    return made.render(
+        page=page, lead=lead(page), columns=columns_of(page.table), steps=steps, names=COLUMNS, shown=shown, size=size, version=__version__,
+        frontier=Markup(frontier_plot(page)), sensitivity=Markup(sensitivity_plot(page)),
+    )  # fmt: skip
+
+
+def card(page: Page, model: Model) -> str:
+    """The model card, as README.md beside the weights."""
+    descriptions = loading.described(model.module)
+    stated = loading.quantization_config(model.module) or {"quant_method": "dense"}
+    how = {
+        "dense": "It loads with plain transformers.",
+        "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
+        loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form.",
+    }[stated["quant_method"]]
+    before, after = page.table
+    rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, before)} | {shown(column, after)} |" for column in columns_of(page.table)[1:])
+    first = "import modelwright\n" if stated["quant_method"] == loading.METHOD else ""
+    kinds = ", ".join(sorted({text["kind"].replace("_", " ") for text in descriptions.values()})) or "dense"
+    return f"""---
+library_name: transformers
+tags: [modelwright, compressed]
+base_model: {page.name}
+---
+
+# {page.name} within {page.budget}
+
+{lead(page)} Layers are stored as: {kinds}.
+
+```python
+{first}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("model/")
+tokenizer = AutoTokenizer.from_pretrained("model/")
+```
+
+{how}
+
+| | original | this model |
+|---|---|---|
+{rows}
+
+Made by Modelwright {__version__} with this recipe:
+
+```yaml
+{page.recipe}```
+"""
+

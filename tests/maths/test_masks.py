@@ -1,0 +1,89 @@
+import math
+
+import pytest
+import torch
+
+from modelwright.maths import masks
+from modelwright.maths.masks import find_cut, lowest
+
+
+def test_a_case_by_hand():
+    score = torch.tensor([[3.0, 1.0, 2.0, 4.0], [8.0, 7.0, 6.0, 5.0]])
+    assert lowest(score, 0.5).tolist() == [[True] * 4, [False] * 4]
+    assert lowest(score, 0.5, per="row").tolist() == [[False, True, True, False], [False, False, True, True]]
+    assert lowest(score, pattern=(1, 4)).tolist() == [[True, True, True, False], [False, True, True, True]]
+    assert lowest(score, pattern=(1, 2)).tolist() == [[False, True, True, False], [False, True, False, True]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("sparsity", [0, 1e-4, 0.1, 0.5, 0.9, 0.999, 1])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (130, 500)])
+def test_counts_are_exact_and_the_lowest_go(shape, sparsity, dtype, monkeypatch):
+    monkeypatch.setattr(masks, "SLICE", 5000)
+    monkeypatch.setattr(masks, "SAMPLE", 1000)
+    score = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = lowest(score, sparsity)
+    assert mask.sum() == math.floor(sparsity * score.numel())
+    if mask.any() and not mask.all():
+        assert score[mask].max() <= score[~mask].min()
+    rows = lowest(score, sparsity, per="row")
+    assert (rows.sum(1) == math.floor(sparsity * score.shape[1])).all()
+    if rows.any() and not rows.all():
+        assert (score.masked_fill(~rows, -9).amax(1) <= score.masked_fill(rows, 9).amin(1)).all()
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        torch.zeros(40, 50),
+        torch.arange(2000.0).view(40, 50) % 3,
+        torch.cat([torch.zeros(1900), torch.rand(100)]).view(40, 50),
+        torch.cat([torch.rand(100), torch.full((1900,), float("inf"))]).view(40, 50),
+        torch.cat([torch.full((1900,), -float("inf")), torch.ones(100)]).view(40, 50),
+        10.0 ** torch.arange(-1000, 1000).div(30).float().view(40, 50),
+    ],
+)
+@pytest.mark.parametrize("sparsity", [0.01, 0.3333, 0.5, 0.97])
+def test_ties_are_removed_from_the_front(score, sparsity, monkeypatch):
+    monkeypatch.setattr(masks, "SLICE", 300)
+    monkeypatch.setattr(masks, "SAMPLE", 100)
+
+    def by_sorting(values):
+        mask = torch.zeros_like(values, dtype=torch.bool)
+        mask[values.argsort(stable=True)[: math.floor(sparsity * values.numel())]] = True
+        return mask
+
+    assert torch.equal(lowest(score, sparsity).view(-1), by_sorting(score.view(-1)))
+    assert torch.equal(lowest(score, sparsity, per="row"), torch.stack([by_sorting(row) for row in score]))
+
+
+def test_a_sample_that_misleads_costs_only_time(monkeypatch):
+    monkeypatch.setattr(masks, "_bracket", lambda *_: (5.0, 6.0))
+    values = torch.arange(10.0)
+    assert find_cut(lambda at: values[at], 10, 2) == (1.0, 1)
+    assert find_cut(lambda at: values[at], 10, 9) == (8.0, 1)
+    assert find_cut(lambda at: values[at], 10, 7) == (6.0, 1)
+
+
+@pytest.mark.parametrize(("keep", "run"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (7, 32), (4, 4)])
+def test_a_pattern_keeps_n_of_every_m(keep, run):
+    score = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).mul(4).round()
+    mask = lowest(score, pattern=(keep, run))
+    runs, marked = score.view(-1, run), mask.view(-1, run)
+    assert (marked.sum(1) == run - keep).all()
+    for values, removed in zip(runs, marked, strict=True):
+        assert removed.nonzero()[:, 0].tolist() == sorted(values.argsort(stable=True)[: run - keep].tolist())
+
+
+def test_scores_that_are_views_are_read_as_they_look():
+    score = torch.randn(8, 12, generator=torch.Generator().manual_seed(0)).t()
+    for options in ({"sparsity": 0.4}, {"sparsity": 0.4, "per": "row"}, {"pattern": (2, 4)}):
+        assert torch.equal(lowest(score, **options), lowest(score.contiguous(), **options))
+
+
+def test_masks_leave_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    lowest(torch.rand(200, 200, generator=torch.Generator().manual_seed(0)), 0.5)
+    assert torch.equal(torch.rand(1), expected)

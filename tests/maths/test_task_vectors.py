@@ -1,0 +1,131 @@
+import pytest
+import torch
+
+from modelwright.maths import masks
+from modelwright.maths.task_vectors import elect, merge, merge_ties, trim
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16])
+def models(request):
+    random = torch.Generator().manual_seed(0)
+    base = torch.randn(30, 50, generator=random)
+    donors = [base + 0.1 * torch.randn(30, 50, generator=random) for _ in range(3)]
+    return base.to(request.param), [donor.to(request.param) for donor in donors]
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(masks, "SLICE", 400)
+    monkeypatch.setattr(masks, "SAMPLE", 200)
+
+
+def test_a_case_by_hand():
+    base = torch.zeros(4)
+    first, second = torch.tensor([4.0, -1.0, 3.0, 0.5]), torch.tensor([2.0, 2.0, -5.0, 0.1])
+    # keep half: [4, 0, 3, 0] and [0 or 2 ...]: of the second, 2 stands twice and the later stays: [0, 2, -5, 0].
+    assert trim(second, 0.5).tolist() == [0.0, 2.0, -5.0, 0.0]
+    assert elect([first, second], [1.0, 1.0]).tolist() == [True, True, False, True]
+    assert merge_ties(base, [first, second], [1.0, 1.0], keep=0.5).tolist() == [4.0, 2.0, -5.0, 0.0]
+    assert merge(base, [first, second], [1.0, 1.0]).tolist() == pytest.approx([3.0, 2.0, -5.0, 0.3])
+    summed = merge(base, [first, second], [1.0, 0.5], consensus=False, normalize=False, scale=2.0)
+    assert summed.tolist() == pytest.approx([10.0, 0.0, 1.0, 1.1])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.2, 0.5, 0.999, 1.0])
+def test_trim_keeps_an_exact_number_of_the_largest(models, keep):
+    delta = models[0]
+    result = trim(delta, keep)
+    kept = result != 0
+    assert kept.sum() == int(keep * delta.numel())
+    assert torch.equal(result[kept], delta[kept])
+    if kept.any() and not kept.all():
+        assert delta[kept].abs().min() >= delta[~kept].abs().max()
+
+
+def test_trim_reads_views_and_leaves_them(models):
+    delta = models[0].t()
+    before = delta.clone()
+    assert torch.equal(trim(delta, 1.0), delta)
+    trim(delta, 0.2)
+    assert torch.equal(delta, before)
+
+
+def test_scale_zero_gives_the_base(models):
+    base, donors = models
+    assert torch.equal(merge_ties(base, donors, [0.5, 0.3, 0.2], scale=0.0), base)
+
+
+def test_one_donor_kept_whole_is_that_donor(models):
+    base, donors = models
+    assert torch.allclose(merge_ties(base, donors[:1], [0.7], keep=1.0), donors[0], atol=1e-6)
+
+
+def test_identical_donors_normalised_are_that_donor(models):
+    base, donors = models
+    result = merge_ties(base, donors[:1] * 4, [0.25, 0.5, 1.0, 2.0], keep=1.0)
+    assert torch.allclose(result, donors[0], atol=1e-6)
+
+
+def test_without_consensus_it_is_task_arithmetic(models):
+    base, donors = models
+    weights = [0.4, -0.2, 0.7]
+    result = merge(base, donors, weights, consensus=False, normalize=False, scale=1.5)
+    exact = base.double() + 1.5 * sum(w * (d.double() - base.double()) for w, d in zip(weights, donors, strict=True))
+    assert torch.equal(result, exact.to(base.dtype)) or torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-6)
+
+
+def test_weights_that_sum_to_one_give_the_average(models):
+    base, donors = models
+    result = merge(base, donors, [0.2, 0.3, 0.5], consensus=False)
+    exact = sum(w * d.double() for w, d in zip([0.2, 0.3, 0.5], donors, strict=True))
+    assert torch.allclose(result.double(), exact, rtol=2**-8 if base.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+def test_the_order_of_the_donors_does_not_matter(models):
+    base, donors = models
+    one = merge_ties(base, donors, [0.2, 0.3, 0.5], keep=0.3)
+    other = merge_ties(base, donors[::-1], [0.5, 0.3, 0.2], keep=0.3)
+    assert torch.allclose(one.float(), other.float(), atol=1e-6, rtol=2**-8 if base.dtype == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("keep", [0.2, [0.1, 0.5, 1.0]])
+@pytest.mark.parametrize("weights", [[0.2, 0.3, 0.5], [1.0, -0.6, 0.4]])
+def test_it_is_the_published_formula(models, weights, keep, normalize):
+    base, donors = models
+    keeps = keep if isinstance(keep, list) else [keep] * 3
+    deltas = [
+        weight * trim(donor.float() - base.float(), fraction)
+        for weight, donor, fraction in zip(weights, donors, keeps, strict=True)
+    ]
+    sign = torch.where(sum(deltas) >= 0, 1.0, -1.0)
+    agree = [delta.sign() == sign for delta in deltas]
+    mixed = sum(delta * kept for delta, kept in zip(deltas, agree, strict=True))
+    if normalize:
+        share = sum(weight * kept for weight, kept in zip(weights, agree, strict=True))
+        mixed = mixed / torch.where(share == 0, 1.0, share)
+    expected = (base.float() + 0.8 * mixed).to(base.dtype)
+    result = merge_ties(base, donors, weights, keep=keep, scale=0.8, normalize=normalize)
+    assert torch.allclose(result.float(), expected.float(), rtol=1e-5, atol=1e-6)
+    assert result.dtype == base.dtype
+
+
+def test_the_result_may_take_the_place_of_an_input(models):
+    base, donors = models
+    expected = merge_ties(base, donors, [0.2, 0.3, 0.5])
+    for place in (base, donors[1]):
+        inputs = [base.clone(), *(donor.clone() for donor in donors)]
+        target = inputs[0] if place is base else inputs[2]
+        result = merge_ties(inputs[0], inputs[1:], [0.2, 0.3, 0.5], out=target)
+        assert result is target
+        assert torch.equal(result, expected)
+
+
+def test_inputs_are_left_alone_and_small_tensors_do(models):
+    base, donors = models
+    before = [base.clone(), *(donor.clone() for donor in donors)]
+    merge_ties(base, donors, [1.0, 1.0, 1.0])
+    assert all(torch.equal(a, b) for a, b in zip(before, [base, *donors], strict=True))
+    assert merge_ties(torch.ones(()), [torch.ones(())], [1.0]).shape == ()
+    assert merge_ties(torch.ones(0, 3), [torch.ones(0, 3)], [1.0]).shape == (0, 3)
+    assert merge_ties(torch.ones(3), [torch.full((3,), 2.0)], [1.0], keep=0.1).tolist() == [1.0] * 3
