@@ -236,7 +236,7 @@ def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:
     else:
         for result in results:
             colour = {"passed": "green", "failed": "red", "known": "yellow", "skipped": "bright_black"}[result.outcome]
-            out.print(f"[{colour}]{result.outcome:8}[/] {result.check}{': ' + _escape(result.reason) if result.reason else ''}")
+            out.print(f"[{colour}]{result.outcome:8}[/] {_escape(result.check)}{': ' + _escape(result.reason) if result.reason else ''}")
     if any(result.outcome == "failed" for result in results):
         sys.exit(1)
 

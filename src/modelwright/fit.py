@@ -156,6 +156,7 @@ def fit(
     effort = Effort.quick() if quick else Effort()
     effort = replace(effort, trials=trials) if trials is not None else effort
     source = open(model)
+    name = source.name
     if source.folder is None or "packed" in source.marks or "adapters" in source.marks:
         raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
     check_readable(source)
@@ -163,7 +164,7 @@ def fit(
     key = recipe._hash(recipe.model_digest(source), str(data), limits.bytes, effort.trials, effort.samples, seed, __version__)
     work = folder.absolute().with_name(f"{folder.name}.fit") / key
     work.mkdir(parents=True, exist_ok=True)
-    job = Job(source, str(model), limits, data, effort, seed, work)
+    job = Job(source, name, limits, data, effort, seed, work)
     started = job.score(source.module)
     sensitivity = probe(job, started)
     found = search(job, sensitivity, started)
@@ -173,7 +174,7 @@ def fit(
     result = recipe.run(replace(best, save=str(work / "model")), overwrite=True)
     console.print("measuring the original and the chosen model on held-out text")
     table = []
-    for each, label in ((open(model), "original"), (result.model, "chosen")):
+    for each, label in ((open(name), "original"), (result.model, "chosen")):
         row = {"model": label, **measure.sizes(each), **measure.quality(each, job.held, job.effort.length, most_tokens=100_000), **measure.speed(each)}
         table.append(row)
     with_folder = work / "out"
@@ -182,9 +183,9 @@ def fit(
     shutil.copytree(work / "model", with_folder / "model")
     write_text(with_folder / "recipe.yaml", best.yaml())
     write_text(with_folder / "frontier.csv", as_csv(frontier))
-    samples = [(prompt, measure.continuation(open(model), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
+    samples = [(prompt, measure.continuation(open(name), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
     page = report.Page(
-        name=str(model), budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
+        name=name, budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
         sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started,
     )  # fmt: skip
     write_text(with_folder / "report.html", report.html(page))
@@ -307,7 +308,7 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
     present = {site.role.split(".")[0] for site in job.model.sites()}
     bits, factors, zeros = ({role: value for role, value in chosen.items() if role in present} for chosen in (bits, factors, zeros))
     if factors:
-        steps.append(Step(find.find("factor.svd_llm")(keep=factors)))
+        steps.append(Step(find.find("factor.svd_llm")(keep=factors, multiple=32)))
     if zeros:
         steps.append(Step(find.find("prune.sparsegpt")(sparsity=zeros, store="sparse")))
     if bits:
@@ -343,10 +344,7 @@ def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) 
         with bar("search", job.effort.trials) as tick:
             while (done := len(_finished(study))) < job.effort.trials:
                 # A sampler of its own for every trial, so that a search that was killed goes on as if it had not been.
-                study.sampler = optuna.samplers.TPESampler(
-                    seed=job.seed * 100_003 + done, n_startup_trials=4,
-                    constraints_func=lambda trial: (trial.user_attrs["bytes"] - job.budget.bytes,),
-                )  # fmt: skip
+                study.sampler = optuna.samplers.TPESampler(seed=job.seed * 100_003 + done, n_startup_trials=4)
                 fixed = next((start for number, start in enumerate(starts(job.depths)) if number == done), None)
                 if fixed is not None:
                     study.enqueue_trial(fixed)
@@ -354,8 +352,8 @@ def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) 
                 trial.set_user_attr("process", f"{socket.gethostname()}/{os.getpid()}")
                 point = ask(trial, job.depths)
                 size, score = try_out(job, steps_of(job, point, sensitivity))
-                trial.set_user_attr("bytes", size)
-                trial.set_user_attr("steps", recipe.Recipe(steps=tuple(steps_of(job, point, sensitivity))).yaml())
+                trial.set_constraint("budget", size - job.budget.bytes)
+                trial.set_user_attr("steps", ", ".join(repr(step.method) for step in steps_of(job, point, sensitivity)))
                 study.tell(trial, (float(size), score))
                 tick(done=done + 1, note=f"{size / job.budget.bytes:.0%} of the budget, {score - original:+.3f} nats")
         return _finished(study)
@@ -394,7 +392,7 @@ def choose(job: Job, found: list[FrozenTrial]) -> FrozenTrial:
         nearest = min(found, key=lambda trial: trial.values[0])
         raise PlanError(
             f"None of {len(found)} trials meets the budget of {job.budget.bytes:,} bytes ({job.budget.text}). The nearest has "
-            f"{nearest.values[0]:,.0f} bytes: {nearest.user_attrs['steps']}Ask for at least that, or for more trials."
+            f"{nearest.values[0]:,.0f} bytes: {nearest.user_attrs['steps']}. Ask for at least that, or for more trials."
         )
     return min(within, key=lambda trial: trial.values[1])
 

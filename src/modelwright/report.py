@@ -204,11 +204,11 @@ TEMPLATE = """<!doctype html>
 <h2>What each step did</h2>
 <div class="wide"><table><tr>{% for column in steps %}<th>{{ names[column] }}</th>{% endfor %}</tr>
 {% for row in page.account %}<tr>{% for column in steps %}<td>{{ shown(column, row) }}</td>{% endfor %}</tr>{% endfor %}</table></div>
-{% for row in page.account %}{% for note in row.notes or [] %}<p class="lead">{{ row.step }}: {{ note }}</p>{% endfor %}{% endfor %}
+{% for row in page.account %}{% for note in row.get("notes", []) %}<p class="lead">{{ row.step }}: {{ note }}</p>{% endfor %}{% endfor %}
 <details><summary>All {{ page.frontier|length }} trials</summary><div class="wide"><table>
 <tr><th>trial</th><th>bytes</th><th>nats per token</th><th>steps</th></tr>
 {% for row in page.frontier|sort(attribute="bytes") %}<tr><td>{{ row.trial }}</td><td>{{ size(row.bytes) }}</td><td>{{ "%.4f"|format(row.nats_per_token) }}</td>
-<td><pre>{{ row.steps }}</pre></td></tr>{% endfor %}</table></div></details>
+<td>{{ row.steps }}</td></tr>{% endfor %}</table></div></details>
 <p class="lead">Made by Modelwright {{ version }}.</p>
 </body></html>
 """

@@ -123,7 +123,7 @@ class Anatomy:
 
         A bias has the role of its module; so have the two factors of a matrix, and what an adapter stands beside.
         """
-        for pattern, role in _compiled(type(self)):
+        for pattern, role in _compiled(type(self)):  # type: ignore[arg-type]
             if found := pattern.fullmatch(name):
                 depth = found.groupdict().get("depth")
                 return role, None if depth is None else int(depth)
@@ -372,6 +372,6 @@ def _compiled(family: Any) -> list[tuple[re.Pattern[str], str]]:
     made = []
     for pattern, role in family.roles.items():
         words = [tokens.get(word) or re.escape(word).replace(r"\*", "[^.]*") for word in pattern.split(".")]
-        inside = r"(?:\.(?:base_layer|a|b))?(?:\.(?:weight|bias|gamma|beta))?"  # an adapter's base, a factor; then the tensor
+        inside = r"(?:\.(?:base_layer|a|b))?(?:\.(?:weight|bias|gamma|beta))?"
         made.append((re.compile(r"(?:.+\.)?" + r"\.".join(words) + inside), role))
     return made

@@ -25,7 +25,8 @@ class SplitExperts(nn.ModuleList):
     """The function of a fused experts module of transformers, with a linear for each expert and matrix.
 
     In place of `mlp.experts` its weights are `mlp.experts.{i}.{gate,up,down}_proj.weight`, the names that Qwen-MoE and
-    OLMoE have on disk. Each expert runs on the tokens that are routed to it, and on nothing when there are none.
+    OLMoE have on disk; Mixtral has others, so fuse before `save_pretrained`. Each expert runs on the tokens that are
+    routed to it, and not at all when there are none.
     """
 
     def __init__(self, experts: list[Expert], shell: nn.Module) -> None:
@@ -54,7 +55,9 @@ class SplitExperts(nn.ModuleList):
         experts: list[Any] = list(self)
         layers = [layer for one in experts for layer in (one.gate_proj, one.up_proj, one.down_proj)]
         if strange := next((layer for layer in layers if type(layer) is not nn.Linear), None):
-            raise TypeError(f"an expert holds a {type(strange).__name__}, which no fused module can hold; keep it split")
+            raise TypeError(
+                f"an expert holds a {type(strange).__name__}, which no fused module can hold; keep it split"
+            )
         fused = copy.copy(self._shell[0])
         gate_up = torch.stack([torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in experts])
         down = torch.stack([one.down_proj.weight for one in experts])
@@ -74,7 +77,8 @@ class SplitExperts(nn.ModuleList):
             if n >= len(self):  # the index that says "no expert"
                 continue
             token, place = torch.where(top_k_index == n)
-            out = self[n](hidden_states[token]) * top_k_weights[token, place, None]
+            expert: Any = self[n]
+            out = expert(hidden_states[token]) * top_k_weights[token, place, None]
             total.index_add_(0, token, out.to(total.dtype))
         return total
 
@@ -95,10 +99,10 @@ def split_experts(model: nn.Module) -> list[str]:
 
 def fuse_experts(model: nn.Module) -> list[str]:
     """Fuse all split experts of a model in place; returns their paths."""
-    paths = [path for path, child in model.named_modules() if isinstance(child, SplitExperts)]
-    for path in paths:
-        model.set_submodule(path, model.get_submodule(path).to_fused())
-    return paths
+    split = {path: child for path, child in model.named_modules() if isinstance(child, SplitExperts)}
+    for path, child in split.items():
+        model.set_submodule(path, child.to_fused())
+    return list(split)
 
 
 def _linear(weight: torch.Tensor, trains: bool) -> nn.Linear:

@@ -336,19 +336,16 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Bytes of everything that is saved: parameters and persistent buffers, shared ones once."""
+    """Bytes of everything that is saved: parameters and persistent buffers, tied ones once."""
+    base = unwrapped(module)
+    ties = getattr(base, "_tied_weights_keys", None) if getattr(getattr(base, "config", None), "tie_word_embeddings", False) else None
     seen: set[int] = set()
     total = 0
     for name, value in module.state_dict(keep_vars=True).items():
-        key = id(value)
-        if key not in seen and not (isinstance(module, PreTrainedModel) and name in (module._tied_weights_keys or ()) and _tied(module)):
-            seen.add(key)
+        if id(value) not in seen and name.removeprefix("base_model.model.") not in (ties or ()):
+            seen.add(id(value))
             total += value.numel() * value.element_size()
     return total
-
-
-def _tied(module: PreTrainedModel) -> bool:
-    return bool(getattr(module.config, "tie_word_embeddings", False))
 
 
 def _base_of(adapter: Path) -> Path:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, removal
+from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import SplitExperts, is_fused
 
 from . import loading, walk
@@ -112,8 +113,11 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
     )
     sites = walk.everything(skeleton) if method.every else anatomy_of(skeleton).sites(skeleton)
     chosen = {names[site.name]: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if names.get(site.name)}
+    biases = {} if method.every else {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
         for name in track(checkpoint.names, method.name()):
+            if name in biases.values():
+                continue  # written with its weight
             if name not in chosen:
                 out.copy(name, checkpoint)
                 continue
@@ -125,12 +129,17 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
 
             weight = checkpoint.read(name)
             result = walk._call(local, weight.T if site.transposed else weight, site, walk._needed(local, given, site, read))
+            bias = biases.get(name)
             if isinstance(result, Tensor):
                 out.add(name, result.T if site.transposed else result)
-            else:
-                for key, value in result.state_dict().items():
-                    out.add(f"{name.rpartition('.')[0]}.{key}", value)
-                put(skeleton, site, result.to("meta"))
+                if bias:
+                    out.copy(bias, checkpoint)
+                continue
+            assert isinstance(result, Stored)
+            result.take_bias(nn.Parameter(checkpoint.read(bias)) if bias else None)
+            for key, value in result.state_dict().items():
+                out.add(f"{name.rpartition('.')[0]}.{key}", value)
+            put(skeleton, site, result.to("meta"))
         _write_beside(out, model, method, given, checkpoint.config, skeleton)
 
 

@@ -83,10 +83,17 @@ def next_token(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Par
 
     `ids` and `mask` are [batch, length]; targets where `mask` is false do not count.
     """
-    logits = model(input_ids=ids).logits[:, :-1]
-    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    loss = cross_entropy(model(input_ids=ids).logits, ids, mask)
     return loss, {"loss": loss.detach()}
+
+
+def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, a scalar, of `logits` [batch, length, vocabulary] with the token after each.
+
+    `ids` and `mask` are [batch, length]; targets where `mask` is false do not count.
+    """
+    targets = ids[:, 1:].masked_fill(~mask[:, 1:], -100)
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
 def train(

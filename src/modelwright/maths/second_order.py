@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modelwright.core.errors import SiteError
 from modelwright.maths.masks import lowest
 
 # choose(start, block [n, out], columns) is called as each block of n of all the columns begins, and returns
@@ -34,7 +35,7 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
     Returns (U, dead, damp used): U upper triangular [in, in] float32 with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U;
     `dead` [in], the columns that no input has reached, whose weights mean nothing; the damping, raised tenfold as
     often as the factorisation failed.
-    Raises torch.linalg.LinAlgError when H is not finite or stays singular.
+    Raises SiteError when H is not finite or stays singular.
     Differs: one Cholesky factorisation of the reversed matrix and one triangular inverse, for the usual two
     factorisations and one inverse; dead columns get the mean of the live diagonal and not 1, so that damping does
     not depend on H's scale.
@@ -43,8 +44,9 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
     dead = diagonal == 0
     mean = diagonal.sum().item() / max(1, int((~dead).sum())) or 1.0
     if not torch.isfinite(diagonal).all():
-        raise torch.linalg.LinAlgError(
-            "The second moment of a layer's inputs is not finite: the layers before it overflow. Use a wider dtype."
+        raise SiteError(
+            "The second moment of a layer's inputs is not finite: the layers before it overflow. "
+            "Use a wider dtype, or leave the layer out with `skip`."
         )
     reversed_ = moment.flip(0, 1).float()
     live = torch.where(dead, mean, diagonal).flip(0)
@@ -55,9 +57,9 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
         if not failed:
             return _inverse(lower.flip(0, 1)), dead, used
         used = max(used * 10, 1e-4)
-    raise torch.linalg.LinAlgError(
+    raise SiteError(
         f"The second moment [{len(dead)}, {len(dead)}] of a layer's inputs has no inverse, even with {used / 10:g} of "
-        "its mean added to its diagonal. Give more calibration text."
+        "its mean added to its diagonal. Give more calibration text, or leave the layer out with `skip`."
     )
 
 

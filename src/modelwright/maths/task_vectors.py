@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modelwright.maths.masks import Values, find_cut, slices
+from modelwright.maths.masks import SLICE, Values, find_cut, slices
 
 
 def trim(delta: Tensor, keep: float) -> Tensor:
@@ -30,6 +30,37 @@ def elect(deltas: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for delta, weight in zip(deltas, weights, strict=True):
         total.add_(delta, alpha=weight)
     return total >= 0
+
+
+def average(
+    tensors: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    normalize: bool = True,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The weighted sum of tensors, Σ w_i θ_i, over Σ w_i when `normalize` is true.
+
+    tensors: of one shape. weights: one for each; they may not sum to 0 if `normalize`. dtype: of the result, by default
+    the first tensor's. out: where the result goes, which may be one of the tensors.
+
+    Sums run in float32, and in float64 where a tensor or the result is wider than 16 bits, so that the result is
+    rounded once. Source: arcee-ai/mergekit, linear.
+    """
+    assert all(tensor.shape == tensors[0].shape for tensor in tensors), [tensor.shape for tensor in tensors]
+    result = torch.empty(tensors[0].shape, dtype=dtype or tensors[0].dtype, device=tensors[0].device) if out is None else out
+    shares = [weight / sum(weights) if normalize else weight for weight in weights]
+    wide = max(tensor.element_size() for tensor in (*tensors, result)) > 2
+    parts = [tensor.detach().reshape(-1) for tensor in tensors]
+    flat = result.view(-1)
+    sums = torch.empty(min(SLICE, flat.numel()), dtype=torch.float64 if wide else torch.float32, device=flat.device)
+    for at in slices(flat.numel()):
+        total = sums[: at.stop - at.start].copy_(parts[0][at]).mul_(shares[0])
+        for part, share in zip(parts[1:], shares[1:], strict=True):
+            total.add_(part[at], alpha=share)
+        flat[at] = total
+    return result
 
 
 def merge(

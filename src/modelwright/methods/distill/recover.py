@@ -3,7 +3,7 @@
 Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2, with the skewed divergences of Ko et al. 2024,
 arXiv:2402.03898, as an option.
 Differs: no factor T² with a temperature, as in generalised knowledge distillation (arXiv:2306.13649); zeros of a
-pruned model stay zero.
+pruned model stay zero, and of packed integers the scales train.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from modelwright.core.errors import ModelError
 from modelwright.core.method import TrainMethod
 from modelwright.core.settings import fraction, number
-from modelwright.core.training import next_token
+from modelwright.core.training import cross_entropy
 from modelwright.maths.divergence import mixed_kl
 
 
@@ -25,6 +26,7 @@ class Recover(TrainMethod):
     """Distil from `teacher` (often `$input`) on the text; zeros stay zero."""
 
     status: ClassVar[str] = "checked"
+    wants: ClassVar[frozenset[str]] = frozenset()  # of a packed model, scales, norms and embeddings train
     small = dict(tokens=256, batch=2, length=16)
 
     direction: Literal["forward", "reverse"] = "forward"  # KL(teacher ‖ student), or KL(student ‖ teacher)
@@ -34,12 +36,15 @@ class Recover(TrainMethod):
 
     def loss(self, module: nn.Module, ids: Tensor, mask: Tensor, teacher: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         with torch.no_grad():
-            wanted = teacher(input_ids=ids).logits[:, :-1]
-        found = module(input_ids=ids).logits[:, :-1]
+            wanted = teacher(input_ids=ids).logits
+        found = module(input_ids=ids).logits
+        if wanted.shape != found.shape:
+            raise ModelError(f"{self.name()}: the teacher has {wanted.shape[-1]:,} tokens in its vocabulary and the model {found.shape[-1]:,}. "
+                             "Give a teacher with the model's own tokenizer.")  # fmt: skip
         first, second = (wanted, found) if self.direction == "forward" else (found, wanted)
-        divergence = mixed_kl(first, second, self.skew, self.temperature, mask[:, 1:])
+        divergence = mixed_kl(first[:, :-1], second[:, :-1], self.skew, self.temperature, mask[:, 1:])
         if not self.text:
             return divergence, {"divergence": divergence.detach()}
-        own, _ = next_token(module, ids, mask)
+        own = cross_entropy(found, ids, mask)
         total = (1 - self.text) * divergence + self.text * own
         return total, {"divergence": divergence.detach(), "text": own.detach()}

@@ -23,12 +23,16 @@ class Factoriser(SiteMethod):
 
     keep: float = fraction(0.5)  # of each matrix's parameters, in both factors together; 1 leaves it as it is
     rank: int | None = count(None)  # of the product; overrides keep
+    multiple: int = count(1)  # ranks are rounded down to one of this, so that groups of the factors' weights divide
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
 
     def rank_of(self, shape: tuple[int, ...]) -> int | None:
-        """The rank for a weight of this shape [out, in]; None where two factors would be no smaller."""
+        """The rank for a weight of this shape [out, in]; None to leave it alone: where two factors would be no smaller."""
+        if self.keep == 1 and self.rank is None:
+            return None
         rank = self.rank or low_rank.rank_for(self.keep, *shape)
-        return rank if rank * sum(shape) < shape[0] * shape[1] else None
+        rank = max(rank - rank % self.multiple, min(self.multiple, rank))
+        return rank if self.store == "dense" or rank * sum(shape) < shape[0] * shape[1] else None
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         if len(shape) != 2:

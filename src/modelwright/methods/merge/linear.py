@@ -22,5 +22,10 @@ class Linear(Merger):
 
     normalize: bool = True  # divide by the sum of the weights
 
+    def problems(self) -> list[str]:
+        if self.normalize and self.weights and sum(self.weights) == 0:
+            return ["the weights sum to 0, so there is no mean. Change one, or set normalize: false."]
+        return []
+
     def tensor(self, weight: Tensor, donors: list[Tensor]) -> Tensor:
         return task_vectors.average(donors, self.weights_for(len(donors)), normalize=self.normalize, dtype=weight.dtype)

@@ -3,6 +3,7 @@
 Yadav, Tam, Choshen, Raffel, Bansal 2023, arXiv:2306.01708, algorithm 1.
 Differs: trims tensor by tensor, not over the whole model, so that tensors stream from disk; signs are elected on the
 weighted changes, and what agrees is divided by the sum of its weights, as mergekit does (equal weights: the paper).
+Where the changes cancel exactly, plus is elected, as in mergekit; the paper's code takes the sign of most entries.
 """
 
 from __future__ import annotations

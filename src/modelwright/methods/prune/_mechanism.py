@@ -6,6 +6,7 @@ A method fills in a score (`prune.magnitude`, `prune.wanda`) or does removal and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -38,17 +39,25 @@ class Pruner(SiteMethod):
         """The pruned weight in the form that the settings ask for."""
         return weight if self.store == "dense" else SparseLinear.from_dense(weight)
 
+    def zeros(self, rows: int, columns: int) -> int:
+        """How many weights of a matrix of this size are removed."""
+        if self.pattern:
+            return rows * columns // self.pattern.of * (self.pattern.of - self.pattern.keep)
+        return rows * int(self.sparsity * columns) if self.compete == "row" else int(self.sparsity * rows * columns)
+
     def unfit(self, shape: tuple[int, ...]) -> str:
-        columns = shape[1] if len(shape) == 2 else 0
-        if self.pattern and len(shape) == 2 and columns % self.pattern.of:
+        columns = math.prod(shape[1:])
+        if self.pattern and columns % self.pattern.of:
             return f"has {columns} inputs, which the pattern {self.pattern} does not divide"
+        if self.store == "sparse" and len(shape) != 2:
+            return f"has the shape {list(shape)}, and the sparse form is for matrices; use store: dense"
         return ""
 
     def planned(self, weight: Tensor) -> Tensor | nn.Module:
         if self.store == "dense":
             return weight
-        share = self.pattern.sparsity if self.pattern else self.sparsity
-        return SparseLinear(out_features=weight.shape[0], in_features=weight.shape[1], nonzeros=weight.numel() - int(share * weight.numel()),
+        rows, columns = weight.shape
+        return SparseLinear(out_features=rows, in_features=columns, nonzeros=rows * columns - self.zeros(rows, columns),
                             dtype=weight.dtype, device="meta")  # fmt: skip
 
     def promise(self) -> dict[str, Any]:

@@ -37,7 +37,17 @@ class SparseGpt(LayerPruner):
         choose = second_order.zeroed(inverse, self.sparsity, pattern=pattern)
         return second_order.sweep(weight, inverse, choose, dead=dead, block=self.block)[0]
 
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        if self.pattern and second_order.LEAF % self.pattern.of:
-            return f"cannot be pruned {self.pattern}: runs are of 2, 4, 8, 16 or 32 columns"
-        return super().unfit(shape)
+    def zeros(self, rows: int, columns: int) -> int:
+        if self.pattern:
+            return super().zeros(rows, columns)
+        widths = [min(self.block, columns - start) for start in range(0, columns, self.block)]
+        return sum(int(self.sparsity * rows * width) for width in widths)
+
+    def problems(self) -> list[str]:
+        if not self.pattern:
+            return []
+        if second_order.LEAF % self.pattern.of:
+            return [f"the pattern {self.pattern} was asked for; runs are of 1, 2, 4, 8, 16 or 32 columns here."]
+        if isinstance(self.block, int) and self.block % self.pattern.of:
+            return [f"blocks of {self.block} columns cut the runs of the pattern {self.pattern}. Use a multiple of {self.pattern.of}."]
+        return []

@@ -1,0 +1,439 @@
+"""What every method must keep, checked: `modelwright check prune.wanda`, and the suite in tests/contract.
+
+A check is a function `check_...`; its name says the promise. Those that take a `Case` run on small random models of
+four architectures. A method's file holds its small settings (`small`) and its known failures with reasons (`fails`),
+which are strict: a failure that no longer fails is a failure.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelwright.anatomy import anatomy_of
+
+from . import describe, find, plan, recipe, stream, tiny, walk
+from . import data as texts
+from .errors import MethodError, ModelwrightError, NeedError, SettingError, SiteError
+from .given import Given
+from .method import (
+    MARKS, STATUSES, AdapterMethod, BlockMethod, LayerMethod, Method, SiteMethod, TensorMethod, TrainMethod, fields_of, setting_texts,
+)  # fmt: skip
+from .model import Model, stored_bytes, unwrapped, weight_of
+
+KINDS = ("llama", "gpt2", "qwen3_moe", "vit")
+LETTERS = "".join(map(chr, range(32, 126)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one check of one method ended: "passed", "failed", "known" (fails, as its file says) or "skipped"."""
+
+    check: str
+    outcome: str
+    reason: str = ""
+
+    def plain(self) -> dict[str, str]:
+        return dataclasses.asdict(self)
+
+
+class NotApplicable(Exception):
+    """The check says nothing of this method on this model; the text says why."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method and the kind of model that it is checked on."""
+
+    cls: type[Method]
+    kind: str
+
+    def method(self, **settings: Any) -> Method:
+        """The method with its small settings."""
+        return self.cls(**{**self.cls.small, **settings})
+
+    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Model:
+        """A small random model, with adapters if the method wants them."""
+        model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
+        if "adapters" in self.cls.wants:
+            walk.change(model, find.find("adapt.lora")(rank=2), Given())
+            generator = torch.Generator().manual_seed(seed)
+            for name, value in model.module.named_parameters():
+                if "lora_B" in name:
+                    value.data.copy_(0.1 * torch.randn(value.shape, generator=generator))
+        return model
+
+    def given(self, **others: Any) -> Given:
+        """Everything that the method needs."""
+        trains = issubclass(self.cls, TrainMethod)
+        data: Any = texts.read([LETTERS * 30]) if trains else [tiny.tiny_inputs(tiny.tiny(self.kind), seed) for seed in range(3)]
+        needs = self.cls.needs()
+        made: dict[str, Any] = {"data": data}
+        if "donors" in needs:
+            made["donors"] = [self.model(seed=5), self.model(seed=6)]
+        if "teacher" in needs:
+            made["teacher"] = self.model(seed=0)
+        if "base" in needs:
+            made["base"] = self.model(seed=7)
+        return Given(**(made | others))
+
+    def applied(self, method: Method | None = None, model: Model | None = None, given: Given | None = None) -> Model:
+        """A model after the method. Raises NotApplicable where the architecture has no place for it."""
+        if issubclass(self.cls, TrainMethod) and self.kind not in tiny.CAUSAL:
+            raise NotApplicable(f"{self.kind} predicts no tokens")
+        try:
+            return walk.change(model or self.model(), method or self.method(), given or self.given())
+        except SiteError as error:
+            raise NotApplicable(str(error)) from None
+
+
+def letters() -> Any:
+    """A tokenizer of single characters for the small models."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<end>": 0, **{letter: number for number, letter in enumerate(LETTERS, 1)}}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<end>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", clean_up_tokenization_spaces=False)
+
+
+def check(method: str | type[Method], kinds: tuple[str, ...] = KINDS) -> list[Result]:
+    """Run every check on a method, on every kind of model where it applies.
+
+    method: its name, `path/file.py:Class`, or the class.
+    """
+    try:
+        cls = find.find(method) if isinstance(method, str) else method
+    except MethodError as error:
+        return [Result("imports", "failed", str(error))]
+    return [run(cls, name, kind) for name, kind in checks(kinds)]
+
+
+def checks(kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str]]:
+    """(name, kind of model) of every check; the kind is "" for those that look at the record alone."""
+    for name, function in globals().items():
+        if name.startswith("check_"):
+            on_models = "case" in inspect.signature(function).parameters
+            yield from ((name.removeprefix("check_"), kind) for kind in (kinds if on_models else ("",)))
+
+
+def run(cls: type[Method], name: str, kind: str) -> Result:
+    """Run one check."""
+    label = f"{name} [{kind}]" if kind else name
+    function: Callable[[Any], None] = globals()[f"check_{name}"]
+    expected = cls.fails.get(label) or cls.fails.get(name)
+    try:
+        torch.manual_seed(0)
+        function(Case(cls, kind) if kind else cls)
+    except NotApplicable as error:
+        return Result(label, "skipped", str(error))
+    except (AssertionError, ModelwrightError) as error:
+        return Result(label, "known", expected) if expected else Result(label, "failed", str(error) or type(error).__name__)
+    except Exception as error:  # any error of a method under check is a finding, not a crash of the checker
+        return Result(label, "known", expected) if expected else Result(label, "failed", f"{type(error).__name__}: {error}")
+    if expected:
+        return Result(label, "failed", f"it passes, but the method's file says that it fails: {expected}")
+    return Result(label, "passed")
+
+
+# The record
+
+
+def check_file_holds_one_class_named_like_it(cls: type[Method]) -> None:
+    stem = Path(inspect.getfile(cls)).stem
+    assert cls.__name__.lower() == stem.replace("_", ""), f"{stem}.py holds {cls.__name__}"
+
+
+def check_page_is_complete(cls: type[Method]) -> None:
+    text = find.page(cls.name()).text
+    assert text.partition("\n")[0].endswith("."), "the file's first line is a sentence"
+    assert len(text.splitlines()) > 2, "the file's docstring names the source"
+    assert cls.__doc__ and not cls.__doc__.startswith(f"{cls.__name__}("), "the class has a docstring to choose by"
+    assert cls.status in STATUSES, cls.status
+    lacking = [name for name, comment in setting_texts(cls).items() if not comment]
+    assert not lacking, f"settings without a comment beside them: {lacking}"
+    assert describe.page(cls.name())
+
+
+def check_marks_are_known(cls: type[Method]) -> None:
+    strange = (cls.wants | cls.leaves | cls.drops) - set(MARKS)
+    assert not strange, f"unknown marks {strange}"
+
+
+def check_numbers_have_ranges(cls: type[Method]) -> None:
+    from .settings import _options
+
+    bare = [field.name for field, kind in fields_of(cls) if {int, float} & set(_options(kind)) and "range" not in field.metadata]
+    assert not bare, f"numbers without a range: {bare}"
+
+
+def check_yaml_gives_the_method_back(cls: type[Method]) -> None:
+    method = cls(**cls.small)
+    given = {need: (["a", "b"] if need == "donors" else "$input") for need in cls.needs() if need in recipe.GIVEN}
+    made = recipe.Recipe(steps=(recipe.Step(method, given),), data="corpus")
+    assert recipe.read(made.yaml()) == made
+    assert eval(repr(method), {cls.__name__: cls}) == method
+
+
+def check_bad_values_are_refused(cls: type[Method]) -> None:
+    for field, _ in fields_of(cls):
+        limits = field.metadata.get("range")
+        bad: list[Any] = [object()]
+        bad += [*limits.outside(), float("nan"), "many"] if limits else []
+        for value in bad:
+            try:
+                cls(**{**cls.small, field.name: value})
+            except SettingError as error:
+                assert field.name in str(error) and cls.name() in str(error), error
+            else:
+                raise AssertionError(f"{field.name}={value!r} is taken")
+    try:
+        cls.build({"no_such_setting": 1})
+    except SettingError as error:
+        assert "no_such_setting" in str(error)
+    else:
+        raise AssertionError("an unknown setting is taken")
+
+
+def check_missing_needs_are_named(cls: type[Method]) -> None:
+    for need in set(cls.needs()) - {"rng"}:
+        sentences = Given().lacking(cls)
+        assert any(cls.name() in text for text in sentences), f"{need} is missing and nothing says so"
+    if set(cls.needs()) - {"rng"}:
+        try:
+            walk.change(Case(cls, "llama").model(), cls(**cls.small), Given())
+        except NeedError:
+            return
+        raise AssertionError("work starts without what the method needs")
+
+
+def check_code_is_short(cls: type[Method]) -> None:
+    tree = ast.parse(Path(inspect.getfile(cls)).read_text("utf-8"))
+    lines = {node.lineno for node in ast.walk(tree) if hasattr(node, "lineno")}
+    assert len(lines) <= 120, f"{len(lines)} lines of code; move mathematics to maths/"
+
+
+# Behaviour on models
+
+
+def check_same_seed_gives_same_bits(case: Case) -> None:
+    assert same(state(case.applied()), state(case.applied()))
+
+
+def check_neutral_settings_change_no_output(case: Case) -> None:
+    if case.cls.neutral is None:
+        raise NotApplicable("no settings of this method are neutral")
+    before = tiny.outputs(case.model().module)
+    after = tiny.outputs(case.applied(case.method(**case.cls.neutral)).module)
+    assert torch.equal(before, after), f"outputs moved by {(before - after).abs().max():.2e}"
+
+
+def check_defaults_do_something(case: Case) -> None:
+    model = case.model()
+    before = state(model)
+    after = state(case.applied(model=model))
+    assert not same(before, after), "nothing in the model changed"
+
+
+def check_what_is_given_stays_as_it_is(case: Case) -> None:
+    given = case.given()
+    before = [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
+    kept = copy.deepcopy(given.data) if not isinstance(given.data, texts.Text) else given.data
+    case.applied(given=given)
+    after = [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
+    assert all(same(one, two) for one, two in zip(before, after, strict=True)), "a donor or the teacher changed"
+    if not isinstance(given.data, texts.Text):
+        pairs = zip(kept or [], given.data or [], strict=True)
+        assert all(torch.equal(one[key], two[key]) for one, two in pairs for key in one), "the data changed"
+
+
+def check_only_chosen_sites_change(case: Case) -> None:
+    if not issubclass(case.cls, (SiteMethod, AdapterMethod)):
+        raise NotApplicable("the method works on the whole model")
+    model = case.model()
+    role = next(site.role for site in model.sites() if site.role.startswith("attn"))
+    chosen = {site.module for site in model.sites() if site.role == role}
+    before = {name: value.clone() for name, value in unwrapped(model.module).state_dict().items()}
+    after = unwrapped(case.applied(case.method(where=role), model).module).state_dict()
+    moved = [name for name, value in before.items() if not inside(name, chosen) and not equal(after.get(name), value)]
+    assert not moved, f"where={role!r} also changed {moved[:3]}"
+
+
+def check_skipped_blocks_stay(case: Case) -> None:
+    if not issubclass(case.cls, SiteMethod):
+        raise NotApplicable("the method works on the whole model")
+    model = case.model()
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    after = case.applied(case.method(skip="block 0"), model).module.state_dict()
+    moved = [name for name, value in before.items() if model.anatomy.role(name) is not None and (model.anatomy.role(name) or ("", 1))[1] == 0
+             and not equal(after.get(name), value)]  # fmt: skip
+    assert not moved, f"skip='block 0' still changed {moved[:3]}"
+
+
+def check_ties_survive(case: Case) -> None:
+    if case.kind != "llama":
+        raise NotApplicable("checked on one architecture")
+    given = case.given()
+    given.donors = [case.model(seed=number, tie_word_embeddings=True) for number, _ in enumerate(given.donors, 3)]
+    module = case.applied(model=case.model(tie_word_embeddings=True), given=given).module
+    base = unwrapped(module)
+    assert base.lm_head.weight is base.model.embed_tokens.weight, "head and embedding came apart"  # type: ignore[union-attr]
+
+
+def check_dtype_is_kept(case: Case) -> None:
+    model = case.model(dtype=torch.bfloat16)
+    given = case.given()
+    for other in (*given.donors, given.teacher, given.base):
+        if other is not None:
+            other.module.to(torch.bfloat16)
+    case.applied(model=model, given=as_dtype(given, torch.bfloat16))
+    wrong = [name for name, value in unwrapped(model.module).state_dict().items()
+             if value.is_floating_point() and value.dtype != torch.bfloat16 and "lora" not in name]  # fmt: skip
+    assert not wrong, f"{wrong[:3]} left bfloat16"
+
+
+def check_odd_shapes_work(case: Case) -> None:
+    if case.kind != "llama":
+        raise NotApplicable("checked on one architecture")
+    odd = {"hidden_size": 72, "intermediate_size": 88, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    given = case.given()
+    for need in ("teacher", "base"):
+        if getattr(given, need) is not None:
+            setattr(given, need, case.model(**odd))
+    given.donors = [case.model(seed=number, **odd) for number, _ in enumerate(given.donors, 3)]
+    outputs = tiny.outputs(case.applied(model=case.model(**odd), given=given).module)
+    assert outputs.isfinite().all()
+
+
+def check_promise_is_kept(case: Case) -> None:
+    method = case.method()
+    promised = method.promise()
+    if not promised or not isinstance(method, SiteMethod):
+        raise NotApplicable("the method promises nothing that can be counted")
+    model = case.model()
+    module = unwrapped(model.module)
+    with walk.split_experts(module):
+        chosen = [site for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
+    case.applied(method, model)
+    with walk.split_experts(module):
+        for key, value in promised.items():
+            if key == "zeros":
+                weights = [weight_of(module, site) for site in chosen]
+                share = sum(int((weight == 0).sum()) for weight in weights if weight is not None) / sum(
+                    weight.numel() for weight in weights if weight is not None
+                )
+                assert abs(share - value) < 0.01, f"promised {value} zeros, found {share:.4f}"
+            if key == "bits":
+                found = {module.get_submodule(site.module).describe()["bits"] for site in chosen}  # type: ignore[operator]
+                assert found == {value}, f"promised {value} bits, found {found}"
+
+
+def check_streamed_equals_in_memory(case: Case) -> None:
+    if not issubclass(case.cls, (TensorMethod, LayerMethod, BlockMethod)):
+        raise NotApplicable("the method needs the whole model")
+    with tempfile.TemporaryDirectory() as folder:
+        given = case.given()
+        given.donors = [reopened(donor, Path(folder) / f"donor{number}") for number, donor in enumerate(given.donors)]
+        disk = reopened(case.model(), Path(folder) / "in")
+        if not stream.possible(disk, case.method()):
+            raise NotApplicable("this architecture's files are not laid out as its module")
+        case.applied(given=case.given())
+        streamed = stream.write(disk, case.method(), given, Path(folder) / "out")
+        assert same(state(streamed), state(case.applied()))
+
+
+def check_saved_equals_loaded(case: Case) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        base = reopened(case.model(), Path(folder) / "base")
+        if "adapters" in case.cls.wants:
+            raise NotApplicable("checked in the method's own test")
+        model = case.applied(model=base)
+        if issubclass(case.cls, AdapterMethod):
+            model.module.peft_config["default"].base_model_name_or_path = str(Path(folder) / "base")  # type: ignore[index, union-attr]
+        before = tiny.outputs(model.module)
+        model.save(Path(folder) / "out")
+        loaded = walk.open(Path(folder) / "out")
+        assert loaded.marks == model.marks, f"marks {model.marks} came back as {loaded.marks}"
+        after = tiny.outputs(loaded.module)
+        assert torch.allclose(before, after, atol=1e-5), f"outputs moved by {(before - after).abs().max():.2e}"
+
+
+def check_bytes_are_as_predicted(case: Case) -> None:
+    if issubclass(case.cls, TrainMethod) or "adapters" in case.cls.wants:
+        raise NotApplicable("the method stores what was stored before")
+    empty = copy.deepcopy(case.model().module).to("meta")
+    for name in [name for name, layer in empty.named_modules() if walk.is_fused(layer)]:
+        empty.set_submodule(name, walk.SplitExperts.from_fused(empty.get_submodule(name)))
+    model = case.applied()
+    with torch.no_grad():
+        predicted, _ = plan.predict(empty, case.method(), Given())
+    found, expected = stored_bytes(model.module), stored_bytes(predicted)
+    assert abs(found - expected) <= 0.01 * found, f"predicted {expected:,} bytes, stored {found:,}"
+
+
+def check_step_is_recorded(case: Case) -> None:
+    model = case.applied()
+    assert model.history[-1]["method"] == case.cls.name()
+    assert case.cls.leaves <= model.marks and not (case.cls.drops - case.cls.leaves) & model.marks
+
+
+def check_gpu_equals_cpu(case: Case) -> None:
+    if not torch.cuda.is_available():
+        raise NotApplicable("no accelerator here")
+    model = case.model()
+    model.module.to("cuda")
+    found = tiny.outputs(case.applied(model=model).module.cpu())
+    assert torch.allclose(found, tiny.outputs(case.applied().module), atol=1e-2), "the accelerator gives other outputs"
+
+
+# Helpers of the checks
+
+
+def state(model: Model) -> dict[str, Tensor]:
+    """All tensors that the model stores, experts apart, cloned."""
+    module = copy.deepcopy(model.module)
+    base = unwrapped(module)
+    for name in [name for name, layer in base.named_modules() if walk.is_fused(layer)]:
+        base.set_submodule(name, walk.SplitExperts.from_fused(base.get_submodule(name)))
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether two states have the same names and bits."""
+    return one.keys() == two.keys() and all(equal(value, two[name]) for name, value in one.items())
+
+
+def equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is not None and two is not None and one.dtype == two.dtype and torch.equal(one, two)
+
+
+def inside(name: str, modules: set[str]) -> bool:
+    return any(name.startswith(module + ".") for module in modules)
+
+
+def as_dtype(given: Given, dtype: torch.dtype) -> Given:
+    """The same data with its real numbers in another dtype."""
+    if not isinstance(given.data, texts.Text):
+        given.data = [{key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()} for batch in given.data or []]
+    return given
+
+
+def reopened(model: Model, folder: Path) -> Model:
+    """The model from disk."""
+    model.save(folder)
+    opened = walk.open(folder)
+    opened._tokenizer = model._tokenizer
+    return opened
+
+

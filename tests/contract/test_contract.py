@@ -1,0 +1,41 @@
+"""Every method keeps the contract, on every kind of model where it applies."""
+
+from __future__ import annotations
+
+import pytest
+from modelwright.core import contract, find
+
+
+@pytest.mark.parametrize("method", find.names())
+@pytest.mark.parametrize(("check", "kind"), list(contract.checks()), ids=lambda value: value or "record")
+def test_method_keeps_the_contract(method: str, check: str, kind: str) -> None:
+    result = contract.run(find.find(method), check, kind)
+    if result.outcome == "skipped":
+        pytest.skip(result.reason)
+    assert result.outcome in ("passed", "known"), result.reason
+
+
+def test_a_method_that_breaks_its_promise_is_found(tmp_path) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(
+        '"""Zero weights, and say otherwise."""\n'
+        "from dataclasses import dataclass\n"
+        "from modelwright.core.method import TensorMethod\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Broken(TensorMethod):\n"
+        '    """Promises half the weights and zeroes none."""\n'
+        "    def tensor(self, weight):\n"
+        "        return weight\n"
+        "    def promise(self):\n"
+        '        return {"zeros": 0.5}\n'
+    )
+    failed = {result.check for result in contract.check(f"{file}:Broken", kinds=("llama",)) if result.outcome == "failed"}
+    assert {"promise_is_kept [llama]", "defaults_do_something [llama]", "page_is_complete"} <= failed
+
+
+def test_a_file_that_cannot_be_imported_fails_by_name(tmp_path) -> None:
+    file = tmp_path / "worse.py"
+    file.write_text("import no_such_module\n")
+    (result,) = contract.check(f"{file}:Worse")
+    assert result.outcome == "failed"
+    assert "no_such_module" in result.reason

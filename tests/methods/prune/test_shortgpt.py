@@ -1,0 +1,89 @@
+import pytest
+import torch
+from calibration import batches, normal
+from tiny import outputs, tiny, tiny_inputs
+from transformers import AutoModelForCausalLM
+
+import modelwright as mw
+from modelwright.core.errors import PlanError
+from modelwright.core.given import Given
+from modelwright.core.walk import change
+from modelwright.methods.prune.shortgpt import ShortGpt
+
+
+def idle(model, depth):
+    """Let a block add nothing to what enters it."""
+    block = model.model.layers[depth]
+    block.self_attn.o_proj.weight.data.zero_()
+    block.mlp.down_proj.weight.data.zero_()
+    return model
+
+
+def scores(model, data):
+    opened = mw.open(model)
+    change(opened, ShortGpt(blocks=0), Given(data=data))
+    note = next(note for note in opened.history[-1]["notes"] if "block scores" in note)
+    return [float(score) for score in note.partition("scores ")[2].split(", ")]
+
+
+def test_a_case_by_hand():
+    # Cosines of the tokens: (1, 0)·(2, 0) → 1; (0, 3)·(4, 3) → 9/15 = 0.6; (1, 1)·(-1, 1) → 0. Influence 1 - 1.6/3.
+    before = torch.tensor([[1.0, 0.0], [0.0, 3.0], [1.0, 1.0]])
+    after = torch.tensor([[2.0, 0.0], [4.0, 3.0], [-1.0, 1.0]])
+    assert ShortGpt().block(before, after).item() == pytest.approx(1 - 1.6 / 3)
+    # Of the influences 0.5 0.1 0.4 0.2 the lowest two go: blocks 1 and 3.
+    assert ShortGpt(blocks=2).keep([0.5, 0.1, 0.4, 0.2]) == [0, 2]
+
+
+def test_a_block_that_changes_nothing_has_no_influence():
+    hidden = normal(50, 16)
+    assert ShortGpt().block(hidden, hidden).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_order_of_the_tokens_does_not_matter():
+    before, after = normal(50, 16), normal(50, 16, seed=1)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert ShortGpt().block(before[order], after[order]).item() == pytest.approx(ShortGpt().block(before, after).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("depth", [0, 2, 3])
+def test_removing_a_block_that_changes_nothing_leaves_the_logits(depth):
+    model = idle(tiny(), depth)
+    expected = outputs(model)
+    assert scores(idle(tiny(), depth), batches(model))[depth] == 0
+    mw.apply(model, ShortGpt(blocks=1), data=batches(model))
+    assert len(model.model.layers) == 3
+    assert (outputs(model) - expected).abs().max() < 1e-5
+
+
+def test_padding_has_no_influence():
+    data = tiny_inputs(tiny())
+    rows = [{"input_ids": data["input_ids"][:1]}, {"input_ids": data["input_ids"][1:, :7]}]
+    assert scores(tiny(), [data]) == pytest.approx(scores(tiny(), rows), abs=2e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "qwen2"])
+def test_the_shorter_model_is_a_plain_one_of_its_family(kind, tmp_path):
+    # Blocks, their places in the cache and the config's list by block are those of the kept ones, here 0, 2 and 3.
+    model = mw.open(tiny(kind))
+    kinds = model.config.layer_types
+    model.module.model.layers[1].self_attn.o_proj.weight.data.zero_()
+    model.module.model.layers[1].mlp.down_proj.weight.data.zero_()
+    if kind == "gemma2":
+        assert len(set(kinds)) == 2
+    expected = outputs(model.module)
+    mw.apply(model, ShortGpt(blocks=1), data=batches(model.module)).save(tmp_path / "short")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "short").eval()
+    assert plain.config.num_hidden_layers == 3
+    assert plain.config.layer_types == [kinds[0], kinds[2], kinds[3]]
+    assert (outputs(plain) - expected).abs().max() < 1e-5
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        cached = plain.generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+        anew = plain.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(cached, anew)
+
+
+def test_removing_every_block_is_refused():
+    with pytest.raises(PlanError, match="all 4 blocks"):
+        mw.apply(tiny(), ShortGpt(blocks=9), data=batches(tiny()))
