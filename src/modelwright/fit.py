@@ -186,7 +186,7 @@ def fit(
     samples = [(prompt, measure.continuation(open(name), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
     page = report.Page(
         name=name, budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
-        sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started,
+        sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started, recovered=job.score(result.model.module),
     )  # fmt: skip
     write_text(with_folder / "report.html", report.html(page))
     write_text(with_folder / "model" / "README.md", report.card(page, result.model))

@@ -37,7 +37,8 @@ class Page:
     samples: list[tuple[str, str, str]]  # prompt, what the original writes, what the chosen one writes
     recipe: str
     account: list[dict[str, Any]]
-    score: float  # of the original on the text that trials were scored on
+    score: float  # of the original on the text that trials were scored on, in nats per token
+    recovered: float  # of the chosen model after recovery, on the same
     notes: list[str] = field(default_factory=list)
 
 
@@ -75,7 +76,9 @@ def shown(column: str, row: dict[str, Any]) -> str:
         return f"{value:.2f} ({row['perplexity_low']:.2f}–{row['perplexity_high']:.2f})"
     if column in ("parameters", "zeros", "flops_per_token", "tokens"):
         return short(value)
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if column.endswith("_per_second"):
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if column == "bits_per_byte" else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -125,7 +128,9 @@ def frontier_plot(page: Page) -> str:
     axes.step([row["bytes"] / 1e6 for row in front], [row["nats_per_token"] for row in front], where="post", color=ACCENT, lw=1.4,
               label="frontier", zorder=3)  # fmt: skip
     axes.scatter([original / 1e6], [page.score], marker="s", s=52, color=INK, label="original", zorder=4)
-    axes.scatter([page.chosen["bytes"] / 1e6], [page.chosen["nats_per_token"]], marker="*", s=190, color=WARM, label="chosen, before recovery", zorder=5)
+    axes.scatter([page.chosen["bytes"] / 1e6], [page.chosen["nats_per_token"]], marker="*", s=190, color=WARM, label="chosen", zorder=5)
+    axes.scatter([page.table[1]["bytes_disk"] / 1e6], [page.recovered], marker="*", s=190, facecolors="white", edgecolors=WARM,
+                 label="chosen, recovered", zorder=6)  # fmt: skip
     axes.axvline(page.budget_bytes / 1e6, color=WARM, lw=1, ls="--")
     axes.annotate(f" budget {page.budget}", (page.budget_bytes / 1e6, 1), xycoords=("data", "axes fraction"), va="top", color=WARM, fontsize=9)
     axes.set_xlabel("weight files, MB")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from modelwright.maths import masks
-from modelwright.maths.task_vectors import elect, merge, merge_ties, trim
+from modelwright.maths.task_vectors import average, elect, merge, merge_ties, trim
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16])
@@ -129,3 +129,58 @@ def test_inputs_are_left_alone_and_small_tensors_do(models):
     assert merge_ties(torch.ones(()), [torch.ones(())], [1.0]).shape == ()
     assert merge_ties(torch.ones(0, 3), [torch.ones(0, 3)], [1.0]).shape == (0, 3)
     assert merge_ties(torch.ones(3), [torch.full((3,), 2.0)], [1.0], keep=0.1).tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_average_is_exact_to_one_rounding(models, normalize):
+    _, donors = models
+    weights = [0.2, 0.3, 1.7]
+    total = sum(weights) if normalize else 1.0
+    exact = sum(weight / total * donor.double() for weight, donor in zip(weights, donors, strict=True))
+    result = average(donors, weights, normalize=normalize)
+    assert result.dtype == donors[0].dtype
+    wrong = result != exact.to(result.dtype)
+    if result.dtype == torch.float32:
+        assert not wrong.any()
+    else:  # sums in float32 may tip what lies half way between two values
+        assert wrong.float().mean() < 0.001
+    wide = average(donors, weights, normalize=normalize, dtype=torch.float32)
+    assert torch.equal(wide, exact.float())
+
+
+def test_an_average_that_nearly_cancels_is_exact():
+    tensors = [torch.full((7,), value) for value in (1e8, 1.0, -1e8)]
+    assert average(tensors, [1.0, 1.0, 1.0], normalize=False).tolist() == [1.0] * 7
+
+
+def test_an_average_of_one_tensor_is_that_tensor_bit_for_bit(models):
+    for tensor in (models[0], torch.tensor([0.0, -0.0, 1e-45, -3e38])):
+        for weights, normalize in (([1.0], False), ([0.3], True), ([0.1, 0.7], True)):
+            result = average([tensor] * len(weights), weights, normalize=normalize)
+            kind = torch.int32 if tensor.dtype == torch.float32 else torch.int16
+            assert torch.equal(result.view(kind), tensor.view(kind))
+
+
+def test_an_average_may_take_the_place_of_an_input_and_leaves_the_others(models):
+    _, donors = models
+    expected = average(donors, [0.2, 0.3, 0.5])
+    inputs = [donor.clone() for donor in donors]
+    assert average(inputs, [0.2, 0.3, 0.5], out=inputs[1]) is inputs[1]
+    assert torch.equal(inputs[1], expected)
+    assert torch.equal(inputs[0], donors[0])
+    assert torch.equal(inputs[2], donors[2])
+
+
+def test_an_average_of_any_shape(models):
+    assert average([torch.tensor(2.0), torch.tensor(4.0)], [1, 3]).item() == 3.5
+    assert average([torch.ones(0, 3)], [1.0]).shape == (0, 3)
+    view = models[0].t()
+    assert torch.equal(average([view, view], [1.0, 1.0]), view)
+
+
+def test_an_average_needs_the_memory_of_a_few_slices(monkeypatch):
+    held = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **kinds: held.append(empty(*size, **kinds)) or held[-1])
+    average([torch.ones(40, 50)] * 3, [1.0] * 3)
+    assert [tuple(tensor.shape) for tensor in held] == [(40, 50), (400,)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError
+from .errors import RecipeError, WeightsError
 
 
 @contextlib.contextmanager
@@ -19,6 +20,7 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         RecipeError: `final` exists, is not empty, and `overwrite` is false.
+        WeightsError: the disk is full.
     """
     refuse_existing(final, overwrite=overwrite)
     partial = final.with_name(final.name + ".partial")
@@ -27,8 +29,10 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield partial
         publish(partial, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise WeightsError(f"The disk is full, so {final} was not written; nothing is left of it. Free some space and run again.") from error
         raise
 
 

@@ -19,9 +19,11 @@ from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Stored
 
 from . import data as texts
+from . import stream, walk
 from .errors import DataError, NeedError
 from .model import Model, open, stored_bytes, unwrapped
 from .progress import track
+from .weights import Checkpoint
 
 # Sizes
 
@@ -32,10 +34,15 @@ def sizes(model: Model) -> dict[str, Any]:
     `parameters` counts the weights that the model stands for: a packed matrix counts as the dense one, two factors as
     their own entries. `bits_per_weight` is everything stored, scales and masks too, over the parameters.
     """
-    module = unwrapped(model.module)
-    parameters, zeros = count(module)
-    memory = stored_bytes(model.module)
     disk = disk_bytes(model.folder) if model.folder is not None else None
+    if model.checkpoint is not None and (skeleton := streamable_skeleton(model)) is not None:
+        module = whole = skeleton
+        parameters, zeros = count_on_disk(model.checkpoint, skeleton)
+    else:
+        whole = model.module if model.loaded else open(str(model.folder)).module
+        module = unwrapped(whole)
+        parameters, zeros = count(module)
+    memory = stored_bytes(whole)
     return {
         "parameters": parameters,
         "zeros": zeros,
@@ -60,6 +67,37 @@ def count(module: nn.Module) -> tuple[int, int]:
             seen.add(id(value))
             total += value.numel()
             zeros += 0 if value.is_meta else value.numel() - int(torch.count_nonzero(value))
+    return total, zeros
+
+
+def streamable_skeleton(model: Model) -> nn.Module | None:
+    """The empty module of a model on disk whose files name what the module names; None for others."""
+    if model.folder is None or (model.folder / "adapter_config.json").is_file():
+        return None
+    skeleton = stream.split_skeleton(model)
+    return None if None in stream.disk_names(Checkpoint(model.folder), skeleton).values() else skeleton
+
+
+def count_on_disk(checkpoint: Checkpoint, skeleton: nn.Module) -> tuple[int, int]:
+    """As `count`, with one layer's tensors in memory at a time; the skeleton is empty again afterwards."""
+    names = stream.disk_names(checkpoint, skeleton)
+    total = zeros = 0
+    done: set[str] = set()
+    for path, layer in skeleton.named_modules():
+        if isinstance(layer, Stored) and layer.stands_for_dense:
+            own = [f"{path}.{leaf}" for leaf in layer.state_dict()]
+            walk.fill(skeleton, own, lambda name: checkpoint.read(names[name] or name))
+            total += layer.weights()
+            zeros += layer.weights() - layer.nonzeros()
+            layer.to("meta")
+            done |= {names[name] or name for name in own if not name.endswith(".bias")}
+    for name, _ in skeleton.named_parameters():
+        file_name = names[name] or name
+        if file_name not in done:
+            done.add(file_name)
+            tensor = checkpoint.read(file_name)
+            total += tensor.numel()
+            zeros += tensor.numel() - int(torch.count_nonzero(tensor))
     return total, zeros
 
 

@@ -263,7 +263,8 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
         from peft import PeftModel
 
         base = load_module(_base_of(adapter), config, trust_remote_code)
-        return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        with quiet():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     descriptions = stated_descriptions(config)
     if descriptions:
         config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions}

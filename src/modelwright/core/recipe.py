@@ -215,11 +215,12 @@ def run(
         else:
             local = replace(given, **step_models(step, source), work=beside / f"{folder.name}.work", notes=[])
             started = time.perf_counter()
+            whole = beside / f"{folder.name}.whole"
             with peak_memory() as memory:
-                result = walk.write(model, step.method, local, folder.with_suffix(".whole"))
+                result = walk.write(model, step.method, local, whole, overwrite=True)
             row = {"step": step.method.name(), "seconds": time.perf_counter() - started, "peak_bytes": memory.bytes, **sizes(result), "notes": local.notes}
             write_json(beside / f"{folder.name}.json", row)
-            os.rename(folder.with_suffix(".whole"), folder)
+            os.rename(whole, folder)
             shutil.rmtree(local.work, ignore_errors=True)  # type: ignore[arg-type]
         account.append(row)
         model = open(folder)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+STRIP = 192  # inputs whose moments are added up together
+
 
 class Statistics:
     """Sums over the inputs x [tokens, in] of one matrix; only what the method asks for is gathered.
@@ -43,7 +45,9 @@ class Statistics:
         if self._largest is not None and len(x):
             torch.maximum(self._largest, x.abs().amax(0), out=self._largest)
         if self._moment is not None:
-            self._moment.addmm_(x.T, x)
+            for start in range(0, self.inputs, STRIP):  # from the diagonal on; `moment` fills in the other half
+                stop = start + STRIP
+                self._moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
 
     @property
     def norm(self) -> Tensor:
@@ -74,7 +78,11 @@ class Statistics:
     @property
     def moment(self) -> Tensor:
         """Second moment E[x xᵀ] [in, in], not centred."""
-        return self._mean_of(self._moment)
+        mean = self._mean_of(self._moment)
+        for start in range(STRIP, self.inputs, STRIP):
+            stop = start + STRIP
+            mean[start:stop, :start] = mean[:start, start:stop].T
+        return mean
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""

@@ -97,7 +97,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
         if isinstance(method, TensorMethod):
             _change_tensors(model, method, given)
         elif isinstance(method, LayerMethod):
-            _change_layers(Resident(model), method, given)
+            _change_layers(Resident(model, given.work), method, given)
         elif isinstance(method, BlockMethod):
             drop = _choose_blocks(Resident(model), method, given)
             removal.remove_blocks(model.module, drop)
@@ -291,7 +291,7 @@ class _Stub(nn.Module):
 
 
 class _Entered(Exception):
-    """The first block was reached."""
+    """The blocks were reached."""
 
 
 class Resident:
@@ -370,16 +370,21 @@ class Resident:
         states: list[Tensor] = []
         self._in_tuple = in_tuple
 
-        class First(_Stub):
+        class Recorder(_Stub):
             def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                states.append(hidden)
-                return super().forward(hidden, *args, **kwargs)
+                if self._calls is calls[0]:
+                    states.append(hidden)
+                out = super().forward(hidden, *args, **kwargs)
+                if self._calls is calls[-1]:
+                    raise _Entered  # what follows the last block is not needed
+                return out
 
         for depth, block in enumerate(originals):
-            self.stack[depth] = (_Stub if depth else First)(block, calls[depth], in_tuple)
+            self.stack[depth] = Recorder(block, calls[depth], in_tuple)
         try:
             for batch in batches:
-                self.forward(batch)
+                with contextlib.suppress(_Entered):
+                    self.forward(batch)
         finally:
             for depth, block in enumerate(originals):
                 self.stack[depth] = block
@@ -437,7 +442,7 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
     """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count."""
     found: dict[str, Statistics] = {}
     handles = []
-    turn = {"batch": 0}
+    turn: dict[str, Any] = {"batch": 0, "input": None}
     for site, _ in chosen:
         layer = walk.module.get_submodule(site.module)
         weight = weight_of(walk.module, site)
@@ -446,7 +451,7 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
         if isinstance(layer, nn.Conv2d):
             handles.append(layer.register_forward_pre_hook(_convolution_hook(collector)))
         else:
-            handles.append(layer.register_forward_pre_hook(_linear_hook(collector, walk, turn)))
+            handles.append(layer.register_forward_pre_hook(_linear_hook(site.name, found, walk, turn)))
     try:
         for number, _ in enumerate(run(), 1):
             turn["batch"] = number
@@ -456,12 +461,20 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
     return found
 
 
-def _linear_hook(collector: Statistics, walk: Resident, turn: dict[str, int]) -> Callable[..., None]:
+def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: dict[str, Any]) -> Callable[..., None]:
+    """Count a matrix's inputs. Matrices that are given the same tensor one after another, as q, k and v are, share."""
+    own = found[name]
+
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, mask = args[0], walk.masks[turn["batch"]]
+        if turn["input"] is not None and turn["input"][0] is x and turn["input"][1] == x._version and own.tokens == 0:
+            found[name] = turn["input"][2]
+            return
+        assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
+        turn["input"] = (x, x._version, own)
         if mask is not None and mask.shape == x.shape[:2]:
             x = x[mask.bool()]
-        collector.add(x)
+        own.add(x)
 
     return hook
 
@@ -487,6 +500,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     notes = given.notes
     choose(walk.module, walk.anatomy.sites(walk.module), method)  # refuse now what would choose nothing
     walk.enter(batches)
+    outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
     for depth in track(range(walk.depths), method.name()):
         inside = f"{walk.path}.{depth}"
         walk.load(depth)
@@ -501,9 +515,9 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                         statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth))  # type: ignore[misc]
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth)
-        walk.states = list(walk.run_block(depth))
+        if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
+            walk.states = list(walk.run_block(depth))
         walk.finish(depth)
-    outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
     chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, outside, method, notes), notes)
     if chosen:
         walk.load_outside()

@@ -46,10 +46,10 @@ class Factoriser(SiteMethod):
         rank = self.rank_of(tuple(weight.shape))
         if rank is None:
             return weight
-        b, a = low_rank.factor(weight, rank, metric)
         if self.store == "dense":
-            return (b.float() @ a.float()).to(weight.dtype)
-        return LowRankLinear.from_factors(b, a)
+            b, a = low_rank.factor(weight.double(), rank, metric)
+            return (b @ a).to(weight.dtype)
+        return LowRankLinear.from_factors(*low_rank.factor(weight, rank, metric))
 
     def planned(self, weight: Tensor) -> Tensor | nn.Module:
         rank = self.rank_of(tuple(weight.shape))

@@ -1,0 +1,68 @@
+"""Write the tables of README.md and docs/*.md from the measurements in docs/results/*.json.
+
+    python docs/tables.py            write them
+    python docs/tables.py --check    only say which are not up to date
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->` and shows docs/results/NAME.json, the output of a command
+with `--json`: a list of rows, or an object with such a list under "table" or "rows".
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def table(found: Any) -> str:
+    """Measurements as a Markdown table: models side by side, other rows one below the other."""
+    from modelwright.report import COLUMNS, shown
+
+    rows = found if isinstance(found, list) else found.get("table") or found["rows"]
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    order = list(COLUMNS)
+    hidden = {"perplexity_low", "perplexity_high", "notes"}
+    keys = sorted((key for key in keys if key not in hidden), key=lambda key: order.index(key) if key in order else len(order))
+    lines = [[COLUMNS.get(key, key.replace("_", " ")), *(shown(key, row) for row in rows)] for key in keys]
+    if "model" not in keys:
+        lines = [list(line) for line in zip(*lines, strict=True)]
+    else:
+        lines[0][0] = ""
+    lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def filled(text: str) -> str:
+    """A page with its tables written anew; a table without a file stays as it is."""
+
+    def fill(block: re.Match[str]) -> str:
+        file = ROOT / "docs" / "results" / f"{block[1]}.json"
+        body = table(json.loads(file.read_text("utf-8"))) if file.is_file() else block[2]
+        return f"<!-- table: {block[1]} -->\n{body}<!-- end -->"
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> None:
+    """Write or check every page."""
+    old = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = page.read_text("utf-8")
+        after = filled(before)
+        if before != after:
+            old.append(page.relative_to(ROOT).as_posix())
+            if "--check" not in sys.argv:
+                page.write_text(after, "utf-8")
+    if old:
+        print("not up to date:" if "--check" in sys.argv else "wrote", ", ".join(old))
+    if old and "--check" in sys.argv:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

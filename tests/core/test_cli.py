@@ -1,0 +1,204 @@
+"""The command line: what it prints, and what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import standin
+
+from modelwright import cli
+from modelwright.core import find
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run `modelwright ...` in an empty folder: (exit code, what it printed, what it said on the error stream)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli.out, "_width", 200)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["modelwright", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    return run
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_help_names_every_verb(call):
+    code, printed, _ = call("--help")
+    assert code == 0
+    for verb in ("list", "show", "plan", "run", "fit", "measure", "merge", "check", "new"):
+        assert verb in printed
+
+
+def test_list_has_a_line_for_every_method_with_its_status(call):
+    code, printed, _ = call("list")
+    assert code == 0
+    for name in find.names():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{name} ")]
+        assert find.page(name).status in line
+
+
+def test_list_of_one_family_as_json(call):
+    code, printed, _ = call("list", "prune", "--json")
+    rows = json.loads(printed)
+    assert code == 0
+    assert [row["name"] for row in rows] == [name for name in find.names() if name.startswith("prune.")]
+    assert set(rows[0]) == {"name", "summary", "status"}
+
+
+def test_list_of_an_unknown_family_names_the_nearest(call):
+    code, _, said = call("list", "prun")
+    assert code == 2
+    assert "There is no family 'prun'. Did you mean 'prune'?" in one_line(said)
+
+
+@pytest.mark.parametrize("name", find.names())
+def test_show_has_the_settings_and_the_source_of_a_method(call, name):
+    code, printed, _ = call("show", name)
+    assert code == 0
+    assert "Level:" in printed
+    assert "Needs:" in printed
+    assert find.page(name).summary in one_line(printed)
+
+
+def test_show_says_how_to_choose_in_a_family(call):
+    code, printed, _ = call("show", "prune")
+    assert code == 0
+    assert "How to choose" in printed
+
+
+def test_show_of_an_unknown_method_names_the_nearest(call):
+    code, _, said = call("show", "prune.wnda")
+    assert code == 2
+    assert "There is no method 'prune.wnda'. Did you mean 'prune.wanda'?" in one_line(said)
+
+
+def test_show_prints_the_schema_as_json(call):
+    code, printed, _ = call("show", "--schema")
+    assert code == 0
+    assert json.loads(printed)["title"] == "A Modelwright recipe"
+
+
+def test_plan_has_a_row_for_every_step(call, starter):
+    Path("r.yaml").write_text("model: starter\nsteps:\n  - prune.magnitude\n  - quantize.rtn: {bits: 4}\n", "utf-8")
+    code, printed, _ = call("plan", "r.yaml", "--json")
+    assert code == 0
+    rows = json.loads(printed)["rows"]
+    assert [row["step"] for row in rows] == ["input", "prune.magnitude", "quantize.rtn"]
+    assert rows[2]["bytes"] < rows[1]["bytes"]
+    assert call("plan", "r.yaml")[0] == 0
+    assert call("run", "r.yaml", "--dry-run")[0] == 0
+
+
+def test_plan_says_all_that_is_wrong_at_once(call, starter):
+    Path("r.yaml").write_text(
+        "model: starter\nsteps:\n  - prune.wnda\n  - quantize.gptq: {bit: 4}\n  - prune.magnitude: {sparsity: 3}\n", "utf-8"
+    )
+    code, _, said = call("plan", "r.yaml")
+    said = one_line(said)
+    assert code == 2
+    assert "3 problems" in said
+    assert "Did you mean 'prune.wanda'?" in said
+    assert "has no setting 'bit'. Did you mean 'bits'?" in said
+    assert "sparsity must be a number from 0 to 1; got 3" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("steps:\n  - quantize.rtn\n  - prune.magnitude\n", "prune.magnitude wants a model that is float"),
+        ("steps:\n  - prune.wanda\n", "prune.wanda needs calibration text; the recipe gives none. Add `data:`."),
+        ("steps:\n  - merge.ties\n", "merge.ties needs donors"),
+        ("stpes:\n  - merge.ties\n", "A recipe has no key 'stpes'. Did you mean 'steps'?"),
+        ("steps:\n  - prune.magnitude: {where: mlq}\n", "'mlq' names no part of any model. Did you mean 'mlp'?"),
+        ("steps:\n  - prune.magnitude: {where: router}\n", "chooses no weight"),
+        ("steps: [\n", "The recipe is not valid YAML"),
+    ],
+)  # fmt: skip
+def test_plan_refuses_what_cannot_work(call, starter, text, wanted):
+    Path("r.yaml").write_text(text, "utf-8")
+    code, _, said = call("plan", "r.yaml")
+    assert code == 2
+    assert wanted in one_line(said)
+    assert "Traceback" not in said
+
+
+def test_a_missing_recipe_and_a_bad_override_are_named(call, starter):
+    assert "There is no recipe nowhere.yaml" in one_line(call("plan", "nowhere.yaml")[2])
+    Path("r.yaml").write_text("model: starter\nsteps:\n  - quantize.rtn\n", "utf-8")
+    assert "An override is written path=value" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits")[2])
+    assert "the recipe has no '7' there" in one_line(call("plan", "r.yaml", "--set", "steps.7.bits=4")[2])
+    assert "bits must be a whole number from 2 to 8" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits=9")[2])
+
+
+def test_run_saves_and_refuses_to_overwrite(call, starter):
+    Path("r.yaml").write_text("model: starter\nsteps:\n  - quantize.rtn\nsave: out/\n", "utf-8")
+    code, printed, _ = call("run", "r.yaml", "--json", "--quiet")
+    assert code == 0
+    assert [row["step"] for row in json.loads(printed)["account"]] == ["input", "quantize.rtn"]
+    code, _, said = call("run", "r.yaml")
+    assert code == 2
+    assert "exists and is not empty" in one_line(said)
+    assert call("run", "r.yaml", "--overwrite", "--set", "steps.0.bits=8")[0] == 0
+
+
+def test_measure_sets_models_side_by_side(call, starter):
+    code, printed, _ = call("measure", "starter", str(starter), "--tokens", "256", "--json")
+    assert code == 0
+    first, second = json.loads(printed)
+    assert first["parameters"] == second["parameters"]
+    assert first["bits_per_byte"] == second["bits_per_byte"]
+
+
+def test_measure_of_a_model_that_is_nowhere_says_so(call, starter):
+    code, _, said = call("measure", "nowhere")
+    assert code == 2
+    assert "'nowhere'" in said
+
+
+def test_merge_needs_no_recipe(call, starter, tmp_path):
+    donors = [str(standin.write(tmp_path / name, seed=seed)) for seed, name in enumerate(("one", "two"), 1)]
+    code, printed, _ = call("merge", "ties", "starter", *donors, "--set", "keep=0.5", "--quiet")
+    assert code == 0
+    assert "saved to" in printed
+    assert json.loads((tmp_path / "merged" / "modelwright.json").read_text("utf-8"))["steps"][0]["settings"] == {"keep": 0.5}
+
+
+def test_new_writes_a_method_and_its_test_outside_a_checkout(call, monkeypatch, tmp_path):
+    folder = tmp_path / "installed" / "modelwright" / "methods"
+    shutil.copytree(find.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(find, "FOLDER", folder)
+    code, printed, _ = call("new", "prune", "mine")
+    assert code == 0
+    assert "mine.py" in printed
+    assert find.find("mine.py").__name__ == "Mine"
+    assert Path("test_mine.py").is_file()
+    code, _, said = call("new", "prune", "mine")
+    assert code == 2
+    assert "mine.py exists" in one_line(said)
+
+
+def test_new_refuses_unknown_families_and_bad_names(call):
+    assert "There is no family 'prun'. Did you mean 'prune'?" in one_line(call("new", "prun", "mine")[2])
+    assert "A method's name is in lower case" in one_line(call("new", "prune", "My-Method")[2])
+
+
+def test_check_ends_with_one_when_something_fails(call):
+    Path("bad.py").write_text('"""No full stop"""\n', "utf-8")
+    code, printed, _ = call("check", "bad.py")
+    assert code == 1
+    assert "failed" in printed
+    assert "bad.py" in printed

@@ -1,0 +1,61 @@
+"""Killed at any point, a run goes on and ends as if it had not been; no half-written folder bears the final name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import modelwright as mw
+import pytest
+from modelwright import fit
+
+from .conftest import contents, killed_at
+
+STEPS = {
+    "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.walk", "Resident.keep", 3)),
+    "layer step, while writing": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.weights", "Writer.copy", 20)),
+    "tensor step": ("- quantize.rtn: {bits: 4, group: 32}", ("modelwright.core.weights", "Writer.add", 9)),
+    "block step": ("- prune.shortgpt: {blocks: 1}", ("modelwright.core.weights", "Writer.copy", 5)),
+    "training": ("- train: {tokens: 640, batch: 2, length: 16, save_every: 5}", ("modelwright.core.training", "save", 3)),
+    "adapter": ("- adapt.lora: {rank: 2}\n- train: {tokens: 320, batch: 2, length: 16, save_every: 4}\n- adapt.fold",
+                ("modelwright.core.training", "save", 2)),
+    "between steps": ("- prune.magnitude\n- quantize.rtn: {group: 32}", ("modelwright.core.recipe", "write_json", 2)),
+    "the last rename": ("- prune.magnitude", ("modelwright.core.recipe", "publish", 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_killed_run_resumes_to_the_same_bytes(case: str, small: Path, text: Path, tmp_path: Path) -> None:
+    steps, moment = STEPS[case]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {small}\ndata: {text}\nsamples: 16\nlength: 32\nsteps:\n{steps}\n")
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    mw.run(recipe, overrides=[f"save={straight}"])
+    killed_at(*moment, lambda: mw.run(recipe, overrides=[f"save={killed}"]))
+    assert not killed.exists(), "a half-written folder bears the final name"
+    mw.run(recipe, overrides=[f"save={killed}"])
+    assert contents(killed) == contents(straight)
+    left = [path.name for path in tmp_path.iterdir() if path not in (recipe, straight, killed)]
+    assert not left, f"something was left behind: {left}"
+
+
+@pytest.mark.parametrize("moment", [("modelwright.fit", "try_out", 4), ("modelwright.core.recipe", "write_json", 1), ("modelwright.fit", "publish", 1)])
+def test_killed_fit_resumes_to_the_same_model(moment: tuple[str, str, int], small: Path, text: Path, tmp_path: Path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+
+    def work(save: Path) -> None:
+        fit.fit(small, budget="60%", data=text, quick=True, trials=6, save=save)
+
+    work(straight)
+    killed_at(*moment, lambda: work(killed))
+    assert not killed.exists()
+    work(killed)
+    one, two = contents(killed), contents(straight)
+    assert one.keys() == two.keys()
+    assert [name for name in one if name != "frontier.csv" and one[name] != two[name]] == []
+
+
+def test_recipe_of_a_fit_gives_the_same_bytes_again(small: Path, text: Path, tmp_path: Path) -> None:
+    fit.fit(small, budget="60%", data=text, quick=True, trials=3, save=tmp_path / "fitted")
+    mw.run(tmp_path / "fitted" / "recipe.yaml", overrides=[f"save={tmp_path / 'again'}"])
+    first, second = contents(tmp_path / "fitted" / "model"), contents(tmp_path / "again")
+    assert first == second

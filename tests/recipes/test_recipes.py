@@ -1,0 +1,103 @@
+"""Every recipe of the repository runs from end to end, short and on a small model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import standin
+import torch
+from safetensors import safe_open
+
+from modelwright.core import plan, recipe
+from modelwright.core.errors import NeedError
+from modelwright.core.model import open
+
+FOLDER = Path(__file__).parents[2] / "recipes"
+SHORT = ["samples=4", "length=64"]
+NEW = ["hidden_size=64", "intermediate_size=96", "num_hidden_layers=2", "num_attention_heads=2", "num_key_value_heads=1"]
+OVERRIDES = {  # what makes each recipe short
+    "starter": [*(f"model.config.{text}" for text in NEW), "model.tokenizer.vocabulary=300",
+                "steps.0.tokens=2048", "steps.0.batch=4", "steps.0.length=32", "steps.0.accumulation=2"],
+    "prune-and-recover": [*SHORT, "steps.2.tokens=2048", "steps.2.length=64"],
+    "quantize": SHORT,
+    "merge-ties": [],
+    "lora": ["steps.1.tokens=2048", "steps.1.length=64"],
+}  # fmt: skip
+
+
+def made(name: str, tmp_path: Path, model: Path, *more: str) -> recipe.Recipe:
+    """A recipe of the repository, made short."""
+    overrides = [*OVERRIDES[name], f"save={tmp_path / 'out'}", *more]
+    if name != "starter":
+        overrides.insert(0, f"model={model}")
+    if name == "merge-ties":
+        donors = [standin.write(tmp_path / f"donor-{seed}", seed=seed) for seed in (1, 2)]
+        overrides.append(f"steps.0.donors=[{', '.join(map(str, donors))}]")
+    else:
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n".join(standin.documents()[0]), "utf-8")
+        overrides.insert(0, f"data={text}")
+    return recipe.read(FOLDER / f"{name}.yaml", overrides)
+
+
+def test_every_recipe_is_run_here():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(OVERRIDES)
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_its_first_line_says_what_it_is_for(path):
+    assert path.read_text("utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_it_runs_and_the_result_loads(name, tmp_path, stand_in):
+    short = made(name, tmp_path, stand_in)
+    planned = plan.plan(short)
+    done = recipe.run(short)
+    assert [row["step"] for row in done.account] == [row.step for row in planned.rows]
+    assert [row["parameters"] for row in done.account] == [row.parameters for row in planned.rows]
+    assert [row["bytes_memory"] for row in done.account] == [row.bytes for row in planned.rows]
+    again = open(tmp_path / "out")
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        assert torch.equal(again.module(input_ids=ids).logits, done.model.module(input_ids=ids).logits)
+    assert again.tokenizer.decode(again.tokenizer.encode("The text.")) == "The text."
+    assert recipe.read(tmp_path / "out" / "recipe.yaml") == short
+    assert not (tmp_path / "out.steps").exists()
+
+
+def test_quantize_writes_compressed_tensors_with_packed_blocks(tmp_path, stand_in):
+    done = recipe.run(made("quantize", tmp_path, stand_in))
+    stated = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))["quantization_config"]
+    assert stated["quant_method"] == "compressed-tensors"
+    assert done.account[-1]["bytes_disk"] < 0.5 * done.account[0]["bytes_disk"]
+
+
+def test_merge_ties_changes_at_most_what_donors_changed(tmp_path, stand_in):
+    short = made("merge-ties", tmp_path, stand_in, "steps.0.scale=0")
+    done = recipe.run(short)
+    with safe_open(stand_in / "model.safetensors", "pt") as before, safe_open(done.model.folder / "model.safetensors", "pt") as after:
+        assert set(before.keys()) == set(after.keys())
+        assert all(torch.equal(before.get_tensor(name), after.get_tensor(name)) for name in before.keys())  # noqa: SIM118
+
+
+def test_lora_folds_into_a_model_without_adapters(tmp_path, stand_in):
+    done = recipe.run(made("lora", tmp_path, stand_in))
+    assert "adapters" not in done.model.marks
+    assert done.account[0]["parameters"] == done.account[-1]["parameters"] < done.account[1]["parameters"]
+
+
+def test_prune_and_recover_removes_a_block_and_ends_packed(tmp_path, stand_in):
+    done = recipe.run(made("prune-and-recover", tmp_path, stand_in))
+    assert len(done.model.module.model.layers) == standin.CONFIG["num_hidden_layers"] - 1
+    assert done.model.marks >= {"packed"}
+    assert [step["method"] for step in done.model.history] == [
+        "prune.shortgpt", "prune.sparsegpt", "distill.recover", "quantize.gptq",
+    ]  # fmt: skip
+
+
+def test_without_text_a_recipe_says_what_is_missing(tmp_path, stand_in):
+    with pytest.raises(NeedError, match=r"step 0: quantize\.gptq needs calibration text"):
+        recipe.run(made("quantize", tmp_path, stand_in, "data=null"))
