@@ -170,8 +170,7 @@ def fit(
     found = search(job, sensitivity, started)
     frontier = [_row(trial) for trial in found]
     chosen = choose(job, found)
-    best = final_recipe(job, steps_of(job, chosen.params, sensitivity))
-    result = recipe.run(replace(best, save=str(work / "model")), overwrite=True)
+    best, result, recovered = settle(job, steps_of(job, chosen.params, sensitivity))
     console.print("measuring the original and the chosen model on held-out text")
     table = []
     for each, label in ((open(name), "original"), (result.model, "chosen")):
@@ -180,13 +179,13 @@ def fit(
     with_folder = work / "out"
     shutil.rmtree(with_folder, ignore_errors=True)
     with_folder.mkdir()
-    shutil.copytree(work / "model", with_folder / "model")
+    shutil.copytree(result.model.folder, with_folder / "model")  # type: ignore[arg-type]
     write_text(with_folder / "recipe.yaml", best.yaml())
     write_text(with_folder / "frontier.csv", as_csv(frontier))
     samples = [(prompt, measure.continuation(open(name), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
     page = report.Page(
         name=name, budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
-        sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started, recovered=job.score(result.model.module),
+        sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started, recovered=recovered,
     )  # fmt: skip
     write_text(with_folder / "report.html", report.html(page))
     write_text(with_folder / "model" / "README.md", report.card(page, result.model))
@@ -400,24 +399,36 @@ def choose(job: Job, found: list[FrozenTrial]) -> FrozenTrial:
 # The chosen recipe
 
 
-def final_recipe(job: Job, steps: list[Step]) -> Recipe:
-    """The chosen steps with recovery by distillation: before the integers where structure went, and after them."""
-    tokens, length = job.effort.recover, job.score_rows.shape[1]
-    settings = {"tokens": tokens, "batch": 8, "length": length, "save_every": 50}
-    recover = Step(find.find("distill.recover")(**settings, learning_rate=5e-4), {"teacher": INPUT})
+def settle(job: Job, steps: list[Step]) -> tuple[Recipe, recipe.Run, float]:
+    """Run the chosen steps with and without recovery by distillation; the better by score, its run and its score."""
+    found = []
+    for number, candidate in enumerate([steps, *with_recovery(job, steps)]):
+        made = Recipe(
+            model=job.name, data={"source": str(job.data), "held": HELD}, samples=job.effort.samples, length=job.score_rows.shape[1],
+            seed=job.seed, steps=tuple(candidate),
+        )  # fmt: skip
+        done = recipe.run(replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True,
+                          work=job.work / "steps")
+        found.append((job.score(open(done.model.folder).module), made, done))  # type: ignore[arg-type]
+    score, made, done = min(found, key=lambda each: each[0])
+    return made, done, score
+
+
+def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
+    """The steps with distillation before the integers, where structure went, and after them; none where memory is short."""
+    settings = {"tokens": job.effort.recover, "batch": 8, "length": job.score_rows.shape[1], "save_every": 50, "learning_rate": 5e-4}
+    recover = Step(find.find("distill.recover")(**settings), {"teacher": INPUT})
     needed = plan.peak(job.model.module, recover.method, job.given, stored_bytes(job.model.module), streaming=False)
     free = psutil.virtual_memory().available
+    if needed > free:
+        console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
+        return []
     made = []
     for step in steps:
         if step.method.name() == "quantize.gptq" and made:
             made.append(recover)
         made.append(step)
-    made.append(recover)
-    if needed > free:
-        console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
-        made = [step for step in made if step is not recover]
-    return Recipe(model=job.name, data={"source": str(job.data), "held": HELD}, samples=job.effort.samples, length=length, seed=job.seed,
-                  steps=tuple(made))  # fmt: skip
+    return [[*made, recover]]
 
 
 def prompts(job: Job) -> list[str]:

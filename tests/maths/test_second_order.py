@@ -185,7 +185,7 @@ def test_dead_columns_are_zeroed_and_change_nothing_else(layer):
     result, _ = sweep(weight, upper, zeroed(upper, 0.2), dead=dead)
     assert (result[:, 5] == 0).all()
     scaled, _, _ = inverse_factor(moment * 1e-6)
-    assert torch.allclose(scaled, upper * 1e3, rtol=1e-3, atol=1e-3)
+    assert torch.allclose(scaled / 1e3, upper, rtol=1e-3, atol=1e-4)
 
 
 def test_a_singular_moment_gets_more_damping():

@@ -15,14 +15,13 @@ class PackedLinear(Stored):
     """y = x Ŵᵀ + b with Ŵ = (code - zero) · scale, the codes in a dense stream of 1 to 8 bits each.
 
     Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when
-    asymmetric weight_zero_point int32 [ceil(out · bits / 32), groups], and bias [out]. Ŵ is made anew at each call; scales and bias can be
-    trained.
+    asymmetric weight_zero_point int32 [ceil(out · bits / 32), groups], and bias [out]. Ŵ is made anew at each call.
     group: columns that share a scale, a divisor of in_features; None is the whole row.
     """
 
     kind = "packed"
     weight_packed: Tensor
-    weight_scale: nn.Parameter
+    weight_scale: Tensor
     weight_shape: Tensor
     weight_zero_point: Tensor | None
     bias: nn.Parameter | None
@@ -45,7 +44,7 @@ class PackedLinear(Stored):
         sizes = [(out_features, packed_words(in_features, bits)), (packed_words(out_features, bits), groups)]
         codes, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
         self.register_buffer("weight_packed", codes)
-        self.weight_scale = nn.Parameter(torch.empty(out_features, groups, dtype=dtype, device=device))
+        self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype, device=device))
         self.register_buffer("weight_zero_point", None if symmetric else zeros)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.bias = parameter(torch.empty(out_features, dtype=dtype, device=device) if bias else None)
@@ -67,7 +66,7 @@ class PackedLinear(Stored):
             device=codes.device,
         )
         layer.weight_packed = pack(codes, bits)
-        layer.weight_scale = nn.Parameter(scale.detach().clone())
+        layer.weight_scale = scale.detach().clone()
         layer.weight_zero_point = None if zero is None else pack(zero.t().contiguous(), bits).t().contiguous()
         layer.bias = parameter(bias)
         return layer

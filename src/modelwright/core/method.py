@@ -158,6 +158,7 @@ class TensorMethod(SiteMethod):
     """Needs the weights alone: `tensor(weight [out, in], ...)` returns a tensor or a layer of `blocks`."""
 
     level: ClassVar[str] = "tensor"
+    in_parts: ClassVar[bool] = False  # only reads slices of its flattened inputs: they may be `core.weights.OnDisk`
     verb: ClassVar[str] = "tensor"
 
 

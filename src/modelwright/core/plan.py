@@ -16,7 +16,7 @@ from . import stream, walk
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, SiteMethod, TensorMethod, TrainMethod
-from .model import put, stored_bytes, unwrapped, weight_of
+from .model import put, quiet, stored_bytes, unwrapped, weight_of
 
 PROGRAM = 450_000_000  # bytes of a process that has imported torch and transformers
 RATE = 3e10  # float operations per second that a small machine reaches; decides the time class alone
@@ -99,7 +99,8 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
         import peft
 
         targets = [site.module for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
-        module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[attr-defined, arg-type]
+        with quiet():
+            module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[attr-defined, arg-type]
     elif "adapters" in method.drops and hasattr(module, "get_base_model"):
         module = module.unload()  # type: ignore[operator]
     return module, None

@@ -184,9 +184,13 @@ def run(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
     keep_steps: bool = False,
+    work: Path | None = None,
     **others: Any,
 ) -> Run:
     """Run a recipe: `run("recipe.yaml")`, or `run("starter", [Wanda(), ...], data="corpus", save="small/")`.
+
+    keep_steps: leave the folders of the steps; work: where they lie, by default beside the result. Runs that share
+    a folder share the steps that they have in common.
 
     Raises, before work starts, a subclass of ModelwrightError for whatever is missing or cannot be done.
     """
@@ -198,7 +202,7 @@ def run(
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
     final = Path(recipe.save)
     refuse_existing(final, overwrite=overwrite)
-    beside = final.absolute().with_name(final.name + ".steps")
+    beside = work or final.absolute().with_name(final.name + ".steps")
     model, given = prepare(recipe)
     check_order(recipe, model)
     check_readable(model)

@@ -30,7 +30,10 @@ class Statistics:
         self._sum = zeros("mean")
         self._absolute = zeros("absolute")
         self._largest = zeros("largest")
-        self._moment = torch.zeros(inputs, inputs, device=device) if "moment" in wanted else None
+        self._moment: Tensor | None = None  # made when the first inputs come
+        self._device = device
+        self._gathers_moment = "moment" in wanted
+        self._complete = False  # whether the moment is a mean by now
 
     def add(self, x: Tensor) -> None:
         """Count the rows of x [..., in]."""
@@ -44,7 +47,10 @@ class Statistics:
             self._absolute += x.abs().sum(0)
         if self._largest is not None and len(x):
             torch.maximum(self._largest, x.abs().amax(0), out=self._largest)
-        if self._moment is not None:
+        if self._gathers_moment:
+            assert not self._complete, "the moment has been read, so no inputs can be added"
+            if self._moment is None:
+                self._moment = torch.zeros(self.inputs, self.inputs, device=self._device)
             for start in range(0, self.inputs, STRIP):  # from the diagonal on; `moment` fills in the other half
                 stop = start + STRIP
                 self._moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
@@ -77,12 +83,17 @@ class Statistics:
 
     @property
     def moment(self) -> Tensor:
-        """Second moment E[x xᵀ] [in, in], not centred."""
-        mean = self._mean_of(self._moment)
-        for start in range(STRIP, self.inputs, STRIP):
-            stop = start + STRIP
-            mean[start:stop, :start] = mean[:start, start:stop].T
-        return mean
+        """Second moment E[x xᵀ] [in, in], not centred; not a copy, and afterwards nothing can be added."""
+        assert self._gathers_moment, "the method reads a statistic that it does not name in `gathers`"
+        if self._moment is None:
+            self._moment = torch.zeros(self.inputs, self.inputs, device=self._device)
+        if not self._complete:
+            self._complete = True
+            self._moment /= max(self.tokens, 1)
+            for start in range(STRIP, self.inputs, STRIP):
+                stop = start + STRIP
+                self._moment[start:stop, :start] = self._moment[:start, start:stop].T
+        return self._moment
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from .method import BlockMethod, LayerMethod, Method, TensorMethod
 from .model import RECORD, Model, empty_module, open, put, tokenizer_files
 from .progress import track
 from .weights import Checkpoint, Writer
+
+LARGE = 1 << 25  # bytes from which a tensor is read in parts, by methods that can
 
 
 def possible(model: Model, method: Method) -> bool:
@@ -107,9 +109,10 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
     skeleton = split_skeleton(model)
     names = disk_names(checkpoint, skeleton)
     donors = [*given.donors, *([given.base] if given.base else [])]
+    files = {id(donor): _files(donor) for donor in donors}
     walk._refuse_other_shapes(
         {name: checkpoint.shape(name) for name in checkpoint.names},
-        [(donor.name, {name: files.shape(name) for name in files.names}) for donor in donors if (files := _files(donor))],
+        [(donor.name, {name: files[id(donor)].shape(name) for name in files[id(donor)].names}) for donor in donors],
     )
     sites = walk.everything(skeleton) if method.every else anatomy_of(skeleton).sites(skeleton)
     chosen = {names[site.name]: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if names.get(site.name)}
@@ -123,11 +126,15 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
                 continue
             site, local = chosen[name]
 
-            def read(donor: Model, name: str = name, site: Site = site) -> Tensor:
-                found = _files(donor).read(name)
+            in_parts = method.in_parts and checkpoint.nbytes(name) > LARGE
+
+            def read(donor: Model, name: str = name, site: Site = site, in_parts: bool = in_parts) -> Tensor:
+                if in_parts:
+                    return cast(Tensor, files[id(donor)].on_disk(name))
+                found = files[id(donor)].read(name)
                 return found.T if site.transposed else found
 
-            weight = checkpoint.read(name)
+            weight = cast(Tensor, checkpoint.on_disk(name)) if in_parts else checkpoint.read(name)
             result = walk._call(local, weight.T if site.transposed else weight, site, walk._needed(local, given, site, read))
             bias = biases.get(name)
             if isinstance(result, Tensor):
@@ -168,8 +175,9 @@ class Streamed(walk.Resident):
         self.names = disk_names(self.checkpoint, split_skeleton(model))
         self.outside = [name for name in self.names if not name.startswith(f"{self.path}.")]
 
-    def load_outside(self) -> None:
-        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta], self._read)
+    def load_outside(self, *, head: bool = True) -> None:
+        heads = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"}
+        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in heads], self._read)
         if hasattr(self.module, "tie_weights"):
             self.module.tie_weights()
 

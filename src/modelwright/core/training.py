@@ -110,7 +110,8 @@ def train(
 
     Only parameters that require a gradient change. The work is done in float32 whatever the weights' type is, and
     they go back to their own type at the end; so do the modes of the modules. `loss(model, ids, mask)` gives a scalar
-    and named parts to report. With `keep_zeros`, entries of matrices that are exactly 0 at the start stay so.
+    and named parts to report. With `keep_zeros`, entries of matrices that are exactly 0 at the start stay so, except
+    in a matrix of nothing else, which is how an adapter begins.
     With `folder` and `settings.save_every`, checkpoints go to `folder`, and a call with the same arguments continues
     from the one that is there. `report(step, total, parts)` is called after each step.
 
@@ -122,7 +123,7 @@ def train(
         raise ModelError("The model was to be trained, but none of its parameters requires a gradient.")
     device = trained[0].device
     order = Order(len(ids), settings)
-    zeros = [(value, value != 0) for value in trained if keep_zeros and value.ndim > 1]
+    zeros = [(value, value != 0) for value in trained if keep_zeros and value.ndim > 1 and value.any()]
     optimizers = make_optimizers(model, settings)
     file = Path(folder) / CHECKPOINT if folder is not None else None
     run = _run(settings, keep_zeros, ids) if file is not None else {}

@@ -294,6 +294,10 @@ class _Entered(Exception):
     """The blocks were reached."""
 
 
+class _Gathered(Exception):
+    """A batch has reached every matrix whose inputs are gathered."""
+
+
 class Resident:
     """A model in memory, walked block by block with the activations that enter each block carried on."""
 
@@ -312,8 +316,8 @@ class Resident:
 
     # What the streaming walk does otherwise.
 
-    def load_outside(self) -> None:
-        """Have the tensors outside the blocks ready."""
+    def load_outside(self, *, head: bool = True) -> None:
+        """Have the tensors outside the blocks ready, with or without the head."""
 
     def free_outside(self) -> None:
         """They are not needed until further notice."""
@@ -348,7 +352,7 @@ class Resident:
 
     def enter(self, batches: Sequence[Batch]) -> None:
         """Run the batches up to the first block; keep what enters it and how every block is called."""
-        self.load_outside()
+        self.load_outside(head=False)
         self.masks = [batch.get("attention_mask") for batch in batches]
         originals = list(self.stack)
         caught: list[Any] = []
@@ -407,7 +411,10 @@ class Resident:
         """What leaves a block, batch by batch."""
         block = self.stack[depth]
         for state, (args, kwargs) in zip(self.states, self.calls[depth], strict=True):
-            out = block(state, *args, **kwargs)
+            try:
+                out = block(state, *args, **kwargs)
+            except _Gathered:
+                out = state  # nobody asks for what leaves the block
             yield out[0] if isinstance(out, tuple) else out
 
     def tail(self, batches: Sequence[Batch]) -> None:
@@ -438,11 +445,16 @@ def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor])
             owner._buffers[leaf] = tensor
 
 
-def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any]) -> dict[str, Statistics]:
-    """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count."""
+def gather(
+    walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any], *, stop: bool = False
+) -> dict[str, Statistics]:
+    """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count.
+
+    With `stop`, a batch ends when it has reached all of them, if the first batch has reached each exactly once.
+    """
     found: dict[str, Statistics] = {}
     handles = []
-    turn: dict[str, Any] = {"batch": 0, "input": None}
+    turn: dict[str, Any] = {"batch": 0, "input": None, "reached": [], "all": 0}
     for site, _ in chosen:
         layer = walk.module.get_submodule(site.module)
         weight = weight_of(walk.module, site)
@@ -454,7 +466,9 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
             handles.append(layer.register_forward_pre_hook(_linear_hook(site.name, found, walk, turn)))
     try:
         for number, _ in enumerate(run(), 1):
-            turn["batch"] = number
+            if stop and number == 1 and sorted(turn["reached"]) == sorted(found):
+                turn["all"] = len(found)
+            turn |= {"batch": number, "reached": []}
     finally:
         for handle in handles:
             handle.remove()
@@ -469,12 +483,15 @@ def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: 
         x, mask = args[0], walk.masks[turn["batch"]]
         if turn["input"] is not None and turn["input"][0] is x and turn["input"][1] == x._version and own.tokens == 0:
             found[name] = turn["input"][2]
-            return
-        assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
-        turn["input"] = (x, x._version, own)
-        if mask is not None and mask.shape == x.shape[:2]:
-            x = x[mask.bool()]
-        own.add(x)
+        else:
+            assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
+            turn["input"] = (x, x._version, own)
+            if mask is not None and mask.shape == x.shape[:2]:
+                x = x[mask.bool()]
+            own.add(x)
+        turn["reached"].append(name)
+        if len(turn["reached"]) == turn["all"]:
+            raise _Gathered
 
     return hook
 
@@ -512,7 +529,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                 for stage in groups:
                     now = [(site, local) for site, local in chosen if site.role in stage]
                     if now:
-                        statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth))  # type: ignore[misc]
+                        statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth), stop=True)  # type: ignore[misc]
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth)
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):

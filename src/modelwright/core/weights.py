@@ -136,6 +136,10 @@ class Checkpoint:
         rows = _read(place, start * row, (stop - start) * row)
         return rows.view(place.dtype).view(stop - start, *place.shape[1:])
 
+    def on_disk(self, name: str) -> OnDisk:
+        """Tensor `name`, to be read a slice at a time."""
+        return OnDisk(self.place(name))
+
     @property
     def ties(self) -> dict[str, str]:
         """Names that share a stored tensor: {alias: name of the tensor stored}."""
@@ -146,6 +150,47 @@ class Checkpoint:
         """The content of config.json, or {} where there is none. Raises WeightsError when it is not a JSON object."""
         file = self.path / "config.json"
         return _json(file) if file.is_file() else {}
+
+
+class OnDisk:
+    """A stored tensor, flattened and read by parts: x[start:stop], or x[index] with an index tensor.
+
+    It takes a tensor's place in functions that only read slices of it, so that memory never holds the whole.
+    """
+
+    def __init__(self, place: Place):
+        self.place = place
+        self.shape, self.ndim, self.dtype = torch.Size(place.shape), len(place.shape), place.dtype
+        self.device = torch.device("cpu")
+
+    def numel(self) -> int:
+        """How many entries it has."""
+        return self.shape.numel()
+
+    def element_size(self) -> int:
+        """Bytes of one entry."""
+        return self.dtype.itemsize
+
+    def detach(self) -> OnDisk:
+        """The same."""
+        return self
+
+    def reshape(self, count: int) -> OnDisk:
+        """The same: entries are always reached through the flattened tensor."""
+        assert count == -1, count
+        return self
+
+    def __getitem__(self, at: slice | Tensor) -> Tensor:
+        size = self.dtype.itemsize
+        if isinstance(at, slice):
+            start, stop, step = at.indices(self.numel())
+            assert step == 1, at
+            return _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
+        found = torch.empty(at.shape, dtype=self.dtype)
+        for start in range(0, self.numel(), SLICE):
+            inside = (at >= start) & (at < start + SLICE)
+            found[inside] = self[start : start + SLICE][at[inside] - start]
+        return found
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, Place]]:

@@ -48,14 +48,20 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
             "The second moment of a layer's inputs is not finite: the layers before it overflow. "
             "Use a wider dtype, or leave the layer out with `skip`."
         )
-    reversed_ = moment.flip(0, 1).float()
     live = torch.where(dead, mean, diagonal).flip(0)
     used = damp
     for _ in range(TRIES):
+        reversed_ = moment.flip(0, 1).float()
         reversed_.diagonal().copy_(live + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_)
+        lower = reversed_.mT  # in the layout that LAPACK works on in place
+        failed = torch.empty((), dtype=torch.int32, device=moment.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            return _inverse(lower.flip(0, 1)), dead, used
+            inverse = lower.flip(0, 1)
+            del reversed_, lower  # memory is tight where `in` is large
+            inverse = inverse.contiguous()
+            _invert(inverse)
+            return inverse, dead, used
         used = max(used * 10, 1e-4)
     raise SiteError(
         f"The second moment [{len(dead)}, {len(dead)}] of a layer's inputs has no inverse, even with {used / 10:g} of "
@@ -185,14 +191,13 @@ def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> No
     solve(0, len(part))
 
 
-def _inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, by halves: most of the work is in matrix products."""
+def _invert(upper: Tensor) -> None:
+    """Invert an upper triangular matrix in place, by halves: most of the work is in matrix products."""
     size = len(upper)
     if size <= 128:
-        return torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True)
+        upper.copy_(torch.linalg.solve_triangular(upper, torch.eye(size, device=upper.device), upper=True))
+        return
     half = size // 2
-    result = torch.zeros_like(upper, memory_format=torch.contiguous_format)
-    result[:half, :half] = _inverse(upper[:half, :half])
-    result[half:, half:] = _inverse(upper[half:, half:])
-    result[:half, half:] = result[:half, :half] @ upper[:half, half:] @ -result[half:, half:]
-    return result
+    _invert(upper[:half, :half])
+    _invert(upper[half:, half:])
+    upper[:half, half:] = upper[:half, :half] @ upper[:half, half:] @ -upper[half:, half:]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from modelwright.maths.masks import SLICE, Values, find_cut, slices
+from modelwright.maths.masks import Values, find_cut, slices
 
 
 def trim(delta: Tensor, keep: float) -> Tensor:
@@ -54,8 +54,9 @@ def average(
     wide = max(tensor.element_size() for tensor in (*tensors, result)) > 2
     parts = [tensor.detach().reshape(-1) for tensor in tensors]
     flat = result.view(-1)
-    sums = torch.empty(min(SLICE, flat.numel()), dtype=torch.float64 if wide else torch.float32, device=flat.device)
-    for at in slices(flat.numel()):
+    places = slices(flat.numel())
+    sums = torch.empty(places[0].stop if places else 0, dtype=torch.float64 if wide else torch.float32, device=flat.device)
+    for at in places:
         total = sums[: at.stop - at.start].copy_(parts[0][at]).mul_(shares[0])
         for part, share in zip(parts[1:], shares[1:], strict=True):
             total.add_(part[at], alpha=share)
@@ -87,7 +88,7 @@ def merge(
     """
     assert all(donor.shape == base.shape for donor in donors), [donor.shape for donor in donors]
     keeps = [keep] * len(donors) if isinstance(keep, int | float) else list(keep)
-    result = torch.empty_like(base, memory_format=torch.contiguous_format) if out is None else out
+    result = torch.empty(base.shape, dtype=base.dtype, device=base.device) if out is None else out
     start = base.detach().reshape(-1)
     ends = [donor.detach().reshape(-1) for donor in donors]
     count = start.numel()
@@ -122,13 +123,14 @@ def _combined(parts: list[Tensor], weights: Sequence[float], consensus: bool, no
     if not consensus:
         total = torch.stack(parts).sum(0)
         return total.div_(sum(weights) or 1.0) if normalize else total
-    positive = elect(parts, [1.0] * len(parts))
+    sign = elect(parts, [1.0] * len(parts)).to(parts[0].dtype).mul_(2).sub_(1)
     total, shares = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
     for part, weight in zip(parts, weights, strict=True):
-        agrees = torch.where(positive, part > 0, part < 0)
-        total.add_(part.mul_(agrees))
+        agreeing = part.mul_(sign).clamp_(min=0)  # the size of what has the elected sign
+        total.add_(agreeing)
         if normalize:
-            shares.add_(agrees, alpha=weight)
+            shares.add_(agreeing.sign_(), alpha=weight)
+    total.mul_(sign)
     return total.div_(shares.masked_fill_(shares == 0, 1)) if normalize else total
 
 
@@ -140,5 +142,5 @@ def _trimmed(values: Values, count: int, keep: float) -> Iterator[tuple[slice, T
         part = values(at)
         if removed:
             mask, cut = cut.mark(part.abs())
-            part = part.masked_fill(mask, 0)
+            part.masked_fill_(mask, 0)
         yield at, part

@@ -3,7 +3,7 @@
 Hinton, Vinyals, Dean 2015, arXiv:1503.02531, section 2, with the skewed divergences of Ko et al. 2024,
 arXiv:2402.03898, as an option.
 Differs: no factor T² with a temperature, as in generalised knowledge distillation (arXiv:2306.13649); zeros of a
-pruned model stay zero, and of packed integers the scales train.
+pruned model stay zero, and packed integers stay as they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Recover(TrainMethod):
     """Distil from `teacher` (often `$input`) on the text; zeros stay zero."""
 
     status: ClassVar[str] = "checked"
-    wants: ClassVar[frozenset[str]] = frozenset()  # of a packed model, scales, norms and embeddings train
+    wants: ClassVar[frozenset[str]] = frozenset()  # of a packed model, norms, biases and embeddings train
     small = dict(tokens=256, batch=2, length=16)
 
     direction: Literal["forward", "reverse"] = "forward"  # KL(teacher ‖ student), or KL(student ‖ teacher)

@@ -23,6 +23,7 @@ class Ties(Merger):
     """Add to the model the mean of those of the donors' largest changes that agree in sign."""
 
     status: ClassVar[str] = "checked"
+    in_parts: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     keep: float = fraction(0.2)  # of each donor's changes, largest first

@@ -16,7 +16,7 @@ from modelwright.blocks.packed import PackedLinear
 from modelwright.core.method import SiteMethod
 from modelwright.core.settings import count
 
-SMALLEST_GROUP = 8
+SMALLEST_GROUP = 16  # a scale for fewer weights costs more than it saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +33,12 @@ class IntegerQuantizer(SiteMethod):
     search: bool = False  # shrink each group's range to the one with the least error, as GPTQ's authors offer
 
     def group_of(self, columns: int) -> int | None:
-        """The group for rows of this many inputs: the largest divisor they share; None for the whole row."""
+        """The group for rows of this many inputs: the largest divisor they share, or None, the whole row, where that is small."""
         group = math.gcd(self.group, columns) if self.group else columns
-        return None if group == columns else group
+        return None if group == columns or group < min(self.group, SMALLEST_GROUP) else group
 
     def unfit(self, shape: tuple[int, ...]) -> str:
-        if len(shape) != 2:
-            return f"has the shape {list(shape)}, and packed integers are for matrices"
-        group = self.group_of(shape[1]) or shape[1]
-        if group < min(SMALLEST_GROUP, shape[1]):
-            return f"has {shape[1]} inputs, which groups of {self.group} do not divide; their common divisor {group} is too small"
-        return ""
+        return "" if len(shape) == 2 else f"has the shape {list(shape)}, and packed integers are for matrices"
 
     def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> nn.Module:
         """The layer that stores the codes [out, in]."""

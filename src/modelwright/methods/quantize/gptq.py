@@ -3,7 +3,7 @@
 Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, algorithm 1.
 Differs: group scales are those of the original weights, also when columns are taken by falling importance ("static"
 order), so that checkpoints need no column index. A group that does not divide a row is lowered to the largest
-divisor that they share. The damping is raised tenfold when the factorisation fails.
+divisor that they share, or raised to the whole row where that is below 16. The damping is raised tenfold when the factorisation fails.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Round every weight to the nearest point of its group's integer grid.
 
 Folklore; the grid is that of compressed-tensors: symmetric scale max|w| / ((2^bits - 1) / 2), halves to even.
-Differs: a group that does not divide a row is lowered to the largest divisor that they share.
+Differs: a group that does not divide a row is lowered to the largest divisor that they share, or raised to
+the whole row where that is below 16.
 """
 
 from __future__ import annotations

@@ -1,0 +1,38 @@
+"""Tensors that are read from disk in parts."""
+
+import pytest
+import torch
+from tiny import tiny
+
+import modelwright as mw
+from modelwright.core import stream
+from modelwright.core.weights import Checkpoint, Writer
+from modelwright.methods.merge.linear import Linear
+from modelwright.methods.merge.ties import Ties
+
+
+def test_slices_and_places_of_a_tensor_on_disk_equal_those_of_the_tensor(tmp_path):
+    whole = torch.randn(7, 5, 4).bfloat16()
+    with Writer(tmp_path / "one") as out:
+        out.add("w", whole)
+    found = Checkpoint(tmp_path / "one").on_disk("w")
+    assert found.shape == whole.shape
+    assert found.dtype == whole.dtype
+    flat = whole.reshape(-1)
+    for at in (slice(0, 140), slice(3, 99), slice(None), slice(130, 999), torch.tensor([139, 0, 7, 7])):
+        assert torch.equal(found.reshape(-1)[at], flat[at])
+
+
+@pytest.mark.parametrize("method", [Linear(weights=(1.0, 3.0)), Ties(keep=0.3), Ties(keep=1.0, scale=0.5)], ids=repr)
+def test_merging_in_parts_equals_merging_whole_tensors(method, tmp_path, monkeypatch):
+    folders = []
+    for seed in range(3):
+        folders.append(tmp_path / str(seed))
+        tiny("llama", seed).save_pretrained(folders[-1])
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    mw.apply(folders[0], method, donors=folders[1:], save=whole)
+    monkeypatch.setattr(stream, "LARGE", 0)
+    mw.apply(folders[0], method, donors=folders[1:], save=parts)
+    left, right = Checkpoint(whole), Checkpoint(parts)
+    assert all(torch.equal(left.read(name), right.read(name)) for name in left)
+    assert not all(torch.equal(left.read(name), Checkpoint(folders[0]).read(name)) for name in left)
