@@ -4,7 +4,8 @@
     python docs/tables.py --check    only say which are not up to date
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->` and shows docs/results/NAME.json, the output of a command
-with `--json`: a list of rows, or an object with such a list under "table" or "rows".
+with `--json` or of a benchmark: a list of rows, or an object with such a list under "table" or "rows". What else the
+object says, the command and the machine, stands with the table.
 """
 
 from __future__ import annotations
@@ -19,17 +20,31 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"<!-- table: ([\w-]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-def table(found: Any) -> str:
-    """Measurements as a Markdown table: models side by side, other rows one below the other."""
+def block(found: Any) -> str:
+    """The table with the command that made it and the machine that ran it, as far as they are known."""
+    about = found if isinstance(found, dict) else {}
+    command = f"```sh\n{about['command']}\n```\n\n" if "command" in about else ""
+    machine = {**about.get("machine", {}), **about.get("versions", {}), **about.get("peer_versions", {})}
+    line = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
+    rows = found if isinstance(found, list) else found.get("table") or found["rows"]
+    return command + table(rows) + (f"\n({line})\n" if line else "")
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Measurements as a Markdown table: measured models side by side, other rows one below the other."""
     from modelwright.report import COLUMNS, shown
 
-    rows = found if isinstance(found, list) else found.get("table") or found["rows"]
+    def cell(key: str, row: dict[str, Any]) -> str:
+        value = row.get(key)
+        rate = isinstance(value, float) and abs(value) >= 100 and (key not in COLUMNS or "second" in key)
+        return f"{value:,.0f}" if rate else shown(key, row)
+
     keys = list(dict.fromkeys(key for row in rows for key in row))
     order = list(COLUMNS)
     hidden = {"perplexity_low", "perplexity_high", "notes"}
     keys = sorted((key for key in keys if key not in hidden), key=lambda key: order.index(key) if key in order else len(order))
-    lines = [[COLUMNS.get(key, key.replace("_", " ")), *(shown(key, row) for row in rows)] for key in keys]
-    if "model" not in keys:
+    lines = [[COLUMNS.get(key, key.replace("_", " ")), *(cell(key, row) for row in rows)] for key in keys]
+    if not {"model", "parameters"} <= set(keys):
         lines = [list(line) for line in zip(*lines, strict=True)]
     else:
         lines[0][0] = ""
@@ -40,10 +55,10 @@ def table(found: Any) -> str:
 def filled(text: str) -> str:
     """A page with its tables written anew; a table without a file stays as it is."""
 
-    def fill(block: re.Match[str]) -> str:
-        file = ROOT / "docs" / "results" / f"{block[1]}.json"
-        body = table(json.loads(file.read_text("utf-8"))) if file.is_file() else block[2]
-        return f"<!-- table: {block[1]} -->\n{body}<!-- end -->"
+    def fill(place: re.Match[str]) -> str:
+        file = ROOT / "docs" / "results" / f"{place[1]}.json"
+        body = block(json.loads(file.read_text("utf-8"))) if file.is_file() else place[2]
+        return f"<!-- table: {place[1]} -->\n{body}<!-- end -->"
 
     return BLOCK.sub(fill, text)
 

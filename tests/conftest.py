@@ -1,1 +1,28 @@
-"""Makes `tests/` importable, so that tests share `tiny`."""
+"""What tests share: a small model with a tokenizer on disk, and text that it knows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from modelwright.core.contract import letters
+from modelwright.core.model import Model
+from modelwright.core.tiny import tiny
+
+from killing import TEXT
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A folder with a tiny Llama and a tokenizer of letters."""
+    folder = tmp_path_factory.mktemp("small") / "llama"
+    Model(name="llama", module=tiny("llama"), tokenizer=letters()).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Text that the tokenizer knows."""
+    file = tmp_path_factory.mktemp("text") / "letters.txt"
+    file.write_text(TEXT)
+    return file

@@ -150,8 +150,12 @@ def test_tables_are_those_of_the_result_files():
     for page in PAGES:
         text = page.read_text("utf-8")
         assert tables.filled(text) == text, f"{page.name}: run `python docs/tables.py`"
-    assert tables.table([{"model": "a", "bytes_disk": 2_000_000}, {"model": "b", "bytes_disk": 800}]) == (
-        "|  | a | b |\n| --- | ---: | ---: |\n| on disk | 2 MB | 800 B |\n"
+    assert tables.block([{"model": "a", "parameters": 2_000}, {"model": "b", "parameters": 1}]) == (
+        "|  | a | b |\n| --- | ---: | ---: |\n| parameters | 2 k | 1 |\n"
+    )
+    rows = [{"step": "x", "seconds": 1.5}, {"step": "y", "seconds": 2345.6}]
+    assert tables.block({"command": "go", "machine": {"cores": 2}, "rows": rows}) == (
+        "```sh\ngo\n```\n\n| step | seconds |\n| --- | ---: |\n| x | 1.5 |\n| y | 2,346 |\n\n(cores 2)\n"
     )
 
 

@@ -8,7 +8,7 @@ import modelwright as mw
 import pytest
 from modelwright import fit
 
-from .conftest import contents, killed_at
+from killing import contents, killed_at
 
 STEPS = {
     "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.walk", "Resident.keep", 3)),

@@ -75,7 +75,7 @@ def test_quantize_writes_compressed_tensors_with_packed_blocks(tmp_path, stand_i
     assert done.account[-1]["bytes_disk"] < 0.5 * done.account[0]["bytes_disk"]
 
 
-def test_merge_ties_changes_at_most_what_donors_changed(tmp_path, stand_in):
+def test_merge_ties_with_scale_zero_gives_the_base(tmp_path, stand_in):
     short = made("merge-ties", tmp_path, stand_in, "steps.0.scale=0")
     done = recipe.run(short)
     with safe_open(stand_in / "model.safetensors", "pt") as before, safe_open(done.model.folder / "model.safetensors", "pt") as after:

@@ -77,18 +77,19 @@ def plan(recipe: Any, *, overrides: Any = ()) -> Plan:
 def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module, float | None]:
     """The empty module after a method, and the zeros expected in it (None: as many as before)."""
     if isinstance(method, SiteMethod):
-        expected = 0.0
+        expected: float | None = None
         sites = walk.everything(module) if method.every else anatomy_of(module).sites(module)
         for site, local in walk.choose(module, sites, method, given.notes):
             weight = weight_of(module, site)
             if weight is None:
                 continue
-            expected += local.promise().get("zeros", 0.0) * weight.numel()
+            if "zeros" in (promised := local.promise()):
+                expected = (expected or 0.0) + promised["zeros"] * weight.numel()
             if weight.ndim == 2 and not method.every:
                 result = local.planned(weight)
                 if not isinstance(result, Tensor):
                     put(module, site, result.to("meta"))
-        return module, expected if "zeros" in method.promise() else None
+        return module, expected
     if isinstance(method, BlockMethod):
         path = anatomy_of(module).blocks(module)
         if path is not None:
