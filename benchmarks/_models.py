@@ -30,7 +30,9 @@ def config_of(gigabytes: float) -> dict[str, Any]:
 
 def random_llama(folder: str, config: dict[str, Any], seed: int = 0, base: str | None = None) -> int:
     """Write a random Llama; with `base`, that model and a little noise, as a fine-tuned one. Returns its bytes."""
-    full = LlamaConfig(**config, tie_word_embeddings=False, max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+    full = LlamaConfig(
+        **config, tie_word_embeddings=False, max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16"
+    )
     module = empty_module(full)
     random = torch.Generator().manual_seed(seed)
     start = Checkpoint(base) if base else None

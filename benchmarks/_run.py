@@ -41,9 +41,8 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> 
     """Run a command to its end. Raises SystemExit with the end of its output when it fails."""
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"} | dict(env or {})
-        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(env or {})
+        process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)

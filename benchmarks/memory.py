@@ -112,8 +112,8 @@ def main() -> None:
         shutil.rmtree(work)
     sizes = " ".join(f"{size:g}" for size in asked.gigabytes)
     _run.save(
-        asked.name, "Peak resident memory of streaming from disk to disk", f"python benchmarks/memory.py --gigabytes {sizes} --blocks {asked.blocks}",
-        rows, imports_megabytes=_run.megabytes(floor),
+        asked.name, "Peak resident memory of streaming from disk to disk",
+        f"python benchmarks/memory.py --gigabytes {sizes} --blocks {asked.blocks}", rows, imports_megabytes=_run.megabytes(floor),
     )  # fmt: skip
 
 

@@ -73,7 +73,9 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
 
         command = [peer, "-c", "from mergekit.scripts.run_yaml import main; main()", work / f"{method}.yaml"]
         subjects = {
-            "modelwright": lambda method=method, mine=mine: _run.subject("merge:ours", method=method, work=str(work), save=str(fresh(mine))),
+            "modelwright": lambda method=method, mine=mine: _run.subject(
+                "merge:ours", method=method, work=str(work), save=str(fresh(mine))
+            ),
             "mergekit": lambda command=command, theirs=theirs: _run.run([*command, fresh(theirs)]),
             "cp": lambda copied=copied: _run.run(["cp", "-r", work / "base", fresh(copied)]),
         }
@@ -103,10 +105,10 @@ def main() -> None:
     asked = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="merge-", dir=asked.work))
     try:
-        import_config = _run.subject("_models:config_of", gigabytes=asked.gigabytes).returned
+        config = _run.subject("_models:config_of", gigabytes=asked.gigabytes).returned
         for seed, name in enumerate(("base", "first", "second")):
             base = str(work / "base") if seed else None
-            nbytes = _run.subject("_models:random_llama", folder=str(work / name), config=import_config, seed=seed, base=base).returned
+            nbytes = _run.subject("_models:random_llama", folder=str(work / name), config=config, seed=seed, base=base).returned
         _run.warm(work)
         rows = measured(work, asked.peer_python, asked.methods, asked.rounds, asked.peer_dtype)
     finally:

@@ -144,8 +144,8 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int) -> list[dic
         lost = _run.subject("oneshot:errors", work=str(work), folders=[str(folder) for folder in saved.values()]).returned
         for (name, times), error in zip(found.items(), lost, strict=True):
             rows.append({
-                "method": method, "subject": name, "seconds": _run.middle(times), "peak MB": _run.megabytes(max(one.peak for one in times)),
-                "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]), **error, "error ratio": error["error"] / lost[1]["error"],
+                "method": method, "subject": name, "seconds": _run.middle(times),
+                "peak MB": _run.megabytes(max(one.peak for one in times)), "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]), **error, "error ratio": error["error"] / lost[1]["error"],
             })  # fmt: skip
     return rows
 
@@ -169,7 +169,8 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
     _run.save(
-        asked.name, f"One-shot compression of a random Llama, {asked.layers} layers of width 512, {asked.samples} × {LENGTH} calibration tokens",
+        asked.name,
+        f"One-shot compression of a random Llama, {asked.layers} layers of width 512, {asked.samples} × {LENGTH} calibration tokens",
         f"python benchmarks/oneshot.py --layers {asked.layers} --samples {asked.samples} --rounds {asked.rounds} --peer-python PATH",
         rows, peer=asked.peer_python,
     )  # fmt: skip

@@ -23,7 +23,7 @@ _HOMES = {
     "Model": "core.model",
     "apply": "core.walk",
     "starter": "starter",
-    "corpus": "starter",
+    "corpus": "core.data",
     "run": "core.recipe",
     "Recipe": "core.recipe",
     "plan": "core.plan",
@@ -43,13 +43,15 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, run
     from .core.walk import apply
     from .fit import fit
-    from .starter import corpus, starter
+    from .core.data import corpus
+    from .starter import starter
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"modelwright has no {name!r}; it has {', '.join(sorted(_HOMES))}")
-    return getattr(importlib.import_module(f"modelwright.{_HOMES[name]}"), name)
+    module = importlib.import_module(f"modelwright.{_HOMES[name]}")
+    return module if _HOMES[name] == name else getattr(module, name)  # `fit` and `starter` are modules that can be called
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):

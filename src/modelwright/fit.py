@@ -43,12 +43,13 @@ from .core.files import publish, refuse_existing, write_json, write_text
 from .core.given import Given
 from .core.model import Model, check_readable, open, stored_bytes, unwrapped, weight_of
 from .core.progress import bar, console, track
+from .core.public import callable_module
 from .core.recipe import INPUT, Recipe, Step
 
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
-PROBES = {"bits": ("quantize.rtn", {"bits": 3}), "rank": ("factor.svd", {"keep": 0.5, "store": "dense"}),
+PROBES: dict[str, tuple[str, dict[str, Any]]] = {"bits": ("quantize.rtn", {"bits": 3}), "rank": ("factor.svd", {"keep": 0.5, "store": "dense"}),
           "zeros": ("prune.magnitude", {"sparsity": 0.5})}  # fmt: skip
 
 
@@ -214,7 +215,7 @@ def probe(job: Job, original: float) -> dict[str, dict[str, float]]:
             sites = [site for site in anatomy.sites(module) if site.depth == depth and matches(site, None, roles)]
             if sites:
                 found[f"block {depth} {part}"] = {
-                    name: _with_weights(job, module, sites, find.find(method)(**settings)) - original
+                    name: _with_weights(job, module, sites, find.find(method).build(settings)) - original
                     for name, (method, settings) in PROBES.items()
                 }
         if path is not None:
@@ -292,10 +293,12 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
     steps = []
     left = list(range(job.depths))
     if point["drop"]:
-        steps.append(Step(find.find("prune.shortgpt")(blocks=point["drop"])))
+        steps.append(Step(find.find("prune.shortgpt").build({"blocks": point["drop"]})))
         influence = sorted(left, key=lambda depth: sensitivity.get(f"block {depth}", {}).get("removed", 0.0))
         left = sorted(influence[point["drop"] :])
-    bits, factors, zeros = {}, {}, {}
+    bits: dict[str, Any] = {}
+    factors: dict[str, Any] = {}
+    zeros: dict[str, Any] = {}
     for part, roles in PARTS.items():
         minds = [sensitivity.get(f"block {depth} {part}", {}) for depth in left]
         if point[part] == "factors":
@@ -307,11 +310,11 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
     present = {site.role.split(".")[0] for site in job.model.sites()}
     bits, factors, zeros = ({role: value for role, value in chosen.items() if role in present} for chosen in (bits, factors, zeros))
     if factors:
-        steps.append(Step(find.find("factor.svd_llm")(keep=factors, multiple=32)))
+        steps.append(Step(find.find("factor.svd_llm").build({"keep": factors, "multiple": 32})))
     if zeros:
-        steps.append(Step(find.find("prune.sparsegpt")(sparsity=zeros, store="sparse")))
+        steps.append(Step(find.find("prune.sparsegpt").build({"sparsity": zeros, "store": "sparse"})))
     if bits:
-        steps.append(Step(find.find("quantize.gptq")(bits=bits, group=point["group"])))
+        steps.append(Step(find.find("quantize.gptq").build({"bits": bits, "group": point["group"]})))
     return steps
 
 
@@ -417,13 +420,13 @@ def settle(job: Job, steps: list[Step]) -> tuple[Recipe, recipe.Run, float]:
 def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
     """The steps with distillation before the integers, where structure went, and after them; none where memory is short."""
     settings = {"tokens": job.effort.recover, "batch": 8, "length": job.score_rows.shape[1], "save_every": 50, "learning_rate": 5e-4}
-    recover = Step(find.find("distill.recover")(**settings), {"teacher": INPUT})
+    recover = Step(find.find("distill.recover").build(settings), {"teacher": INPUT})
     needed = plan.peak(job.model.module, recover.method, job.given, stored_bytes(job.model.module), streaming=False)
     free = psutil.virtual_memory().available
     if needed > free:
         console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
         return []
-    made = []
+    made: list[Step] = []
     for step in steps:
         if step.method.name() == "quantize.gptq" and made:
             made.append(recover)
@@ -450,3 +453,6 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+callable_module(__name__, fit)

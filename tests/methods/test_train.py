@@ -111,6 +111,17 @@ def test_parts_of_a_batch_give_the_weights_of_the_whole(parts):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_gradients_of_the_parts_add_up_to_that_of_the_whole():
+    sums = []
+    for parts in (1, 4):
+        model, found = lettered(), []
+        model.module.model.layers[1].mlp.up_proj.weight.register_hook(found.append)
+        change(model, Train(tokens=64, batch=4, length=16, accumulation=parts), given())
+        assert len(found) == parts
+        sums.append(sum(found))
+    assert torch.allclose(sums[0], sums[1], rtol=1e-3, atol=1e-6)
+
+
 def test_frozen_parameters_do_not_move():
     model, before = lettered(), tiny()
     frozen = [name for name, _ in model.module.named_parameters() if "self_attn" in name or "embed" in name]
@@ -122,9 +133,10 @@ def test_frozen_parameters_do_not_move():
         assert value.requires_grad == (name not in frozen)
 
 
-def test_zeros_of_a_pruned_model_stay_zero():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_zeros_of_a_pruned_model_stay_zero(optimizer):
     model = lettered()
-    mw.apply(model, [Magnitude(pattern="2:4"), Train(**BRIEF)], data=TEXT)
+    mw.apply(model, [Magnitude(pattern="2:4"), Train(**BRIEF, optimizer=optimizer)], data=TEXT)
     weight = model.module.model.layers[1].mlp.gate_proj.weight
     assert ((weight.view(160, 16, 4) == 0).sum(-1) == 2).all()
 

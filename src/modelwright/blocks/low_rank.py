@@ -48,13 +48,13 @@ class LowRankLinear(Stored):
         return layer
 
     @property
-    def bias(self) -> nn.Parameter | None:
+    def bias(self) -> nn.Parameter | None:  # type: ignore[override]
         """The bias [out], which stands in the second factor."""
         return self.b.bias
 
     def take_bias(self, bias: nn.Parameter | None) -> None:
         """Go on with this bias [out]."""
-        self.b.bias = bias
+        self.b.bias = bias  # type: ignore[assignment]
 
     def dense(self) -> Tensor:
         """B A [out, in]."""

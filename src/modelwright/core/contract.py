@@ -62,11 +62,11 @@ class Case:
         """The method with its small settings."""
         return self.cls(**{**self.cls.small, **settings})
 
-    def model(self, seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> Model:
+    def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any) -> Model:
         """A small random model, with adapters if the method wants them."""
         model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
         if "adapters" in self.cls.wants:
-            walk.change(model, find.find("adapt.lora")(rank=2), Given())
+            walk.change(model, find.find("adapt.lora").build({"rank": 2}), Given())
             generator = torch.Generator().manual_seed(seed)
             for name, value in model.module.named_parameters():
                 if "lora_B" in name:
@@ -254,7 +254,7 @@ def check_what_is_given_stays_as_it_is(case: Case) -> None:
     after = [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
     assert all(same(one, two) for one, two in zip(before, after, strict=True)), "a donor or the teacher changed"
     if not isinstance(given.data, texts.Text):
-        pairs = zip(kept or [], given.data or [], strict=True)
+        pairs: Any = zip(kept or [], given.data or [], strict=True)  # type: ignore[arg-type]
         assert all(torch.equal(one[key], two[key]) for one, two in pairs for key in one), "the data changed"
 
 
@@ -306,7 +306,7 @@ def check_dtype_is_kept(case: Case) -> None:
 def check_odd_shapes_work(case: Case) -> None:
     if case.kind != "llama":
         raise NotApplicable("checked on one architecture")
-    odd = {"hidden_size": 72, "intermediate_size": 88, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    odd: dict[str, Any] = {"hidden_size": 72, "intermediate_size": 88, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
     given = case.given()
     for need in ("teacher", "base"):
         if getattr(given, need) is not None:

@@ -77,6 +77,11 @@ def read(source: str | Path | Text | Sequence[str]) -> Text:
     raise DataError(f"The data {str(source)!r} was asked for; there is no such file or folder. {FORMS}")
 
 
+def corpus() -> Text:
+    """The built-in text: the documentation inside Python, with its own held-out part."""
+    return read("corpus")
+
+
 def tokens(text: Text, tokenizer: Any, *, needed: int = 2, vocabulary: int | None = None) -> Tensor:
     """All of `text` as one row of token ids, long [n]; nothing is cut off.
 

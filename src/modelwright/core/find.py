@@ -122,10 +122,11 @@ def _only_class(module: object, name: str) -> type[Method]:
 
 
 def _class_constant(tree: ast.Module, name: str) -> str | None:
+    """The text that a class of the file assigns to `name`."""
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef)):
         for node in cls.body:
-            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
-            if isinstance(target, ast.Name) and target.id == name:
-                value = node.value  # type: ignore[union-attr]
-                return value.value if isinstance(value, ast.Constant) else None
+            if isinstance(node, (ast.AnnAssign, ast.Assign)) and isinstance(node.value, ast.Constant):
+                target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+                if isinstance(target, ast.Name) and target.id == name:
+                    return str(node.value.value)
     return None

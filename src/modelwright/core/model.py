@@ -224,8 +224,9 @@ def class_of(config: Any) -> type[PreTrainedModel]:
         found = getattr(transformers, name, None)
         if found is not None:
             return found
-    found = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
-    return found or transformers.AutoModel._model_mapping[type(config)]
+    causal: Any = transformers.AutoModelForCausalLM._model_mapping
+    plain: Any = transformers.AutoModel._model_mapping
+    return causal.get(type(config), None) or plain[type(config)]
 
 
 def empty_module(config: Any) -> nn.Module:
@@ -268,8 +269,9 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
     descriptions = stated_descriptions(config)
     if descriptions:
         config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions}
+    made: Any = class_of(config)
     with quiet():
-        module, found = class_of(config).from_pretrained(
+        module, found = made.from_pretrained(
             folder, config=config, dtype="auto", output_loading_info=True, trust_remote_code=trust_remote_code,
             local_files_only=True,
         )  # fmt: skip

@@ -124,7 +124,7 @@ def parse(source: str | Path) -> Any:
 def _yaml() -> Any:
     from ruamel.yaml import YAML
 
-    yaml = YAML(typ="safe", pure=True)  # YAML 1.2: `on` is a text and 1e-4 a number
+    yaml: Any = YAML(typ="safe", pure=True)  # YAML 1.2: `on` is a text and 1e-4 a number
     yaml.default_flow_style = None
     yaml.sort_base_mapping_type_on_output = False
     yaml.width = 110

@@ -115,8 +115,8 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
         [(donor.name, {name: files[id(donor)].shape(name) for name in files[id(donor)].names}) for donor in donors],
     )
     sites = walk.everything(skeleton) if method.every else anatomy_of(skeleton).sites(skeleton)
-    chosen = {names[site.name]: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if names.get(site.name)}
-    biases = {} if method.every else {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
+    chosen = {found: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if (found := names.get(site.name))}
+    biases = {} if method.every else {name: found for name in chosen if (found := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
         for name in track(checkpoint.names, method.name()):
             if name in biases.values():
@@ -179,7 +179,7 @@ class Streamed(walk.Resident):
         heads = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"}
         walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in heads], self._read)
         if hasattr(self.module, "tie_weights"):
-            self.module.tie_weights()
+            self.module.tie_weights()  # type: ignore[operator]
 
     def free_outside(self) -> None:
         walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))

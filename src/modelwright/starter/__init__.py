@@ -20,8 +20,13 @@ import re
 import sysconfig
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modelwright.core.errors import DataError, ModelError
+from modelwright.core.public import callable_module
+
+if TYPE_CHECKING:
+    from modelwright.core.model import Model
 
 TOPICS = "pydoc_data.topics"
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
@@ -130,3 +135,13 @@ def _built_in():
         docs = [inspect.cleandoc(doc).strip() for doc in docs if isinstance(doc, str)]
         if text := "\n\n".join(dict.fromkeys(doc for doc in docs if doc)):
             yield name.removeprefix("_"), text
+
+
+def starter() -> Model:
+    """The starter model, opened."""
+    from modelwright.core.model import open
+
+    return open("starter")
+
+
+callable_module(__name__, starter)
