@@ -145,7 +145,9 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int) -> list[dic
         for (name, times), error in zip(found.items(), lost, strict=True):
             rows.append({
                 "method": method, "subject": name, "seconds": _run.middle(times),
-                "peak MB": _run.megabytes(max(one.peak for one in times)), "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]), **error, "error ratio": error["error"] / lost[1]["error"],
+                "peak MB": _run.megabytes(max(one.peak for one in times)),
+                "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]), **error,
+                "error ratio": error["error"] / lost[1]["error"],
             })  # fmt: skip
     return rows
 

@@ -56,10 +56,7 @@ def test_full_rank_gives_the_weight_back(shape, kind):
 
 def test_under_a_multiple_of_the_identity_all_metrics_coincide(layer):
     weight, _ = layer
-    products = [
-        torch.matmul(*factor(weight, 7, metric))
-        for metric in (None, torch.full((40,), 3.0), whitening(9 * torch.eye(40)))
-    ]
+    products = [torch.matmul(*factor(weight, 7, metric)) for metric in (None, torch.full((40,), 3.0), whitening(9 * torch.eye(40)))]
     assert torch.allclose(products[0], products[1], atol=1e-5)
     assert torch.allclose(products[0], products[2], atol=1e-5)
 

@@ -94,10 +94,7 @@ def test_the_order_of_the_donors_does_not_matter(models):
 def test_it_is_the_published_formula(models, weights, keep, normalize):
     base, donors = models
     keeps = keep if isinstance(keep, list) else [keep] * 3
-    deltas = [
-        weight * trim(donor.float() - base.float(), fraction)
-        for weight, donor, fraction in zip(weights, donors, keeps, strict=True)
-    ]
+    deltas = [weight * trim(donor.float() - base.float(), fraction) for weight, donor, fraction in zip(weights, donors, keeps, strict=True)]
     sign = torch.where(sum(deltas) >= 0, 1.0, -1.0)
     agree = [delta.sign() == sign for delta in deltas]
     mixed = sum(delta * kept for delta, kept in zip(deltas, agree, strict=True))

@@ -57,7 +57,7 @@ def test_adapters_that_were_not_trained_change_no_bit():
 
 
 def test_a_model_without_adapters_is_refused():
-    with pytest.raises(PlanError, match="adapt.fold wants a model that is adapters"):
+    with pytest.raises(PlanError, match=r"adapt\.fold wants a model that is adapters"):
         mw.apply(tiny(), Fold())
 
 

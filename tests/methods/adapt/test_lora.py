@@ -11,6 +11,7 @@ import modelwright as mw
 from modelwright.core.errors import PlanError
 from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.prune.magnitude import Magnitude
+from modelwright.methods.quantize.rtn import Rtn
 from modelwright.methods.train import Train
 
 BRIEF = Train(tokens=256, batch=4, length=16, learning_rate=1e-2)
@@ -81,6 +82,14 @@ def test_plain_peft_puts_the_saved_adapter_on_the_plain_base(kind, tmp_path):
     assert not torch.allclose(outputs(plain), outputs(tiny(kind)))
 
 
+def test_a_begins_uniform_and_b_at_zero():
+    model = mw.apply(mw.open(tiny()), Lora(rank=32, where="mlp.up"))
+    values = torch.cat([v.flatten() for name, v in model.module.named_parameters() if "lora_A" in name])
+    assert values.abs().max() <= 64**-0.5  # 1/√in
+    assert values.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.03)
+    assert all((v == 0).all() for name, v in model.module.named_parameters() if "lora_B" in name)
+
+
 def test_the_same_seed_gives_the_same_adapters():
     models = [mw.apply(mw.open(tiny()), Lora(), seed=seed) for seed in (1, 1, 2)]
     states = [copy.deepcopy(model.module.state_dict()) for model in models]
@@ -89,7 +98,5 @@ def test_the_same_seed_gives_the_same_adapters():
 
 
 def test_a_model_of_integers_is_refused():
-    from modelwright.methods.quantize.rtn import Rtn
-
-    with pytest.raises(PlanError, match="adapt.lora wants a model that is float"):
+    with pytest.raises(PlanError, match=r"adapt\.lora wants a model that is float"):
         mw.apply(mw.open(tiny()), [Rtn(group=32), Lora()])

@@ -15,7 +15,7 @@ def published(weight, moment, sparsity, size=128, damp=0.01):
     """Algorithm 1 as printed: (result, Σ (w - q)² / U_jj²), in float64."""
     weight, moment = weight.double().clone(), damped(moment, damp)
     upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moment)), upper=True)
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     loss = 0.0
     for start in range(0, columns, size):
         stop = min(start + size, columns)

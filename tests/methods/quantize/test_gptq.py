@@ -17,7 +17,12 @@ from modelwright.methods.quantize.rtn import Rtn
 
 WEIGHT = normal(24, 128)
 SEEN = gathered(correlated(400, 128))
-KINDS = [{"bits": 4, "group": 32}, {"bits": 3, "group": 0}, {"bits": 2, "group": 64, "symmetric": False}, {"bits": 3, "group": 32, "search": True}]
+KINDS = [
+    {"bits": 4, "group": 32},
+    {"bits": 3, "group": 0},
+    {"bits": 2, "group": 64, "symmetric": False},
+    {"bits": 3, "group": 32, "search": True},
+]
 
 
 def test_a_case_by_hand():

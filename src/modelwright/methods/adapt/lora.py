@@ -1,6 +1,7 @@
 """Train a low-rank update beside each frozen matrix.
 
 Hu, Shen, Wallis, Allen-Zhu, Li, Wang, Wang, Chen 2021, arXiv:2106.09685, section 4.1; through peft.
+Differs: A begins uniform within ±1/√in, as in the authors' code, where the paper says normal.
 """
 
 from __future__ import annotations

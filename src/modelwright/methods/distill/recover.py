@@ -39,8 +39,8 @@ class Recover(TrainMethod):
             wanted = teacher(input_ids=ids).logits
         found = module(input_ids=ids).logits
         if wanted.shape != found.shape:
-            raise ModelError(f"{self.name()}: the teacher has {wanted.shape[-1]:,} tokens in its vocabulary and the model {found.shape[-1]:,}. "
-                             "Give a teacher with the model's own tokenizer.")  # fmt: skip
+            sizes = f"the teacher's vocabulary has {wanted.shape[-1]:,} tokens and the model's {found.shape[-1]:,}"
+            raise ModelError(f"{self.name()}: {sizes}. Give a teacher with the model's own tokenizer.")
         first, second = (wanted, found) if self.direction == "forward" else (found, wanted)
         divergence = mixed_kl(first[:, :-1], second[:, :-1], self.skew, self.temperature, mask[:, 1:])
         if not self.text:

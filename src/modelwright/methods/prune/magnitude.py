@@ -1,8 +1,8 @@
 """Zero the smallest weights.
 
 Han, Pool, Tran, Dally 2015, arXiv:1506.02626, section 3.
-Differs: one shot, no retraining; put `distill.recover` after it to follow the paper. Exactly the asked number of
-weights goes, also where sizes tie.
+Differs: one shot, no retraining; put `distill.recover` after it to follow the paper. The threshold is the one that
+removes the asked share, not a multiple of the standard deviation; exactly that number goes, also where sizes tie.
 """
 
 from __future__ import annotations
