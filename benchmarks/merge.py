@@ -85,7 +85,9 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
             rows.append({
                 "method": method, "subject": name, "seconds": _run.middle(times), "processor seconds": _run.middle(times, "processor"),
                 "peak MB": _run.megabytes(max(one.peak for one in times)),
-                "ratio": _run.middle(times) / _run.middle(found["mergekit"]), **(same if name == "mergekit" else {}),
+                "ratio": _run.middle(times) / _run.middle(found["mergekit"]),
+                "processor ratio": _run.middle(times, "processor") / _run.middle(found["mergekit"], "processor"),
+                **(same if name == "mergekit" else {}),
             })  # fmt: skip
         for folder in (mine, theirs, copied):
             shutil.rmtree(folder)

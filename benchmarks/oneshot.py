@@ -33,8 +33,8 @@ def calibration(work: str, samples: int) -> None:
     save_file({"ids": ids}, f"{work}/ids.safetensors")
 
 
-def ours(method: str, work: str, save: str) -> float:
-    """Compress with Modelwright; returns the seconds of the work alone."""
+def ours(method: str, work: str, save: str) -> tuple[float, float]:
+    """Compress with Modelwright; returns the wall and processor seconds of the work alone."""
     from safetensors.torch import load_file
 
     import modelwright as mw
@@ -45,14 +45,14 @@ def ours(method: str, work: str, save: str) -> float:
     step = Gptq(bits=4, group=128, order=True) if method == "gptq" else SparseGpt(pattern="2:4")
     model = mw.open(f"{work}/model")
     _ = model.module
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     mw.apply(model, step, data=batches)
-    seconds = time.perf_counter() - started
+    taken = time.perf_counter() - started[0], time.process_time() - started[1]
     model.save(save)
-    return seconds
+    return taken
 
 
-def theirs(method: str, work: str, save: str) -> float:
+def theirs(method: str, work: str, save: str) -> tuple[float, float]:
     """The same with llm-compressor, at its defaults; this runs in its environment."""
     from datasets import Dataset
     from llmcompressor import oneshot
@@ -71,14 +71,14 @@ def theirs(method: str, work: str, save: str) -> float:
         recipe = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"])
     model = AutoModelForCausalLM.from_pretrained(f"{work}/model", dtype="auto")
     words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))  # it asks for one, though the data are token ids
-    started = time.perf_counter()
+    started = time.perf_counter(), time.process_time()
     oneshot(
         model=model, dataset=data, recipe=recipe, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
         max_seq_length=ids.shape[1], num_calibration_samples=len(ids), shuffle_calibration_samples=False,
     )  # fmt: skip
-    seconds = time.perf_counter() - started
+    taken = time.perf_counter() - started[0], time.process_time() - started[1]
     model.save_pretrained(save)
-    return seconds
+    return taken
 
 
 def errors(work: str, folders: list[str]) -> list[dict[str, float]]:
@@ -131,7 +131,7 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int) -> list[dic
         def go(place: str, name: str, python: str, method: str = method, saved: dict[str, Path] = saved) -> _run.Measured:
             shutil.rmtree(saved[name], ignore_errors=True)
             one = _run.subject(place, python=python, method=method, work=str(work), save=str(saved[name]))
-            one.seconds = one.returned
+            one.seconds, one.processor = one.returned
             return one
 
         found = _run.alternate(
@@ -146,7 +146,8 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int) -> list[dic
             rows.append({
                 "method": method, "subject": name, "seconds": _run.middle(times),
                 "peak MB": _run.megabytes(max(one.peak for one in times)),
-                "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]), **error,
+                "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]),
+                "processor ratio": _run.middle(times, "processor") / _run.middle(found["llm-compressor"], "processor"), **error,
                 "error ratio": error["error"] / lost[1]["error"],
             })  # fmt: skip
     return rows

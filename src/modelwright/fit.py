@@ -46,6 +46,7 @@ from .core.progress import bar, console, track
 from .core.public import callable_module
 from .core.recipe import INPUT, Recipe, Step
 
+PROBE_EVERY = 3  # of the scored sequences serve for probing
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
@@ -61,7 +62,7 @@ class Effort:
     samples: int = 48  # calibration sequences for the methods' statistics
     score: int = 24  # sequences that trials are scored on
     length: int = 256  # tokens in each
-    recover: int = 160_000  # tokens of distillation
+    recover: int = 80_000  # tokens of distillation
 
     @classmethod
     def quick(cls) -> Effort:
@@ -124,11 +125,13 @@ class Job:
             raise DataError(f"{data}: its calibration part has {rows.numel()} tokens; a fit needs at least {4 * length}. Give more text.")
         picked = torch.linspace(0, len(rows) - 1, min(effort.score, len(rows)) + 2).round().long()[1:-1]
         self.score_rows = rows[picked]
+        self.given = replace(self.given, data=self.given.batches(model))  # tokenised once for all trials
         self.depths = len(anatomy_of(model.module).sites(model.module)) and max(s.depths for s in model.sites())
 
-    def score(self, module: nn.Module) -> float:
-        """Nats per token on the text that trials are scored on."""
-        losses, counts = measure.window_losses(module, self.score_rows.flatten(), self.score_rows.shape[1])
+    def score(self, module: nn.Module, every: int = 1) -> float:
+        """Nats per token on the text that trials are scored on, or on every n-th sequence of it."""
+        rows = self.score_rows[::every]
+        losses, counts = measure.window_losses(module, rows.flatten(), rows.shape[1])
         return float(losses.sum() / counts.sum())
 
 
@@ -167,7 +170,7 @@ def fit(
     work.mkdir(parents=True, exist_ok=True)
     job = Job(source, name, limits, data, effort, seed, work)
     started = job.score(source.module)
-    sensitivity = probe(job, started)
+    sensitivity = probe(job)
     found = search(job, sensitivity, started)
     frontier = [_row(trial) for trial in found]
     chosen = choose(job, found)
@@ -198,7 +201,7 @@ def fit(
 # Probe
 
 
-def probe(job: Job, original: float) -> dict[str, dict[str, float]]:
+def probe(job: Job) -> dict[str, dict[str, float]]:
     """How much the score suffers when one block's attention or MLP alone is rounded, factored or pruned, in nats.
 
     Kept in the work folder; keys "block 0 attn", "block 0 mlp", ...; "removed" is the loss without the block.
@@ -209,6 +212,7 @@ def probe(job: Job, original: float) -> dict[str, dict[str, float]]:
     module = unwrapped(job.model.module)
     anatomy = anatomy_of(module)
     path = anatomy.blocks(module)
+    original = job.score(module, PROBE_EVERY)
     found: dict[str, dict[str, float]] = {}
     for depth in track(range(job.depths), "probe"):
         for part, roles in PARTS.items():
@@ -235,7 +239,7 @@ def _with_weights(job: Job, module: nn.Module, sites: list[Any], method: Any) ->
         for part in weight if weight.ndim == 3 else [weight]:
             result = method.tensor(part)
             part.copy_(result if isinstance(result, torch.Tensor) else result.dense())
-    score = job.score(module)
+    score = job.score(module, PROBE_EVERY)
     for site in sites:
         weight_of(module, site).copy_(before[site.name])  # type: ignore[union-attr]
     return score
@@ -251,7 +255,7 @@ def _without_block(job: Job, module: nn.Module, path: str, depth: int) -> float:
 
     handle = block.register_forward_hook(hand_on)
     try:
-        return job.score(module)
+        return job.score(module, PROBE_EVERY)
     finally:
         handle.remove()
 

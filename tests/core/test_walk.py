@@ -207,3 +207,39 @@ def test_packed_model_refuses_pruning_and_says_why(small):
     model = mw.apply(mw.open(small), Rtn(group=32))
     with pytest.raises(mw.core.errors.PlanError, match="wants a model that is float"):
         mw.apply(model, Magnitude())
+
+
+def test_embedding_can_be_packed_streamed_and_loaded_again(tmp_path):
+    Model(name="tiny", module=tiny("llama")).save(tmp_path / "in")
+    method = Rtn(bits=8, group=32, where=("embed", "mlp"))
+    streamed = mw.apply(tmp_path / "in", method, save=tmp_path / "out")
+    kind = type(streamed.module.model.embed_tokens).__name__
+    assert kind == "PackedEmbedding"
+    memory = mw.apply(tiny("llama"), method)
+    assert torch.equal(outputs(streamed.module), outputs(memory))
+    assert (outputs(memory) - outputs(tiny("llama"))).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (find("factor.svd")(where="embed"), "symmetric packed integers alone"),
+        (Rtn(where="embed", symmetric=False, group=32), "symmetric packed integers alone"),
+    ],
+)
+def test_forms_that_an_embedding_cannot_take_are_refused(method, sentence):
+    with pytest.raises(mw.core.errors.SiteError, match=sentence):
+        mw.apply(tiny("llama"), method)
+
+
+def test_tied_embedding_stays_as_it_is():
+    with pytest.raises(mw.core.errors.SiteError, match="tied to the head"):
+        mw.apply(tiny("llama", tie_word_embeddings=True), Rtn(where="embed", group=32))
+
+
+def test_zeros_of_a_bare_module_survive_training(small, text):
+    model = mw.open(tiny("llama"), tokenizer=mw.open(small).tokenizer)
+    mw.apply(model.module, Magnitude())
+    zeros = model.module.model.layers[1].mlp.up_proj.weight == 0
+    mw.apply(model, find("train")(tokens=320, batch=2, length=16), data=str(text))
+    assert torch.equal(model.module.model.layers[1].mlp.up_proj.weight == 0, zeros)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.packed import PackedLinear
 from modelwright.maths.rounding import decode, pack, packed_words, unpack
 
 
@@ -57,6 +58,17 @@ class PackedEmbedding(Stored):
         )
         layer.weight_packed = pack(codes, bits)
         layer.weight_scale = scale.detach().clone()
+        return layer
+
+    @classmethod
+    def from_linear(cls, packed: PackedLinear, multiplier: float = 1.0) -> Self:
+        """Go on with the tensors of a symmetric packed linear [rows, columns]."""
+        layer = cls(
+            num_embeddings=packed.out_features, embedding_dim=packed.in_features, bits=packed.bits, group=packed.group,
+            multiplier=multiplier, dtype=packed.weight_scale.dtype, device="meta",
+        )  # fmt: skip
+        for name in ("weight_packed", "weight_scale", "weight_shape"):
+            setattr(layer, name, getattr(packed, name))
         return layer
 
     def dense(self) -> Tensor:

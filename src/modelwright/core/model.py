@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from modelwright.anatomy import Anatomy, Site, anatomy_of
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.embedding import PackedEmbedding
+from modelwright.blocks.packed import PackedLinear
 
 from . import loading
 from .errors import ModelError, WeightsError, nearest
@@ -120,7 +122,7 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if "low_rank" in kinds else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if any("packed" in kind for kind in kinds):
+            if kinds & {"packed", "embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             if self.folder is not None and (self.folder / "adapter_config.json").is_file():
                 self._marks.add("adapters")
@@ -325,6 +327,21 @@ def weight_of(module: nn.Module, site: Site) -> Tensor | None:
     return weight.data.T if site.transposed else weight.data
 
 
+def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
+    """Why the layer that a method plans cannot stand in the place of a site; "" if it can."""
+    if not isinstance(planned, Stored):
+        return ""
+    old = module.get_submodule(site.module)
+    if isinstance(old, nn.Embedding):
+        if any(site.name in names for names in anatomy_of(module).tied(module)):
+            return "is an embedding that is tied to the head, so it stays as it is; leave it out with `skip: embed`"
+        plain = isinstance(planned, PackedLinear) and planned.weight_zero_point is None
+        return "" if plain else "is an embedding, which can be stored as symmetric packed integers alone"
+    if type(old).__name__ in ("Linear", "Conv1D"):
+        return ""
+    return f"is a {type(old).__name__}, which cannot become a {type(planned).__name__}"
+
+
 def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
     """Put a verb's result in the place of a site's weight: values in place, or a stored layer for the module."""
     if isinstance(result, Tensor):
@@ -333,6 +350,9 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
         return
     old = module.get_submodule(site.module)
     assert isinstance(result, Stored), result
+    if isinstance(old, nn.Embedding):
+        assert isinstance(result, PackedLinear), result
+        result = PackedEmbedding.from_linear(result, multiplier=float(getattr(old, "embed_scale", 1.0)))
     result.take_bias(getattr(old, "bias", None))
     result.replaces = type(old).__name__
     module.set_submodule(site.module, result)

@@ -25,7 +25,7 @@ from . import loading, training
 from .errors import ModelError, PlanError, SiteError
 from .given import Batch, Given, inputs_of
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, open, put, quiet, unwrapped, weight_of
+from .model import Model, open, put, quiet, unwrapped, weight_of, why_not_stored
 from .progress import bar, track
 from .statistics import Statistics
 from .weights import Checkpoint, Writer
@@ -152,6 +152,8 @@ def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | Adapte
         weight = weight_of(module, site)
         shape = tuple(weight.shape[1:] if site.stack else weight.shape) if weight is not None else ()
         why = local.unfit(shape) if shape and isinstance(local, SiteMethod) else ""
+        if not why and len(shape) == 2 and not site.stack and isinstance(local, SiteMethod) and not every:
+            why = why_not_stored(module, site, local.planned(torch.empty(shape, device="meta")))
         unfit += [f"{site.name} {why}"] if why else []
         chosen.append((site, local))
     if unfit:
@@ -657,7 +659,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
     extras: dict[str, Any] = {}
     if "teacher" in method.needs():
         assert given.teacher is not None
-        extras["teacher"] = unwrapped(given.teacher.module)
+        extras["teacher"] = unwrapped(given.teacher.module).eval()
         if extras["teacher"] is unwrapped(model.module):
             raise PlanError(f"{method.name()}: the teacher is the model itself. Open the teacher separately.")
     with bar(method.name(), settings.steps) as tick:
@@ -666,7 +668,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             given.ids(model),
             settings,
             lambda module, ids, mask: method.loss(module, ids, mask, **extras),  # type: ignore[attr-defined]
-            keep_zeros="sparse" in model.marks,
+            keep_zeros=True,
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
         )

@@ -128,18 +128,24 @@ def _lowest_of_rows(score: Tensor, count: int) -> Tensor:
     return mask
 
 
+def lowest_of_each(runs: Tensor, keep: int) -> Tensor:
+    """Mark all but the `keep` highest of each column of scores [m, n]; an entry's rank is how many are lower."""
+    count = len(runs)
+    if count > 16:
+        return runs.argsort(dim=0, stable=True).argsort(dim=0) < count - keep
+    rank = torch.arange(count - 1, -1, -1, dtype=torch.int8, device=runs.device)[:, None].repeat(1, runs.shape[1])
+    rows, ranks = runs.unbind(), rank.unbind()
+    for first in range(count):
+        for second in range(first + 1, count):
+            ahead = (rows[first] <= rows[second]).view(torch.int8)
+            ranks[second].add_(ahead)
+            ranks[first].sub_(ahead)
+    return rank < count - keep
+
+
 def _lowest_of_runs(score: Tensor, keep: int, run: int) -> Tensor:
-    """Mark the `run` - `keep` lowest of every `run` consecutive entries; an entry's rank is how many are lower."""
+    """Mark the `run` - `keep` lowest of every `run` consecutive entries."""
     assert 0 < keep <= run, (keep, run)
     assert score.shape[-1] % run == 0, (score.shape, run)
     runs = score.reshape(-1, run).t().contiguous()  # [run, runs], so that every operation is over a contiguous row
-    if run > 16:
-        rank = runs.argsort(dim=0, stable=True).argsort(dim=0)
-    else:
-        rank = torch.zeros(runs.shape, dtype=torch.uint8, device=score.device)
-        for first in range(run):
-            for second in range(first + 1, run):
-                ahead = runs[first] <= runs[second]
-                rank[second] += ahead
-                rank[first] += ~ahead
-    return (rank < run - keep).t().reshape(score.shape)
+    return lowest_of_each(runs, keep).t().reshape(score.shape)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import SiteError
-from modelwright.maths.masks import lowest
+from modelwright.maths.masks import lowest, lowest_of_each
 
 # choose(start, block [n, out], columns) is called as each block of n of all the columns begins, and returns
 # pick(k, column [out]), which gives what column start + k becomes. `block` is live: at pick(k), its next columns up to
@@ -145,7 +145,7 @@ def zeroed(
         def pick(k: int, column: Tensor) -> Tensor:
             if pattern and k % pattern[1] == 0:
                 run = slice(k, k + pattern[1])
-                keep[run] = (~lowest((block[run] ** 2 * weight[run]).t(), pattern=pattern)).t()
+                keep[run] = ~lowest_of_each(block[run].square().mul_(weight[run]), pattern[0])
             return (later(k, column) if later else column) * keep[k]
 
         return pick

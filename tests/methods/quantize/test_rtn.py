@@ -7,7 +7,6 @@ from tiny import tiny
 
 import modelwright as mw
 from modelwright.blocks.packed import PackedLinear
-from modelwright.core.errors import SiteError
 from modelwright.maths.rounding import encode
 from modelwright.methods.quantize.rtn import Rtn
 
@@ -131,10 +130,12 @@ def test_a_weight_takes_its_bits_and_its_share_of_a_scale(bits):
     assert 8 * (layer.stored_bytes() - shape) == (bits + (16 + bits) / 64) * 128 * 256
 
 
-def test_a_group_that_does_not_divide_a_row_is_lowered():
-    assert Rtn(group=128).tensor(normal(4, 160)).weight_scale.shape == (4, 5)
-    with pytest.raises(SiteError, match=r"groups of 128 do not divide; their common divisor 4 is too small"):
-        mw.apply(tiny("llama", intermediate_size=100), Rtn(group=128))
+@pytest.mark.parametrize(("columns", "groups"), [(160, 5), (96, 3), (100, 1), (36, 1)])
+def test_a_group_that_does_not_divide_a_row_is_lowered_or_the_whole_row(columns, groups):
+    # The common divisors with 128 are 32, 32, and twice 4, which is too small.
+    layer = Rtn(group=128).tensor(normal(4, columns))
+    assert layer.weight_scale.shape == (4, groups)
+    assert layer.stored_bytes() == Rtn(group=128).planned(torch.empty(4, columns, device="meta")).stored_bytes()
 
 
 def test_every_matrix_of_the_blocks_is_packed_and_nothing_else_changes():
