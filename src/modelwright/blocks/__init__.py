@@ -33,7 +33,7 @@ def build(
         found = f"A layer of kind {kind!r} was asked for; known are {', '.join(kinds)}."
         raise ModelError(found + nearest(str(kind), kinds))
     items = vars(import_module(f"{__name__}.{kind}")).values()
-    classes = [item for item in items if isinstance(item, type) and issubclass(item, Stored) and item is not Stored]
+    classes = [item for item in items if isinstance(item, type) and issubclass(item, Stored) and vars(item).get("kind") == kind]
     try:
         return classes[0].from_description(description, dtype, device)
     except (TypeError, IndexError) as error:

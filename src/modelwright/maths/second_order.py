@@ -169,26 +169,27 @@ def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> No
     Each leaf of columns is followed by a product that updates as many columns again as lie to its left in the block,
     so that most of the work is in products of large matrices.
     """
-    columns = part.unbind()
-    errors = error.unbind()
-    scales = inverse.diagonal().tolist()
+    _sweep_columns(part, error, inverse, pick, part.unbind(), error.unbind(), inverse.diagonal().tolist(), 0, len(part))
 
-    def solve(start: int, stop: int) -> None:
-        if stop - start > LEAF:
-            middle = start + -(-(stop - start) // (2 * LEAF)) * LEAF
-            solve(start, middle)
-            part[middle:stop].addmm_(inverse[start:middle, middle:stop].t(), error[start:middle], alpha=-1)
-            solve(middle, stop)
-            return
-        for k in range(start, stop):
-            column = columns[k]
-            chosen = pick(k, column)
-            torch.sub(column, chosen, out=errors[k]).div_(scales[k])
-            column.copy_(chosen)
-            if k + 1 < stop:
-                part[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k], alpha=-1)
 
-    solve(0, len(part))
+def _sweep_columns(
+    part: Tensor, error: Tensor, inverse: Tensor, pick: Pick,
+    columns: tuple[Tensor, ...], errors: tuple[Tensor, ...], scales: list[float], start: int, stop: int,
+) -> None:  # fmt: skip
+    """Sweep columns `start` to `stop` of a block. No closure: one that calls itself would keep all of these alive."""
+    if stop - start > LEAF:
+        middle = start + -(-(stop - start) // (2 * LEAF)) * LEAF
+        _sweep_columns(part, error, inverse, pick, columns, errors, scales, start, middle)
+        part[middle:stop].addmm_(inverse[start:middle, middle:stop].t(), error[start:middle], alpha=-1)
+        _sweep_columns(part, error, inverse, pick, columns, errors, scales, middle, stop)
+        return
+    for k in range(start, stop):
+        column = columns[k]
+        chosen = pick(k, column)
+        torch.sub(column, chosen, out=errors[k]).div_(scales[k])
+        column.copy_(chosen)
+        if k + 1 < stop:
+            part[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k], alpha=-1)
 
 
 def _invert(upper: Tensor) -> None:
