@@ -1,7 +1,7 @@
 """merge.linear and merge.ties against mergekit: three bfloat16 checkpoints in, one out.
 
-    python benchmarks/merge.py --peer-python PATH       # PATH: a Python with mergekit; by default this one
-    python benchmarks/merge.py --gigabytes 0.05         # a dry run
+python benchmarks/merge.py --peer-python PATH       # PATH: a Python with mergekit; by default this one
+python benchmarks/merge.py --gigabytes 0.05         # a dry run
 """
 
 from __future__ import annotations

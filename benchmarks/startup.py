@@ -1,6 +1,6 @@
 """How long the command line takes to say something, beside importing torch.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 from __future__ import annotations

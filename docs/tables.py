@@ -24,8 +24,11 @@ def block(found: Any) -> str:
     """The table with the command that made it and the machine that ran it, as far as they are known."""
     about = found if isinstance(found, dict) else {}
     command = f"```sh\n{about['command']}\n```\n\n" if "command" in about else ""
-    machine = {**about.get("machine", {}), **about.get("versions", {}), **about.get("peer_versions", {})}
-    line = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in machine.items())
+    line = "; ".join(
+        label + ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in about[part].items())
+        for part, label in (("machine", ""), ("versions", ""), ("peer_versions", "the other tool with "))
+        if part in about
+    )
     rows = found if isinstance(found, list) else found.get("table") or found["rows"]
     return command + table(rows) + (f"\n({line})\n" if line else "")
 
@@ -39,15 +42,13 @@ def table(rows: list[dict[str, Any]]) -> str:
         rate = isinstance(value, float) and abs(value) >= 100 and (key not in COLUMNS or "second" in key)
         return f"{value:,.0f}" if rate else shown(key, row)
 
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    order = list(COLUMNS)
     hidden = {"perplexity_low", "perplexity_high", "notes"}
-    keys = sorted((key for key in keys if key not in hidden), key=lambda key: order.index(key) if key in order else len(order))
+    keys = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in hidden]
     lines = [[COLUMNS.get(key, key.replace("_", " ")), *(cell(key, row) for row in rows)] for key in keys]
-    if not {"model", "parameters"} <= set(keys):
-        lines = [list(line) for line in zip(*lines, strict=True)]
-    else:
+    if {"model", "parameters"} <= set(keys):
         lines[0][0] = ""
+    else:
+        lines = [list(line) for line in zip(*lines, strict=True)]
     lines.insert(1, ["---", *["---:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from killing import TEXT
+
 from modelwright.core.contract import letters
 from modelwright.core.model import Model
 from modelwright.core.tiny import tiny
-
-from killing import TEXT
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .core.contract import check
+    from .core.data import corpus
     from .core.find import find
     from .core.measure import measure
     from .core.model import Model, open
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, run
     from .core.walk import apply
     from .fit import fit
-    from .core.data import corpus
     from .starter import starter
 
 

@@ -79,16 +79,19 @@ def show(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
     """Show what a method does, what it needs, its settings and its source."""
-    from .core import describe, find
+    from .core import find
 
-    if schema or name is None:
-        if not schema:
-            raise typer.BadParameter("name a method or a family, or pass --schema")
-        print(json.dumps(describe.schema(), indent=2))
-    elif name in find.families():
+    if name is not None and name in find.families():
         out.print(_escape(find.families()[name]))
-    else:
+        return
+    from .core import describe
+
+    if name is not None:
         out.print(_escape(describe.page(name)))
+    elif schema:
+        print(json.dumps(describe.schema(), indent=2))
+    else:
+        raise typer.BadParameter("name a method or a family, or pass --schema")
 
 
 @app.command()
@@ -109,7 +112,7 @@ def _print_plan(recipe: Any, overrides: list[str], as_json: bool) -> None:
         return
     table = Table()
     for column in ("step", "parameters", "zeros", "stored", "FLOPs per token", "peak memory", "time"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
     for row in found.rows:
         table.add_row(
             row.step, report.short(row.parameters), report.short(row.zeros), report.size(row.bytes), report.short(row.flops_per_token),
@@ -249,9 +252,10 @@ def new(
     """Write the two files of a new method: the method and its test."""
     from .core.template import write
 
-    for path in write(family, name):
-        out.print(f"wrote {path}")
-    out.print(f"next: fill in its verb, then `modelwright check {family}.{name}`")
+    method, test = write(family, name)
+    out.print(f"wrote {method} and {test}")
+    inside = method.is_absolute()
+    out.print(f"next: fill in its verb, then `modelwright check {f'{family}.{name}' if inside else method}`")
 
 
 if __name__ == "__main__":

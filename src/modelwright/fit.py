@@ -30,7 +30,6 @@ import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-
 from torch import nn
 
 from modelwright.anatomy import anatomy_of, matches
@@ -50,8 +49,11 @@ PROBE_EVERY = 3  # of the scored sequences serve for probing
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
-PROBES: dict[str, tuple[str, dict[str, Any]]] = {"bits": ("quantize.rtn", {"bits": 3}), "rank": ("factor.svd", {"keep": 0.5, "store": "dense"}),
-          "zeros": ("prune.magnitude", {"sparsity": 0.5})}  # fmt: skip
+PROBES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bits": ("quantize.rtn", {"bits": 3}),
+    "rank": ("factor.svd", {"keep": 0.5, "store": "dense"}),
+    "zeros": ("prune.magnitude", {"sparsity": 0.5}),
+}
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,12 @@ def fit(
     console.print("measuring the original and the chosen model on held-out text")
     table = []
     for each, label in ((open(name), "original"), (result.model, "chosen")):
-        row = {"model": label, **measure.sizes(each), **measure.quality(each, job.held, job.effort.length, most_tokens=100_000), **measure.speed(each)}
+        row = {
+            "model": label,
+            **measure.sizes(each),
+            **measure.quality(each, job.held, job.effort.length, most_tokens=100_000),
+            **measure.speed(each),
+        }
         table.append(row)
     with_folder = work / "out"
     shutil.rmtree(with_folder, ignore_errors=True)
@@ -414,8 +421,9 @@ def settle(job: Job, steps: list[Step]) -> tuple[Recipe, recipe.Run, float]:
             model=job.name, data={"source": str(job.data), "held": HELD}, samples=job.effort.samples, length=job.score_rows.shape[1],
             seed=job.seed, steps=tuple(candidate),
         )  # fmt: skip
-        done = recipe.run(replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True,
-                          work=job.work / "steps")
+        done = recipe.run(
+            replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True, work=job.work / "steps"
+        )
         found.append((job.score(open(done.model.folder).module), made, done))  # type: ignore[arg-type]
     score, made, done = min(found, key=lambda each: each[0])
     return made, done, score
@@ -446,7 +454,13 @@ def prompts(job: Job) -> list[str]:
 
 
 def _row(trial: FrozenTrial) -> dict[str, Any]:
-    return {"trial": trial.number, "bytes": int(trial.values[0]), "nats_per_token": trial.values[1], **trial.params, "steps": trial.user_attrs["steps"]}
+    return {
+        "trial": trial.number,
+        "bytes": int(trial.values[0]),
+        "nats_per_token": trial.values[1],
+        **trial.params,
+        "steps": trial.user_attrs["steps"],
+    }
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

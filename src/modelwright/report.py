@@ -16,11 +16,24 @@ from .core.model import Model
 INK, ACCENT, SOFT, WARM = "#1f2933", "#0b6e99", "#9fb3c8", "#c2410c"
 PARTS = ("attn", "mlp")
 COLUMNS = {
-    "model": "model", "step": "step", "parameters": "parameters", "zeros": "zeros", "bytes_disk": "on disk", "bytes_memory": "in memory",
-    "bits_per_weight": "bits per weight", "flops_per_token": "FLOPs per token", "perplexity": "perplexity", "bits_per_byte": "bits per byte",
-    "tokens": "tokens measured", "prefill_tokens_per_second": "prefill tokens/s", "decode_tokens_per_second": "decode tokens/s",
-    "joules_per_token": "joules per token", "peak_memory": "peak memory", "peak_bytes": "peak memory", "seconds": "seconds",
-}  # fmt: skip
+    "model": "model",
+    "step": "step",
+    "parameters": "parameters",
+    "zeros": "zeros",
+    "bytes_disk": "on disk",
+    "bytes_memory": "in memory",
+    "bits_per_weight": "bits per weight",
+    "flops_per_token": "FLOPs per token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "tokens": "tokens measured",
+    "prefill_tokens_per_second": "prefill tokens/s",
+    "decode_tokens_per_second": "decode tokens/s",
+    "joules_per_token": "joules per token",
+    "peak_memory": "peak memory",
+    "peak_bytes": "peak memory",
+    "seconds": "seconds",
+}
 
 
 @dataclass
@@ -78,7 +91,9 @@ def shown(column: str, row: dict[str, Any]) -> str:
         return short(value)
     if column.endswith("_per_second"):
         return f"{value:,.0f}"
-    return f"{value:.3f}" if column == "bits_per_byte" else f"{value:.3g}" if isinstance(value, float) else str(value)
+    if column == "bits_per_byte":
+        return f"{value:.3f}"
+    return (f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}") if isinstance(value, float) else str(value)
 
 
 def columns_of(rows: list[dict[str, Any]]) -> list[str]:
@@ -87,9 +102,11 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table(rows: list[dict[str, Any]], title: str = "") -> Table:
-    """Rows as a table for the terminal: one column for each row when there are few, as models are compared."""
+    """Rows as a table for the terminal: models side by side, steps one below the other."""
     made = Table(title=title or None, title_justify="left")
     columns = columns_of(rows)
+    if "step" in columns:
+        columns = [column for column in columns if column not in ("bytes_memory", "flops_per_token")]  # they stay in the account
     if rows and "model" in rows[0]:
         made.add_column("")
         for row in rows:
@@ -98,7 +115,7 @@ def table(rows: list[dict[str, Any]], title: str = "") -> Table:
             made.add_row(COLUMNS[column], *(shown(column, row) for row in rows))
         return made
     for column in columns:
-        made.add_column(COLUMNS[column], justify="left" if column == "step" else "right")
+        made.add_column(COLUMNS[column], justify="left" if column == "step" else "right", no_wrap=column == "step")
     for row in rows:
         made.add_row(*(shown(column, row) for column in columns))
     return made
@@ -123,7 +140,9 @@ def frontier_plot(page: Page) -> str:
     worst = page.score + 3.0
     trials = [row for row in page.frontier if row["nats_per_token"] < worst]
     left_out = len(page.frontier) - len(trials)
-    axes.scatter([row["bytes"] / 1e6 for row in trials], [row["nats_per_token"] for row in trials], s=26, color=SOFT, label="trials", zorder=2)
+    axes.scatter(
+        [row["bytes"] / 1e6 for row in trials], [row["nats_per_token"] for row in trials], s=26, color=SOFT, label="trials", zorder=2
+    )
     front = best_of(trials)
     axes.step([row["bytes"] / 1e6 for row in front], [row["nats_per_token"] for row in front], where="post", color=ACCENT, lw=1.4,
               label="frontier", zorder=3)  # fmt: skip
@@ -132,7 +151,9 @@ def frontier_plot(page: Page) -> str:
     axes.scatter([page.table[1]["bytes_disk"] / 1e6], [page.recovered], marker="*", s=190, facecolors="white", edgecolors=WARM,
                  label="chosen, recovered", zorder=6)  # fmt: skip
     axes.axvline(page.budget_bytes / 1e6, color=WARM, lw=1, ls="--")
-    axes.annotate(f" budget {page.budget}", (page.budget_bytes / 1e6, 1), xycoords=("data", "axes fraction"), va="top", color=WARM, fontsize=9)
+    axes.annotate(
+        f" budget {page.budget}", (page.budget_bytes / 1e6, 1), xycoords=("data", "axes fraction"), va="top", color=WARM, fontsize=9
+    )
     axes.set_xlabel("weight files, MB")
     axes.set_ylabel("nats per token on calibration text")
     axes.set_xlim(left=0)
@@ -146,7 +167,12 @@ def sensitivity_plot(page: Page) -> str:
     """How much each block minds rounding, low rank, zeros and removal. SVG."""
     depths = sorted({int(place.split()[1]) for place in page.sensitivity})
     figure, all_axes = _figure(7.2, 4.6, 2, 2)
-    titles = {"bits": "rounded to 3 bits", "rank": "half the rank's parameters", "zeros": "half the weights zero", "removed": "block removed"}
+    titles = {
+        "bits": "rounded to 3 bits",
+        "rank": "half the rank's parameters",
+        "zeros": "half the weights zero",
+        "removed": "block removed",
+    }
     for axes, (name, title) in zip(all_axes.flat, titles.items(), strict=True):
         if name == "removed":
             axes.bar(depths, [page.sensitivity.get(f"block {depth}", {}).get(name, 0) for depth in depths], color=INK, width=0.6)
@@ -166,7 +192,9 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    with rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "svg.hashsalt": "modelwright"}):
+    with rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": SOFT, "svg.hashsalt": "modelwright"}
+    ):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots(rows, columns, squeeze=True)
 
@@ -212,7 +240,8 @@ TEMPLATE = """<!doctype html>
 {% for row in page.account %}{% for note in row.get("notes", []) %}<p class="lead">{{ row.step }}: {{ note }}</p>{% endfor %}{% endfor %}
 <details><summary>All {{ page.frontier|length }} trials</summary><div class="wide"><table>
 <tr><th>trial</th><th>bytes</th><th>nats per token</th><th>steps</th></tr>
-{% for row in page.frontier|sort(attribute="bytes") %}<tr><td>{{ row.trial }}</td><td>{{ size(row.bytes) }}</td><td>{{ "%.4f"|format(row.nats_per_token) }}</td>
+{% for row in page.frontier|sort(attribute="bytes") %}<tr><td>{{ row.trial }}</td><td>{{ size(row.bytes) }}</td>
+<td>{{ "%.4f"|format(row.nats_per_token) }}</td>
 <td>{{ row.steps }}</td></tr>{% endfor %}</table></div></details>
 <p class="lead">Made by Modelwright {{ version }}.</p>
 </body></html>
@@ -223,7 +252,8 @@ def lead(page: Page) -> str:
     """The result in one or two sentences."""
     before, after = page.table
     return (
-        f"{size(before['bytes_disk'])} became {size(after['bytes_disk'])}, {after['bytes_disk'] / before['bytes_disk']:.0%} of the weight files. "
+        f"{size(before['bytes_disk'])} became {size(after['bytes_disk'])}, "
+        f"{after['bytes_disk'] / before['bytes_disk']:.0%} of the weight files. "
         f"Perplexity on held-out text went from {before['perplexity']:.2f} to {after['perplexity']:.2f}, "
         f"bits per byte from {before['bits_per_byte']:.3f} to {after['bits_per_byte']:.3f}, on {short(after['tokens'])} tokens."
     )
@@ -248,7 +278,8 @@ def card(page: Page, model: Model) -> str:
     how = {
         "dense": "It loads with plain transformers.",
         "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
-        loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form.",
+        loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form. "
+        "**Without that import transformers warns and fills those layers with random numbers.**",
     }[stated["quant_method"]]
     before, after = page.table
     rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, before)} | {shown(column, after)} |" for column in columns_of(page.table)[1:])
@@ -282,4 +313,3 @@ Made by Modelwright {__version__} with this recipe:
 ```yaml
 {page.recipe}```
 """
-

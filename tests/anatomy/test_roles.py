@@ -146,9 +146,7 @@ def test_generic_anatomy_finds_blocks_of_one_type():
             super().__init__()
             self.inner = nn.Linear(4, 4)
 
-    model = nn.ModuleDict(
-        {"table": nn.Embedding(9, 4), "body": nn.Sequential(Block(), Block(), Block()), "out": nn.Linear(4, 9)}
-    )
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4), "body": nn.Sequential(Block(), Block(), Block()), "out": nn.Linear(4, 9)})
     anatomy = anatomy_of(model)
     assert anatomy.blocks(model) == "body"
     assert [(site.role, site.depth, site.depths) for site in anatomy.sites(model)] == [
@@ -203,9 +201,7 @@ def test_where_language(pattern, role, depth, expected):
     assert matches(role, depth, pattern) is expected
 
 
-@pytest.mark.parametrize(
-    ("word", "near"), [("atn", "attn"), ("mlp.dwon", "mlp.down"), ("heads", "head"), ("blok 3", "block")]
-)
+@pytest.mark.parametrize(("word", "near"), [("atn", "attn"), ("mlp.dwon", "mlp.down"), ("heads", "head"), ("blok 3", "block")])
 def test_an_unknown_word_is_refused_with_the_nearest(word, near):
     with pytest.raises(SiteError, match=f"{word}.*Did you mean '{near}"):
         matches("attn.q", 0, word)

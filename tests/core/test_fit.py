@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 
-import modelwright as mw
 import pytest
+
+import modelwright as mw
 from modelwright import fit
 from modelwright.core import measure, recipe
 from modelwright.core.errors import PlanError
@@ -14,7 +15,17 @@ from modelwright.core.errors import PlanError
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("40%", 400), ("2x", 500), ("4x", 250), ("300", 300), ("0.5kB", 500), ("1KiB", 1024), ("1.5MB", 1_500_000), ("2GiB", 2 * 1024**3), (250, 250)],
+    [
+        ("40%", 400),
+        ("2x", 500),
+        ("4x", 250),
+        ("300", 300),
+        ("0.5kB", 500),
+        ("1KiB", 1024),
+        ("1.5MB", 1_500_000),
+        ("2GiB", 2 * 1024**3),
+        (250, 250),
+    ],
 )
 def test_budgets_are_read(text, size):
     assert fit.Budget.parse(text, 1000).bytes == size

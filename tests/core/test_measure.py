@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
-import modelwright as mw
 import pytest
 import torch
+from torch import nn
+
+import modelwright as mw
 from modelwright.core import data, find, measure
 from modelwright.core.contract import LETTERS, letters
 from modelwright.core.errors import NeedError
 from modelwright.core.model import Model
 from modelwright.core.tiny import tiny
-from torch import nn
 
 
 class Uniform(nn.Module):

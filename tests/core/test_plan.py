@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import modelwright as mw
 import pytest
+
+import modelwright as mw
 from modelwright.core import find, recipe
 from modelwright.core.errors import PlanError
 from modelwright.core.plan import plan

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+
 from modelwright.core.errors import SettingError
 from modelwright.core.find import find
 from modelwright.core.method import TensorMethod, setting_texts

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import modelwright as mw
 import pytest
 import torch
+
+import modelwright as mw
 from modelwright.core import stream, walk
 from modelwright.core.find import find
 from modelwright.core.given import Given
@@ -45,8 +46,8 @@ def inputs_of_every_linear(module, batches):
         for name, layer in module.named_modules():
             if isinstance(layer, torch.nn.Linear):
 
-                def hook(_, args, name=name):
-                    x, mask = args[0], batch["attention_mask"]
+                def hook(_, args, name=name, mask=batch["attention_mask"]):
+                    x = args[0]
                     found.setdefault(name, []).append(x[mask.bool()] if x.shape[:2] == mask.shape else x.flatten(0, -2))
 
                 handles.append(layer.register_forward_pre_hook(hook))
@@ -187,7 +188,9 @@ def test_streamed_walk_holds_one_block(small, text, tmp_path, monkeypatch):
     finish = stream.Streamed.finish
 
     def counted(self, depth):
-        real = {name.split(".")[2] for name, value in self.module.named_parameters() if name.startswith("model.layers.") and not value.is_meta}
+        real = {
+            name.split(".")[2] for name, value in self.module.named_parameters() if name.startswith("model.layers.") and not value.is_meta
+        }
         held.append(real)
         finish(self, depth)
 

@@ -318,9 +318,7 @@ def test_a_file_truncated_after_opening(folder):
         [checkpoint.read(name) for name in checkpoint]
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2]
-)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2])
 def test_values_that_are_not_finite_are_named_and_counted(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(weights, "SLICE", 64)
     bad = torch.ones(100).to(torch.float32)

@@ -6,25 +6,33 @@ import errno
 import json
 import shutil
 import sys
-from pathlib import Path
 
-import modelwright as mw
 import pytest
 import torch
+from killing import TEXT
+from safetensors.torch import load_file, save_file
+
+import modelwright as mw
 from modelwright import cli
 from modelwright.core import stream, walk, weights
 from modelwright.core.contract import LETTERS, letters
 from modelwright.core.errors import (
-    DataError, MethodError, ModelError, ModelwrightError, NeedError, PlanError, RecipeError, SettingError, SiteError, WeightsError,
+    DataError,
+    MethodError,
+    ModelError,
+    ModelwrightError,
+    NeedError,
+    PlanError,
+    RecipeError,
+    SettingError,
+    SiteError,
+    WeightsError,
 )  # fmt: skip
 from modelwright.core.find import find
 from modelwright.core.given import Given
 from modelwright.core.model import Model
 from modelwright.core.tiny import tiny, tiny_inputs
 from modelwright.fit import fit
-from safetensors.torch import load_file, save_file
-
-from killing import TEXT
 
 Rtn, Gptq, Magnitude, Ties = (find(name) for name in ("quantize.rtn", "quantize.gptq", "prune.magnitude", "merge.ties"))
 
@@ -96,7 +104,9 @@ def test_code_in_a_model_folder_is_not_run(small, tmp_path) -> None:
         mw.open(folder)
 
 
-@pytest.mark.parametrize(("budget", "sentence"), [("cheap", "written 40%"), ("0%", "leaves no byte"), ("1kB", "The nearest has"), ("-3MB", "written 40%")])
+@pytest.mark.parametrize(
+    ("budget", "sentence"), [("cheap", "written 40%"), ("0%", "leaves no byte"), ("1kB", "The nearest has"), ("-3MB", "written 40%")]
+)
 def test_impossible_budget(budget: str, sentence: str, small, text, tmp_path) -> None:
     with pytest.raises(PlanError, match=sentence):
         fit(small, budget=budget, data=text, quick=True, trials=1, save=tmp_path / "out")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import modelwright as mw
 import pytest
-from modelwright import fit
-
 from killing import contents, killed_at
+
+import modelwright as mw
+from modelwright import fit
 
 STEPS = {
     "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.walk", "Resident.keep", 3)),
@@ -38,7 +38,9 @@ def test_killed_run_resumes_to_the_same_bytes(case: str, small: Path, text: Path
     assert not left, f"something was left behind: {left}"
 
 
-@pytest.mark.parametrize("moment", [("modelwright.fit", "try_out", 4), ("modelwright.core.recipe", "write_json", 1), ("modelwright.fit", "publish", 1)])
+@pytest.mark.parametrize(
+    "moment", [("modelwright.fit", "try_out", 4), ("modelwright.core.recipe", "write_json", 1), ("modelwright.fit", "publish", 1)]
+)
 def test_killed_fit_resumes_to_the_same_model(moment: tuple[str, str, int], small: Path, text: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
 

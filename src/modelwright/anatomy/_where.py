@@ -60,7 +60,5 @@ def _choices(pattern: str) -> list[str]:
     if not found:
         return [pattern]
     return [
-        whole
-        for choice in found[1].split(",")
-        for whole in _choices(pattern[: found.start()] + choice.strip() + pattern[found.end() :])
+        whole for choice in found[1].split(",") for whole in _choices(pattern[: found.start()] + choice.strip() + pattern[found.end() :])
     ]

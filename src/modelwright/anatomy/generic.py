@@ -13,9 +13,7 @@ class GenericAnatomy(Anatomy):
     name = "generic"
     roles = {"linear": "linear", "conv": "conv", "parameter": "parameter"}  # roles that it adds; it uses no patterns
     ties = ()
-    why_not = dict.fromkeys(
-        ("mlp", "heads", "residual", "experts"), "no family says which slices of their tensors belong together"
-    )
+    why_not = dict.fromkeys(("mlp", "heads", "residual", "experts"), "no family says which slices of their tensors belong together")
 
     def __init__(self, module: Any = None) -> None:
         self.known: dict[str, tuple[str, int | None]] = {}

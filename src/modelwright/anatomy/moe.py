@@ -38,9 +38,7 @@ class Moe(Anatomy):
 
     def _mlp(self, module: Any) -> list[Units]:
         return [
-            dataclasses.replace(units, size="shared_expert_intermediate_size")
-            if units.scope.endswith(".shared_expert")
-            else units
+            dataclasses.replace(units, size="shared_expert_intermediate_size") if units.scope.endswith(".shared_expert") else units
             for units in super()._mlp(module)
         ]
 

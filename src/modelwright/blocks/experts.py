@@ -55,9 +55,7 @@ class SplitExperts(nn.ModuleList):
         experts: list[Any] = list(self)
         layers = [layer for one in experts for layer in (one.gate_proj, one.up_proj, one.down_proj)]
         if strange := next((layer for layer in layers if type(layer) is not nn.Linear), None):
-            raise TypeError(
-                f"an expert holds a {type(strange).__name__}, which no fused module can hold; keep it split"
-            )
+            raise TypeError(f"an expert holds a {type(strange).__name__}, which no fused module can hold; keep it split")
         fused = copy.copy(self._shell[0])
         gate_up = torch.stack([torch.cat([one.gate_proj.weight, one.up_proj.weight]) for one in experts])
         down = torch.stack([one.down_proj.weight for one in experts])
@@ -68,9 +66,7 @@ class SplitExperts(nn.ModuleList):
         }
         return fused.train(self.training)
 
-    def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         """hidden_states [tokens, width], both others [tokens, chosen experts] → [tokens, width]."""
         total = torch.zeros_like(hidden_states)
         for n in top_k_index.unique().tolist():

@@ -40,9 +40,7 @@ class LowRankLinear(Stored):
     @classmethod
     def from_factors(cls, weight_b: Tensor, weight_a: Tensor, bias: Tensor | None = None) -> Self:
         """Store B [out, rank] and A [rank, in]."""
-        layer = cls(
-            out_features=weight_b.shape[0], in_features=weight_a.shape[1], rank=weight_a.shape[0], device="meta"
-        )
+        layer = cls(out_features=weight_b.shape[0], in_features=weight_a.shape[1], rank=weight_a.shape[0], device="meta")
         layer.a.weight, layer.b.weight = nn.Parameter(weight_a.detach()), nn.Parameter(weight_b.detach())
         layer.take_bias(parameter(bias))
         return layer

@@ -50,9 +50,7 @@ class PackedLinear(Stored):
         self.bias = parameter(torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
-    def from_codes(
-        cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None
-    ) -> Self:
+    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None) -> Self:
         """Store codes int8 [out, in], scale [out, groups] and zero int8 [out, groups] or None.
 
         They are what `maths.rounding` makes: codes and zeros signed, columns in consecutive groups of equal size.

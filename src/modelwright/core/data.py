@@ -48,8 +48,7 @@ class Text:
         theirs = [text for text in theirs if text.strip()]
         if not theirs or not any(text.strip() for text in ours):
             raise DataError(
-                f"{self.source} cannot be split into calibration and held-out text: it is too short or repeats "
-                "itself. Give more text."
+                f"{self.source} cannot be split into calibration and held-out text: it is too short or repeats itself. Give more text."
             )
         return Text(tuple(ours), self.source), Text(tuple(theirs), f"{self.source} (held out)")
 

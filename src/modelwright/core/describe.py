@@ -50,8 +50,8 @@ def schema() -> dict[str, Any]:
         "properties": {
             "model": {"type": ["string", "object"], "description": 'a folder, a hub name, "starter", or fresh weights'},
             "data": {"type": ["string", "object"], "description": '.txt .jsonl .parquet, a folder, a hub name, or "corpus"'},
-            "samples": {**whole, "description": "calibration sequences"},
-            "length": {**whole, "description": "tokens in each"},
+            "samples": {**whole, "minimum": 1, "description": "calibration sequences"},
+            "length": {**whole, "minimum": 1, "description": "tokens in each"},
             "seed": whole,
             "steps": {"type": "array", "minItems": 1, "items": {"anyOf": [bare, *steps]}},
             "save": {"type": "string", "description": "the folder to write"},
@@ -80,7 +80,12 @@ def _settings_schema(cls: type[Method]) -> dict[str, Any]:
             kind_of = {"type": "array", "items": {"type": "string"}} if need == "donors" else {"type": "string"}
             properties[need] = {**kind_of, "description": NEEDS[need].partition(".")[0]}
     required = [need for need in cls.needs() if need in GIVEN]
-    return {"type": ["object", "null"] if not required else "object", "properties": properties, "required": required, "additionalProperties": False}
+    return {
+        "type": ["object", "null"] if not required else "object",
+        "properties": properties,
+        "required": required,
+        "additionalProperties": False,
+    }
 
 
 def _kind_schema(kind: Any) -> dict[str, Any]:
@@ -95,5 +100,3 @@ def _kind_schema(kind: Any) -> dict[str, Any]:
     if kind in plain_kinds:
         return {"type": plain_kinds[kind]}
     return {"type": "string", "pattern": r"^\d+:\d+$"} if kind is Pattern else {}
-
-

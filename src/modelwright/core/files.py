@@ -32,7 +32,9 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise WeightsError(f"The disk is full, so {final} was not written; nothing is left of it. Free some space and run again.") from error
+            raise WeightsError(
+                f"The disk is full, so {final} was not written; nothing is left of it. Free some space and run again."
+            ) from error
         raise
 
 

@@ -35,20 +35,13 @@ class Page:
 
 def names() -> list[str]:
     """All methods' names, sorted: those of the package, then those of installed entry points."""
-    own = sorted(
-        ".".join(path.relative_to(FOLDER).with_suffix("").parts)
-        for path in FOLDER.rglob("*.py")
-        if not path.name.startswith("_")
-    )
+    own = sorted(".".join(path.relative_to(FOLDER).with_suffix("").parts) for path in FOLDER.rglob("*.py") if not path.name.startswith("_"))
     return own + sorted(point.name for point in importlib.metadata.entry_points(group=ENTRY_POINTS))
 
 
 def families() -> dict[str, str]:
     """Family -> the docstring of its folder: what it does and how to choose."""
-    return {
-        path.parent.name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-        for path in sorted(FOLDER.glob("*/__init__.py"))
-    }
+    return {path.parent.name: ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "" for path in sorted(FOLDER.glob("*/__init__.py"))}
 
 
 def page(name: str) -> Page:
@@ -93,7 +86,18 @@ def _outside(name: str) -> type[Method]:
     path = Path(file)
     if not path.is_file():
         raise MethodError(f"{name}: there is no file {path}. Write path/file.py:Class.")
-    unique = f"modelwright_outside_{path.resolve().as_posix().replace('/', '_')}"
+    unique = f"modelwright_outside_{path.resolve().as_posix().replace('/', '_')}_{path.stat().st_mtime_ns}"
+    if unique not in sys.modules:
+        _load_outside(name, path, unique)
+    module = sys.modules[unique]
+    cls = getattr(module, wanted, None) if wanted else _only_class(module, name)
+    if not (isinstance(cls, type) and issubclass(cls, Method)):
+        raise MethodError(f"{name}: {path} has no method class {wanted!r}.")
+    cls._outside_name = f"{path}:{cls.__name__}"  # type: ignore[attr-defined]
+    return cls
+
+
+def _load_outside(name: str, path: Path, unique: str) -> None:
     spec = importlib.util.spec_from_file_location(unique, path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -101,12 +105,8 @@ def _outside(name: str) -> type[Method]:
     try:
         spec.loader.exec_module(module)
     except Exception as error:
+        del sys.modules[unique]
         raise MethodError(f"{name}: the file cannot be imported: {type(error).__name__}: {error}") from error
-    cls = getattr(module, wanted, None) if wanted else _only_class(module, name)
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise MethodError(f"{name}: {path} has no method class {wanted!r}.")
-    cls._outside_name = f"{path}:{cls.__name__}"  # type: ignore[attr-defined]
-    return cls
 
 
 def _only_class(module: object, name: str) -> type[Method]:

@@ -32,6 +32,7 @@ class Given:
     length: int = 512  # tokens in each, at most what the model allows
     work: Path | None = None  # where a long step keeps its progress
     notes: list[str] = field(default_factory=list)  # what the user should know: sites left out, fallbacks
+    cache: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the text's tokens, by tokenizer
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
@@ -69,7 +70,11 @@ class Given:
         if model.tokenizer is None:
             raise NeedError(f"{model.name} has no tokenizer, and text needs one. Copy tokenizer.json beside its weights.")
         config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        return texts.tokens(self.data, model.tokenizer, needed=64, vocabulary=config.vocab_size)
+        backend = getattr(model.tokenizer, "backend_tokenizer", None)
+        key = f"{id(self.data)} {config.vocab_size} {hash(backend.to_str()) if backend is not None else id(model.tokenizer)}"
+        if key not in self.cache:
+            self.cache[key] = texts.tokens(self.data, model.tokenizer, needed=64, vocabulary=config.vocab_size)
+        return self.cache[key]
 
 
 def inputs_of(module: nn.Module, batch: Batch) -> dict[str, Any]:

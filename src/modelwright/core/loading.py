@@ -129,8 +129,7 @@ def translated(config: dict[str, Any], module: nn.Module) -> dict[str, dict[str,
 
     def chosen(name: str, layer: nn.Module, patterns: list[str]) -> bool:
         return any(
-            re.match(pattern[3:], name) if pattern.startswith("re:") else pattern in (name, type(layer).__name__)
-            for pattern in patterns
+            re.match(pattern[3:], name) if pattern.startswith("re:") else pattern in (name, type(layer).__name__) for pattern in patterns
         )
 
     for scheme in config["config_groups"].values():

@@ -204,7 +204,9 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
     Every byte of the text counts in bits per byte; the marks between documents cost bits but count no bytes.
     """
     if model.tokenizer is None:
-        raise NeedError(f"{model.name} has no tokenizer, so its perplexity on text cannot be measured. Copy tokenizer.json beside its weights.")
+        raise NeedError(
+            f"{model.name} has no tokenizer, so its perplexity on text cannot be measured. Copy tokenizer.json beside its weights."
+        )
     limit = getattr(model.config, "max_position_embeddings", None) or length
     ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=model.config.vocab_size)
     size = sum(len(document.encode()) for document in text.documents)

@@ -119,9 +119,7 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """The settings that differ from the defaults, as plain values for YAML."""
         return {
-            field.name: plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
+            field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self) if getattr(self, field.name) != field.default
         }
 
     def __repr__(self) -> str:

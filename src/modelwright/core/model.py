@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import shutil
 import warnings
@@ -358,6 +359,18 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
     module.set_submodule(site.module, result)
 
 
+def emptied(module: nn.Module) -> nn.Module:
+    """A copy of a module with meta tensors; ties stay ties, and no value is copied."""
+    held = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {
+        id(value): nn.Parameter(value.detach().to("meta"), requires_grad=value.requires_grad)
+        if isinstance(value, nn.Parameter)
+        else value.to("meta")
+        for value in held
+    }
+    return copy.deepcopy(module, memo)
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of everything that is saved: parameters and persistent buffers, tied ones once."""
     base = unwrapped(module)
@@ -395,5 +408,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-

@@ -16,7 +16,7 @@ from . import stream, walk
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, SiteMethod, TensorMethod, TrainMethod
-from .model import put, quiet, stored_bytes, unwrapped, weight_of
+from .model import emptied, put, quiet, stored_bytes, unwrapped, weight_of
 
 PROGRAM = 450_000_000  # bytes of a process that has imported torch and transformers
 RATE = 3e10  # float operations per second that a small machine reaches; decides the time class alone
@@ -53,11 +53,7 @@ def plan(recipe: Any, *, overrides: Any = ()) -> Plan:
     recipe = recipe if isinstance(recipe, recipes.Recipe) else recipes.read(recipe, overrides)
     model, given = recipes.prepare(recipe)
     warnings = recipes.check_order(recipe, model)
-    skeleton = stream.split_skeleton(model) if not model.loaded else model.module
-    if model.loaded:
-        import copy
-
-        skeleton = copy.deepcopy(model.module).to("meta")
+    skeleton = emptied(model.module) if model.loaded else stream.split_skeleton(model)
     rows = [_row("input", skeleton, 0)]
     streaming = not model.loaded
     for step in recipe.steps:
@@ -151,5 +147,3 @@ def work(method: Method, given: Given, before: Row) -> float:
 def _row(step: str, module: nn.Module, zeros: float) -> Row:
     base = unwrapped(module)
     return Row(step, count(base)[0], zeros, stored_bytes(module), flops_per_token(base))
-
-

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from . import find, walk
 from . import data as texts
+from . import find, walk
 from .errors import ModelwrightError, NeedError, RecipeError, nearest, refuse
 from .files import publish, refuse_existing, write_json, write_text
 from .given import Given
@@ -62,7 +62,9 @@ class Recipe:
     def plain(self) -> dict[str, Any]:
         """The recipe as lists, dicts and scalars."""
         shown: dict[str, Any] = {"model": self.model}
-        shown |= {key: getattr(self, key) for key in ("data", "samples", "length", "seed") if getattr(self, key) != getattr(Recipe, key, None)}
+        shown |= {
+            key: getattr(self, key) for key in ("data", "samples", "length", "seed") if getattr(self, key) != getattr(Recipe, key, None)
+        }
         shown["steps"] = [step.plain() for step in self.steps]
         return shown | ({"save": self.save} if self.save else {})
 
@@ -98,7 +100,9 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         except ModelwrightError as error:
             problems.append(f"step {number}: {error}")
     for key in ("samples", "length", "seed"):
-        if key in stated and (not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)):
+        if key in stated and (
+            not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)
+        ):
             problems.append(f"{key} must be a whole number; got {stated[key]!r}.")
     refuse(RecipeError, problems)
     known = {key: stated[key] for key in KEYS if key in stated and key != "steps"}
@@ -153,8 +157,18 @@ def _override(stated: Any, text: str) -> None:
     parsed = _yaml().load(value) if value else None
     *way, last = path.split(".")
     here = stated
+    if way[:1] == ["steps"] and len(way) == 2 and way[1].isdigit():
+        steps = stated.get("steps") or []
+        if int(way[1]) < len(steps) and isinstance(steps[int(way[1])], str):
+            steps[int(way[1])] = {steps[int(way[1])]: {}}  # a step that is its bare name
     for part in way:
-        here = here[int(part)] if isinstance(here, list) and part.isdigit() and int(part) < len(here) else here.get(part) if isinstance(here, dict) else None
+        here = (
+            here[int(part)]
+            if isinstance(here, list) and part.isdigit() and int(part) < len(here)
+            else here.get(part)
+            if isinstance(here, dict)
+            else None
+        )
         if here is None:
             raise RecipeError(f"--set {text}: the recipe has no {part!r} there.")
     if isinstance(here, dict) and len(way) == 2 and way[0] == "steps":
@@ -222,7 +236,13 @@ def run(
             whole = beside / f"{folder.name}.whole"
             with peak_memory() as memory:
                 result = walk.write(model, step.method, local, whole, overwrite=True)
-            row = {"step": step.method.name(), "seconds": time.perf_counter() - started, "peak_bytes": memory.bytes, **sizes(result), "notes": local.notes}
+            row = {
+                "step": step.method.name(),
+                "seconds": time.perf_counter() - started,
+                "peak_bytes": memory.bytes,
+                **sizes(result),
+                "notes": local.notes,
+            }
             write_json(beside / f"{folder.name}.json", row)
             os.rename(whole, folder)
             shutil.rmtree(local.work, ignore_errors=True)  # type: ignore[arg-type]

@@ -40,11 +40,7 @@ class Range:
         return f"{text} {self.unit}".rstrip()
 
     def holds(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.low is None or value >= self.low)
-            and (self.high is None or value <= self.high)
-        )
+        return math.isfinite(value) and (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     def outside(self) -> list[float]:
         """Values just beyond each end, for tests."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import shutil
 import tempfile
 from pathlib import Path
@@ -93,7 +95,7 @@ def revive(module: nn.Module, config: Any) -> bool:
             continue
         try:
             fresh = type(layer)(config)
-        except Exception:  # noqa: BLE001 - any failure to build means the same: this model does not stream
+        except Exception:
             return False
         for leaf in lost:
             layer._buffers[leaf] = fresh._buffers[leaf]
@@ -119,6 +121,7 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
     biases = {} if method.every else {name: found for name in chosen if (found := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
         for name in track(checkpoint.names, method.name()):
+            _give_back()
             if name in biases.values():
                 continue  # written with its weight
             if name not in chosen:
@@ -191,6 +194,7 @@ class Streamed(walk.Resident):
 
     def finish(self, depth: int) -> None:
         self.stack[depth].to("meta")
+        _give_back()
 
     def _at(self, name: str) -> Tensor:
         path, _, leaf = name.rpartition(".")
@@ -239,6 +243,12 @@ def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: 
                     assert found is not None
                     out.copy(found.replace(f".{old}.", f".{new}.", 1), passage.checkpoint, found)
         _write_beside(out, model, method, given, shorter.config.to_dict(), shorter)  # type: ignore[union-attr, operator]
+
+
+def _give_back() -> None:
+    """Hand freed memory back to the system. The C library would keep it, in pieces too small for the next tensor."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _existing_parent(folder: Path) -> Path:

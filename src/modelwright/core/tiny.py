@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-
 TEXT = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -62,8 +61,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "opt": (
         "OPTConfig",
         "OPTForCausalLM",
-        {key: value for key, value in PLAIN.items() if key != "intermediate_size"}
-        | {"ffn_dim": 160, "word_embed_proj_dim": 64},
+        {key: value for key, value in PLAIN.items() if key != "intermediate_size"} | {"ffn_dim": 160, "word_embed_proj_dim": 64},
     ),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", GROUPED | {"num_local_experts": 8, "num_experts_per_tok": 2}),
     "qwen2_moe": (

@@ -291,10 +291,7 @@ def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     changed = [name for name, value in run.items() if before.get(name) != value]
     changed += ["model"] if ours != theirs else []
     if changed:
-        raise WeightsError(
-            f"The checkpoint {file} belongs to a run with another {', '.join(changed)}. "
-            "Delete it or use another folder."
-        )
+        raise WeightsError(f"The checkpoint {file} belongs to a run with another {', '.join(changed)}. Delete it or use another folder.")
     states: list[dict[int, dict[str, Any]]] = [{} for _ in optimizers]
     for name, value in {**tensors, **record["numbers"]}.items():
         if name.startswith("optimizer."):

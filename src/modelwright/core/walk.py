@@ -160,7 +160,9 @@ def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | Adapte
         raise SiteError(f"{method.name()}: {len(unfit)} weights cannot take it: {unfit[0]}.")
     if not chosen:
         roles = ", ".join(sorted({site.role for site in sites})) or "none"
-        raise SiteError(f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}.")
+        raise SiteError(
+            f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}."
+        )
     if left and notes is not None:
         notes.append(f"{method.name()} left {len(left)} weights alone, whose roles its maps do not name; first {left[0]}")
     return chosen
@@ -447,9 +449,7 @@ def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor])
             owner._buffers[leaf] = tensor
 
 
-def gather(
-    walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any], *, stop: bool = False
-) -> dict[str, Statistics]:
+def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any], *, stop: bool = False) -> dict[str, Statistics]:
     """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count.
 
     With `stop`, a batch ends when it has reached all of them, if the first batch has reached each exactly once.
@@ -618,9 +618,7 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
     for depth in track(range(walk.depths), method.name()):
         walk.load(depth)
         after = list(walk.run_block(depth))
-        rows = [
-            (_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)
-        ]
+        rows = [(_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
         scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))  # type: ignore[attr-defined]
         walk.states = after
         walk.finish(depth)

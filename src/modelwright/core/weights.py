@@ -266,9 +266,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
         if bad:
             faults.append(f"{name} has {bad:,} values of {math.prod(place.shape):,} that are NaN or infinite")
     if faults:
-        raise WeightsError(
-            f"{checkpoint.path} is not finite: {'; '.join(faults)}. Fetch it again, or train it again in a wider dtype."
-        )
+        raise WeightsError(f"{checkpoint.path} is not finite: {'; '.join(faults)}. Fetch it again, or train it again in a wider dtype.")
 
 
 class Writer:
@@ -694,6 +692,5 @@ def _replace(new: Path, folder: Path) -> None:
 def _explain_full_disk(error: BaseException, folder: Path) -> None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise WeightsError(
-            f"The disk filled up while {folder} was written, so that folder was not made. "
-            "Make room, or write to another disk."
+            f"The disk filled up while {folder} was written, so that folder was not made. Make room, or write to another disk."
         ) from error

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 
-def mixed_kl(
-    a_logits: Tensor, b_logits: Tensor, w: float = 0.0, temperature: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def mixed_kl(a_logits: Tensor, b_logits: Tensor, w: float = 0.0, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """KL(a ‖ w·a + (1−w)·b) in nats, a scalar: the mean over the valid positions.
 
     `a_logits` and `b_logits` are [..., vocabulary] and are divided by `temperature`; a logit of −inf is a token of
@@ -30,9 +28,7 @@ def mixed_kl(
     return _mean((log_a.exp() * ratio).sum(-1), mask)
 
 
-def jensen_shannon(
-    p_logits: Tensor, q_logits: Tensor, beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None
-) -> Tensor:
+def jensen_shannon(p_logits: Tensor, q_logits: Tensor, beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
     """Generalised Jensen-Shannon divergence of the target p and the model q, in nats, a scalar.
 
     By convention β = 0 is the forward KL(p ‖ q) and β = 1 the reverse KL(q ‖ p), although the limit there is 0.
@@ -49,9 +45,7 @@ def jensen_shannon(
 def _mixture(log_a: Tensor, log_b: Tensor, w: float) -> Tensor:
     """log(w·a + (1−w)·b); where both are impossible the result is −inf with a zero gradient."""
     neither = torch.isinf(log_a) & torch.isinf(log_b)
-    mixed = torch.logaddexp(
-        log_a.masked_fill(neither, 0.0) + math.log(w), log_b.masked_fill(neither, 0.0) + math.log1p(-w)
-    )
+    mixed = torch.logaddexp(log_a.masked_fill(neither, 0.0) + math.log(w), log_b.masked_fill(neither, 0.0) + math.log1p(-w))
     return mixed.masked_fill(neither, -math.inf)
 
 

@@ -37,9 +37,7 @@ class Cut(NamedTuple):
         return mask, self._replace(ties=max(0, self.ties - number))
 
 
-def lowest(
-    score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern: tuple[int, int] | None = None
-) -> Tensor:
+def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern: tuple[int, int] | None = None) -> Tensor:
     """Mark the lowest scores.
 
     score: [out, in], of any real dtype, without NaN.
@@ -90,9 +88,7 @@ def find_cut(values: Values, count: int, lowest: int) -> Cut:
     rank -= middle.numel()
     if 0 < rank <= sum(int((values(at) == high).count_nonzero()) for at in slices(count)):
         return Cut(high, rank)
-    everything = torch.cat(
-        [values(at) for at in slices(count)]
-    )  # the sample misled: the values are very unevenly spread
+    everything = torch.cat([values(at) for at in slices(count)])  # the sample misled: the values are very unevenly spread
     value = everything.kthvalue(lowest).values
     return Cut(value.item(), lowest - int((everything < value).count_nonzero()))
 

@@ -69,9 +69,7 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
     )
 
 
-def sweep(
-    weight: Tensor, inverse: Tensor, choose: Choose, *, dead: Tensor | None = None, block: int = 128
-) -> tuple[Tensor, float]:
+def sweep(weight: Tensor, inverse: Tensor, choose: Choose, *, dead: Tensor | None = None, block: int = 128) -> tuple[Tensor, float]:
     """Replace each column in turn by what `choose` picks, and pass its error on to the columns after it.
 
     weight: W [out, in] of any float dtype. inverse: U [in, in] from `inverse_factor`. dead: [in], columns that are 0
@@ -122,9 +120,7 @@ def rounded(scale: Tensor, zero: Tensor | None, bits: int, order: Tensor | None 
     return choose
 
 
-def zeroed(
-    inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] | None = None, then: Choose | None = None
-) -> Choose:
+def zeroed(inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] | None = None, then: Choose | None = None) -> Choose:
     """Pick 0 where the error w² / U_jj² that this makes is least: SparseGPT.
 
     inverse: U [in, in]. sparsity: the fraction zeroed of each block of columns, all rows together.

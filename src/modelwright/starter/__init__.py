@@ -65,8 +65,7 @@ def corpus_text() -> tuple[tuple[str, ...], tuple[str, ...]]:
         (held if held_out(module) else train).append(text)
     if len(train) < 100 or not held:
         raise DataError(
-            f"The built-in corpus needs the standard library's sources; {_library()} has too few of them. "
-            "Give your own text with `data:`."
+            f"The built-in corpus needs the standard library's sources; {_library()} has too few of them. Give your own text with `data:`."
         )
     seen = {paragraph for text in train for paragraph in paragraphs(text)}
     held = ["\n\n".join(p for p in paragraphs(text) if p not in seen) for text in held]

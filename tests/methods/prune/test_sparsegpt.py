@@ -46,7 +46,7 @@ def test_a_case_by_hand():
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])
 def test_it_is_the_published_algorithm(sparsity, size):
     expected, loss = published(WEIGHT, SEEN.moment, sparsity, size)
-    result = SparseGpt(sparsity=sparsity, block=size).layer(WEIGHT, SEEN)
+    result = SparseGpt(sparsity=sparsity, columns=size).layer(WEIGHT, SEEN)
     assert torch.equal(result == 0, expected == 0)
     assert torch.allclose(result.double(), expected, atol=1e-3)
     assert loss == pytest.approx(cost(WEIGHT, expected, damped(SEEN.moment)), rel=1e-9)  # exactly what the outputs lose
@@ -54,7 +54,7 @@ def test_it_is_the_published_algorithm(sparsity, size):
 
 
 def test_blocks_change_nothing_when_the_mask_does_not_depend_on_them():
-    results = [SparseGpt(pattern="2:4", block=size).layer(WEIGHT, SEEN) for size in (4, 20, 32, 64, 1000)]
+    results = [SparseGpt(pattern="2:4", columns=size).layer(WEIGHT, SEEN) for size in (4, 20, 32, 64, 1000)]
     for result in results[1:]:
         assert torch.equal(result == 0, results[0] == 0)
         assert torch.allclose(result, results[0], atol=1e-4)
@@ -88,7 +88,7 @@ def test_it_loses_less_than_its_mask_and_no_less_than_the_least_squares_for_it(s
 
 def test_each_block_of_columns_has_its_share_of_zeros():
     weight = WEIGHT * torch.logspace(-2, 2, 64)
-    result = SparseGpt(sparsity=0.5, block=16).layer(weight, SEEN)
+    result = SparseGpt(sparsity=0.5, columns=16).layer(weight, SEEN)
     assert (result == 0).view(24, 4, 16).sum((0, 2)).tolist() == [24 * 8] * 4
 
 
@@ -123,12 +123,12 @@ def test_a_moment_that_cannot_be_used_is_refused_with_advice():
 
 def test_runs_that_blocks_would_cut_are_refused():
     with pytest.raises(SettingError, match=r"prune.sparsegpt: blocks of 30 columns cut .* multiple of 4"):
-        SparseGpt(pattern="2:4", block=30)
+        SparseGpt(pattern="2:4", columns=30)
     with pytest.raises(SettingError, match=r"pattern 2:3 .* 2, 4, 8, 16 or 32"):
         SparseGpt(pattern="2:3")
 
 
-@pytest.mark.parametrize("settings", [{"sparsity": 0.3, "block": 20}, {"pattern": "1:4"}])
+@pytest.mark.parametrize("settings", [{"sparsity": 0.3, "columns": 20}, {"pattern": "1:4"}])
 def test_the_sparse_form_takes_the_bytes_that_were_planned(settings):
     method = SparseGpt(**settings, store="sparse")
     layer = method.layer(WEIGHT, SEEN)

@@ -105,7 +105,7 @@ def test_scales_are_those_of_the_original_groups_in_the_dtype_that_is_stored(ord
 
 
 def test_blocks_of_columns_change_nothing_but_rounding():
-    results = [Gptq(bits=3, group=32, block=size).layer(WEIGHT, SEEN).dense() for size in (16, 100, 128, 1000)]
+    results = [Gptq(bits=3, group=32, columns=size).layer(WEIGHT, SEEN).dense() for size in (16, 100, 128, 1000)]
     for result in results:
         assert (result != results[0]).float().mean() < 0.005
 

@@ -27,7 +27,7 @@ class SparseGpt(LayerPruner):
     neutral = dict(sparsity=0.0)
 
     damp: float = number(0.01, low=0)  # added to the moment's diagonal, as a share of its mean
-    block: int = count(128, unit="columns")  # whose mask is chosen together
+    columns: int = count(128, unit="columns")  # whose mask is chosen together
 
     def prune(self, weight: Tensor, statistics: Statistics) -> Tensor:
         if not self.pattern and not self.sparsity:
@@ -35,12 +35,12 @@ class SparseGpt(LayerPruner):
         inverse, dead, _ = second_order.inverse_factor(statistics.moment, self.damp)
         pattern = (self.pattern.keep, self.pattern.of) if self.pattern else None
         choose = second_order.zeroed(inverse, self.sparsity, pattern=pattern)
-        return second_order.sweep(weight, inverse, choose, dead=dead, block=self.block)[0]
+        return second_order.sweep(weight, inverse, choose, dead=dead, block=self.columns)[0]
 
     def zeros(self, rows: int, columns: int) -> int:
         if self.pattern:
             return super().zeros(rows, columns)
-        widths = [min(self.block, columns - start) for start in range(0, columns, self.block)]
+        widths = [min(self.columns, columns - start) for start in range(0, columns, self.columns)]
         return sum(int(self.sparsity * rows * width) for width in widths)
 
     def problems(self) -> list[str]:
@@ -48,6 +48,6 @@ class SparseGpt(LayerPruner):
             return []
         if second_order.LEAF % self.pattern.of:
             return [f"the pattern {self.pattern} was asked for; runs are of 1, 2, 4, 8, 16 or 32 columns here."]
-        if isinstance(self.block, int) and self.block % self.pattern.of:
-            return [f"blocks of {self.block} columns cut the runs of the pattern {self.pattern}. Use a multiple of {self.pattern.of}."]
+        if isinstance(self.columns, int) and self.columns % self.pattern.of:
+            return [f"blocks of {self.columns} columns cut the runs of the pattern {self.pattern}. Use a multiple of {self.pattern.of}."]
         return []

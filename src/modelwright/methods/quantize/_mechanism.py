@@ -49,4 +49,4 @@ class IntegerQuantizer(SiteMethod):
                             symmetric=self.symmetric, dtype=weight.dtype, device="meta")  # fmt: skip
 
     def promise(self) -> dict[str, Any]:
-        return {"bits": float(self.bits)}
+        return {"bits": self.bits} if isinstance(self.bits, int) else {}

@@ -30,7 +30,7 @@ class Gptq(IntegerQuantizer, LayerMethod):
 
     order: bool = False  # columns with large inputs first; costs nothing at inference
     damp: float = number(0.01, low=0)  # added to the moment's diagonal, as a share of its mean
-    block: int = count(128, unit="columns")  # between updates of all later columns
+    columns: int = count(128, unit="columns")  # between updates of all later columns
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
         moment = statistics.moment
@@ -39,9 +39,9 @@ class Gptq(IntegerQuantizer, LayerMethod):
         if places is not None:
             moment = moment[places][:, places]
         inverse, dead, _ = second_order.inverse_factor(moment, self.damp)
-        columns = weight if places is None else weight[:, places]
+        ordered = weight if places is None else weight[:, places]
         pick = second_order.rounded(scale, zero, self.bits, places)
-        values, _ = second_order.sweep(columns.float(), inverse, pick, dead=dead, block=self.block)
+        values, _ = second_order.sweep(ordered.float(), inverse, pick, dead=dead, block=self.columns)
         if places is not None:
             values = values[:, places.argsort()]
         return self.packed(rounding.encode(values, scale, zero, self.bits), scale, zero)
