@@ -18,23 +18,23 @@ def killed_at(module: str, name: str, at: int, work: Callable[[], object]) -> No
     """Do `work` in a process of its own that dies by SIGKILL as `module.name` is called for the `at`-th time."""
     child = os.fork()
     if child == 0:
-        owner: Any = importlib.import_module(module)
-        *way, last = name.split(".")
-        for part in way:
-            owner = getattr(owner, part)
-        original, calls = getattr(owner, last), [0]
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return original(*arguments, **named)
-
-        setattr(owner, last, counted)
         try:
+            owner: Any = importlib.import_module(module)
+            *way, last = name.split(".")
+            for part in way:
+                owner = getattr(owner, part)
+            original, calls = getattr(owner, last), [0]
+
+            def counted(*arguments: Any, **named: Any) -> Any:
+                calls[0] += 1
+                if calls[0] == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return original(*arguments, **named)
+
+            setattr(owner, last, counted)
             work()
         finally:
-            os._exit(1)  # the work ended before the moment came
+            os._exit(1)  # whatever went wrong, the child ends here
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), f"{name} was called fewer than {at} times"
     assert os.WTERMSIG(status) == signal.SIGKILL

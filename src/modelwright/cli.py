@@ -42,6 +42,9 @@ def _plain_errors() -> Iterator[None]:
     except ModelwrightError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escape(str(error))}")
         raise SystemExit(2) from None
+    except OSError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escape(f'{type(error).__name__}: {error}')}")
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from here")
         raise SystemExit(130) from None
@@ -200,8 +203,14 @@ def measure(
     from .core.progress import silence
 
     with silence(quiet):
-        opened_models = [opened(model, trust_remote_code=trust_remote_code) for model in models]
-        rows = measured(*opened_models, data=data, tasks=[task for task in tasks.split(",") if task], most_tokens=tokens)
+        rows = []
+        for model in models:
+            rows += measured(
+                opened(model, trust_remote_code=trust_remote_code),
+                data=data,
+                tasks=[task for task in tasks.split(",") if task],
+                most_tokens=tokens,
+            )
     print(json.dumps(rows, indent=2)) if as_json else out.print(report.table(rows))
 
 

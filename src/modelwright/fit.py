@@ -9,8 +9,11 @@ for the final table. The study lies on disk, so that a killed search goes on and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import csv
+import dataclasses
+import fcntl
 import io
 import json
 import math
@@ -46,6 +49,7 @@ from .core.public import callable_module
 from .core.recipe import INPUT, Recipe, Step
 
 PROBE_EVERY = 3  # of the scored sequences serve for probing
+SCORED = 0.1  # of the rest is what trials are scored on
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
@@ -117,14 +121,20 @@ class Job:
 
     def __init__(self, model: Model, name: str, budget: Budget, data: Any, effort: Effort, seed: int, work: Path):
         self.model, self.name, self.budget, self.data, self.effort, self.seed, self.work = model, name, budget, data, effort, seed, work
+        if not isinstance(data, (str, Path)):
+            raise DataError("A fit writes a recipe that names its text again, so give a file, a folder, a hub name or corpus as data.")
         text = texts.read(data)
-        self.calibration, self.held = text.split(HELD)
+        rest, self.held = text.split(HELD)
+        self.calibration, scored = rest.split(SCORED)  # so that no step has seen what trials are scored on
         self.given = Given(data=self.calibration, seed=seed, samples=effort.samples, length=effort.length)
         limit = getattr(model.config, "max_position_embeddings", None) or effort.length
         length = min(effort.length, limit)
-        rows = texts.windows(self.given.ids(model), length)
+        rows = texts.windows(Given(data=scored).ids(model), length)
         if len(rows) < 4:
-            raise DataError(f"{data}: its calibration part has {rows.numel()} tokens; a fit needs at least {4 * length}. Give more text.")
+            raise DataError(
+                f"{data}: the {SCORED:.0%} of it that trials are scored on has {rows.numel()} tokens; a fit needs at least {4 * length}. "
+                "Give more text."
+            )
         picked = torch.linspace(0, len(rows) - 1, min(effort.score, len(rows)) + 2).round().long()[1:-1]
         self.score_rows = rows[picked]
         self.given = replace(self.given, data=self.given.batches(model))  # tokenised once for all trials
@@ -167,16 +177,33 @@ def fit(
         raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
     check_readable(source)
     limits = Budget.parse(budget, measure.disk_bytes(source.folder))
-    key = recipe._hash(recipe.model_digest(source), str(data), limits.bytes, effort.trials, effort.samples, seed, __version__)
+    key = recipe._hash(
+        __version__, recipe.model_digest(source), texts.digest(texts.read(data)), limits.bytes, dataclasses.asdict(effort), seed
+    )
     work = folder.absolute().with_name(f"{folder.name}.fit") / key
     work.mkdir(parents=True, exist_ok=True)
     job = Job(source, name, limits, data, effort, seed, work)
     started = job.score(source.module)
     sensitivity = probe(job)
     found = search(job, sensitivity, started)
+    with one_at_a_time(work):
+        refuse_existing(folder, overwrite=overwrite)
+        return conclude(job, sensitivity, found, started, folder)
+
+
+@contextlib.contextmanager
+def one_at_a_time(work: Path) -> Iterator[None]:
+    """Of several processes that share a search, one at a time goes on from here."""
+    with (work / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[FrozenTrial], started: float, folder: Path) -> Fitted:
+    """Settle on a trial, measure it and the original on held-out text, and write the folder."""
+    name, work, limits = job.name, job.work, job.budget
     frontier = [_row(trial) for trial in found]
-    chosen = choose(job, found)
-    best, result, recovered = settle(job, steps_of(job, chosen.params, sensitivity))
+    chosen, best, result, recovered = settle(job, found, sensitivity)
     console.print("measuring the original and the chosen model on held-out text")
     table = []
     for each, label in ((open(name), "original"), (result.model, "chosen")):
@@ -201,7 +228,9 @@ def fit(
     write_text(with_folder / "report.html", report.html(page))
     write_text(with_folder / "model" / "README.md", report.card(page, result.model))
     publish(with_folder, folder)
-    shutil.rmtree(work.parent, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        work.parent.rmdir()  # other searches may lie there
     return Fitted(open(folder / "model"), best, folder, table, frontier)
 
 
@@ -394,8 +423,8 @@ def _give_up_dead_trials(study: optuna.Study) -> None:
             study.tell(trial.number, state=TrialState.FAIL)
 
 
-def choose(job: Job, found: list[FrozenTrial]) -> FrozenTrial:
-    """The trial with the best score of those within the budget.
+def within_budget(job: Job, found: list[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials within the budget, best score first.
 
     Raises:
         PlanError: none is; the text says which came nearest.
@@ -407,26 +436,44 @@ def choose(job: Job, found: list[FrozenTrial]) -> FrozenTrial:
             f"None of {len(found)} trials meets the budget of {job.budget.bytes:,} bytes ({job.budget.text}). The nearest has "
             f"{nearest.values[0]:,.0f} bytes: {nearest.user_attrs['steps']}. Ask for at least that, or for more trials."
         )
-    return min(within, key=lambda trial: trial.values[1])
+    return sorted(within, key=lambda trial: trial.values[1])
 
 
 # The chosen recipe
 
 
-def settle(job: Job, steps: list[Step]) -> tuple[Recipe, recipe.Run, float]:
-    """Run the chosen steps with and without recovery by distillation; the better by score, its run and its score."""
+def settle(job: Job, trials: list[FrozenTrial], sensitivity: dict[str, dict[str, float]]) -> tuple[FrozenTrial, Recipe, recipe.Run, float]:
+    """The best trial whose files really fit the budget, run with and without recovery; the better by score.
+
+    Raises:
+        PlanError: the files of no trial fit.
+    """
+    for trial in within_budget(job, trials):
+        candidates = candidates_of(job, steps_of(job, trial.params, sensitivity))
+        fitting = [each for each in candidates if measure.disk_bytes(each[2].model.folder) <= job.budget.bytes]  # type: ignore[arg-type]
+        if fitting:
+            score, made, done = min(fitting, key=lambda each: each[0])
+            return trial, made, done, score
+    raise PlanError(f"The files of no trial fit the budget of {job.budget.bytes:,} bytes, though some came near. Ask for a little more.")
+
+
+def candidates_of(job: Job, steps: list[Step]) -> list[tuple[float, Recipe, recipe.Run]]:
+    """(score, recipe, run) of the steps as they are and with recovery by distillation."""
     found = []
     for number, candidate in enumerate([steps, *with_recovery(job, steps)]):
         made = Recipe(
-            model=job.name, data={"source": str(job.data), "held": HELD}, samples=job.effort.samples, length=job.score_rows.shape[1],
-            seed=job.seed, steps=tuple(candidate),
-        )  # fmt: skip
+            model=job.name,
+            data={"source": str(job.data), "held": [HELD, SCORED]},
+            samples=job.effort.samples,
+            length=job.score_rows.shape[1],
+            seed=job.seed,
+            steps=tuple(candidate),
+        )
         done = recipe.run(
             replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True, work=job.work / "steps"
         )
         found.append((job.score(open(done.model.folder).module), made, done))  # type: ignore[arg-type]
-    score, made, done = min(found, key=lambda each: each[0])
-    return made, done, score
+    return found
 
 
 def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:

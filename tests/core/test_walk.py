@@ -235,6 +235,14 @@ def test_forms_that_an_embedding_cannot_take_are_refused(method, sentence):
         mw.apply(tiny("llama"), method)
 
 
+def test_head_is_changed_on_disk_as_in_memory(small, text, tmp_path):
+    for method in (Wanda(where="head"), Gptq(where=("head", "mlp"), group=32)):
+        saved = mw.apply(small, method, data=str(text), samples=4, length=32, save=tmp_path / method.name())
+        memory = mw.apply(mw.open(small), method, data=str(text), samples=4, length=32)
+        assert torch.equal(outputs(saved.module), outputs(memory.module))
+        assert not torch.equal(outputs(saved.module), outputs(mw.open(small).module))
+
+
 def test_tied_embedding_stays_as_it_is():
     with pytest.raises(mw.core.errors.SiteError, match="tied to the head"):
         mw.apply(tiny("llama", tie_word_embeddings=True), Rtn(where="embed", group=32))

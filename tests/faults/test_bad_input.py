@@ -191,7 +191,7 @@ def test_full_disk_leaves_nothing_behind(streamed: bool, small, tmp_path, monkey
 
     model = mw.open(small)
     if not streamed:
-        _ = model.module
+        _ = model.module  # in memory it may have been changed, so it is not streamed
         monkeypatch.setattr(type(model.module), "save_pretrained", full)
     assert stream.possible(model, Magnitude()) is streamed
     monkeypatch.setattr(weights, "_write", full)

@@ -19,7 +19,7 @@ STEPS = {
     "adapter": ("- adapt.lora: {rank: 2}\n- train: {tokens: 320, batch: 2, length: 16, save_every: 4}\n- adapt.fold",
                 ("modelwright.core.training", "save", 2)),
     "between steps": ("- prune.magnitude\n- quantize.rtn: {group: 32}", ("modelwright.core.recipe", "write_json", 2)),
-    "the last rename": ("- prune.magnitude", ("modelwright.core.recipe", "publish", 1)),
+    "the last rename": ("- prune.magnitude", ("modelwright.core.recipe", "_keep_base", 1)),
 }  # fmt: skip
 
 

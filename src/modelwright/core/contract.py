@@ -104,7 +104,9 @@ class Case:
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())
         except SiteError as error:
-            raise NotApplicable(str(error)) from None
+            if any(words in str(error) for words in ("chooses no weight", "no single row")):
+                raise NotApplicable(str(error)) from None
+            raise
 
 
 def letters() -> Any:

@@ -32,7 +32,7 @@ class Given:
     length: int = 512  # tokens in each, at most what the model allows
     work: Path | None = None  # where a long step keeps its progress
     notes: list[str] = field(default_factory=list)  # what the user should know: sites left out, fallbacks
-    cache: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the text's tokens, by tokenizer
+    cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)  # the text's tokens, by tokenizer
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
@@ -73,8 +73,9 @@ class Given:
         backend = getattr(model.tokenizer, "backend_tokenizer", None)
         key = f"{id(self.data)} {config.vocab_size} {hash(backend.to_str()) if backend is not None else id(model.tokenizer)}"
         if key not in self.cache:
-            self.cache[key] = texts.tokens(self.data, model.tokenizer, needed=64, vocabulary=config.vocab_size)
-        return self.cache[key]
+            ids = texts.tokens(self.data, model.tokenizer, needed=64, vocabulary=config.vocab_size)
+            self.cache[key] = self.data, ids  # the text is kept, so that its id is not given to another
+        return self.cache[key][1]
 
 
 def inputs_of(module: nn.Module, batch: Batch) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def sizes(model: Model) -> dict[str, Any]:
     `parameters` counts the weights that the model stands for: a packed matrix counts as the dense one, two factors as
     their own entries. `bits_per_weight` is everything stored, scales and masks too, over the parameters.
     """
-    disk = disk_bytes(model.folder) if model.folder is not None else None
+    disk = disk_bytes(model.folder) if model.folder is not None and not model.changed else None
     if model.checkpoint is not None and (skeleton := streamable_skeleton(model)) is not None:
         module = whole = skeleton
         parameters, zeros = count_on_disk(model.checkpoint, skeleton)
@@ -171,7 +171,8 @@ class Energy:
         """None where no counter can be read."""
         if not self.counters:
             return None
-        return sum(after - before for before, after in zip(self.before, self._read(), strict=True)) / 1e6
+        used = [after - before for before, after in zip(self.before, self._read(), strict=True)]
+        return sum(used) / 1e6 if min(used) >= 0 else None  # a counter that began again tells nothing
 
 
 # Quality
@@ -208,11 +209,12 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
             f"{model.name} has no tokenizer, so its perplexity on text cannot be measured. Copy tokenizer.json beside its weights."
         )
     limit = getattr(model.config, "max_position_embeddings", None) or length
-    ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=model.config.vocab_size)
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=config.vocab_size)
     size = sum(len(document.encode()) for document in text.documents)
     if most_tokens is not None and len(ids) > most_tokens:
-        size = int(size * most_tokens / len(ids))
         ids = ids[:most_tokens]
+        size = len(model.tokenizer.decode(ids, skip_special_tokens=True).encode())
     losses, counts = window_losses(model.module, ids, min(length, limit))
     tokens = int(counts.sum())
     mean = float(losses.sum()) / tokens
@@ -243,16 +245,22 @@ def speed(model: Model, prompt: int = 256, new: int = 32, repeats: int = 3) -> d
     ids = ids.to(next(module.parameters()).device)
     prefill, decode = [], []
     energy = Energy()
+
+    def now() -> float:
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = now()
         out = module(input_ids=ids, use_cache=True)
-        prefill.append(ids.shape[1] / (time.perf_counter() - started))
+        prefill.append(ids.shape[1] / (now() - started))
         token = out.logits[:, -1:].argmax(-1)
-        started = time.perf_counter()
+        started = now()
         for _ in range(new):
             out = module(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
             token = out.logits[:, -1:].argmax(-1)
-        decode.append(new / (time.perf_counter() - started))
+        decode.append(new / (now() - started))
     joules = energy.joules()
     return {
         "prefill_tokens_per_second": sorted(prefill)[repeats // 2],
@@ -284,7 +292,7 @@ def measure(
     tasks: names of lm-eval tasks; needs the package lm-eval.
     """
     text = texts.read(data)
-    held = text.split()[1] if data == "corpus" else text
+    held = text.split()[1] if text.held else text
     rows = []
     for target in track(targets, "measure"):
         model = open(target)
@@ -295,6 +303,8 @@ def measure(
                 row |= quality(model, held, most_tokens=most_tokens)
                 row |= speed(model) if timed else {}
         row["peak_memory"] = memory.bytes
+        if model is not target and not tasks:
+            model.forget()
         row |= task_scores(model, tasks) if tasks else {}
         rows.append(row)
     return rows

@@ -47,6 +47,7 @@ class Model:
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.history: list[dict[str, Any]] = []
+        self.changed = False  # whether a method has changed it in memory, so that its folder holds something else
         self._module = module
         self._tokenizer = tokenizer
         self._config: Any = getattr(module, "config", None)
@@ -77,6 +78,11 @@ class Model:
     @module.setter
     def module(self, module: nn.Module) -> None:
         self._module = module
+
+    def forget(self) -> None:
+        """Give the weights' memory back; they are read again when next asked for."""
+        if self.folder is not None and not self.changed:
+            self._module = None
 
     @property
     def loaded(self) -> bool:
@@ -204,7 +210,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
     if not file.is_file():
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            return read_config(_base_of(adapter), trust_remote_code)
+            return read_config(base_of(adapter), trust_remote_code)
         raise ModelError(f"{folder} has no config.json, so its architecture is unknown. Copy it from the original model.")
     try:
         stated = json.loads(file.read_text("utf-8"))
@@ -266,7 +272,7 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
     if adapter.is_file():
         from peft import PeftModel
 
-        base = load_module(_base_of(adapter), config, trust_remote_code)
+        base = load_module(base_of(adapter), config, trust_remote_code)
         with quiet():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     descriptions = stated_descriptions(config)
@@ -384,7 +390,12 @@ def stored_bytes(module: nn.Module) -> int:
     return total
 
 
-def _base_of(adapter: Path) -> Path:
+def base_of(adapter: Path) -> Path:
+    """The folder of an adapter's base, by the adapter's adapter_config.json.
+
+    Raises:
+        ModelError: it does not name one.
+    """
     base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter} does not name its base model. Set base_model_name_or_path in it.")

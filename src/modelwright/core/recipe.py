@@ -6,7 +6,9 @@ the folder of a step goes on from there. Long steps keep their progress block by
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -22,11 +24,11 @@ import torch
 from . import data as texts
 from . import find, walk
 from .errors import ModelwrightError, NeedError, RecipeError, nearest, refuse
-from .files import publish, refuse_existing, write_json, write_text
+from .files import refuse_existing, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
 from .method import Method
-from .model import RECORD, Model, check_readable, open
+from .model import RECORD, Model, base_of, check_readable, open
 from .progress import console
 
 INPUT = "$input"  # the model that the recipe starts from
@@ -61,7 +63,7 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """The recipe as lists, dicts and scalars."""
-        shown: dict[str, Any] = {"model": self.model}
+        shown: dict[str, Any] = {"model": self.model.name if isinstance(self.model, Model) else _plain_name(self.model)}
         shown |= {
             key: getattr(self, key) for key in ("data", "samples", "length", "seed") if getattr(self, key) != getattr(Recipe, key, None)
         }
@@ -75,6 +77,10 @@ class Recipe:
         return stream.getvalue()
 
 
+def _plain_name(model: Any) -> Any:
+    return str(model) if isinstance(model, Path) else model
+
+
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, YAML text or a mapping, with `overrides` such as "steps.0.blocks=2".
 
@@ -85,7 +91,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     stated = source if isinstance(source, Mapping) else parse(source)
     if not isinstance(stated, Mapping):
         raise RecipeError(f"A recipe is a mapping with the keys {', '.join(KEYS)}; found {type(stated).__name__}.")
-    stated = json.loads(json.dumps(stated))
+    stated = json.loads(json.dumps(stated, default=str))
     for override in overrides:
         _override(stated, override)
     problems = [f"A recipe has no key {key!r}.{nearest(key, KEYS)} Its keys are {', '.join(KEYS)}." for key in stated if key not in KEYS]
@@ -104,6 +110,9 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
             not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)
         ):
             problems.append(f"{key} must be a whole number; got {stated[key]!r}.")
+    for key, kinds in (("model", (str, dict)), ("data", (str, dict, type(None))), ("save", (str,))):
+        if key in stated and not isinstance(stated[key], kinds):
+            problems.append(f"{key} must be a text{' or a mapping' if dict in kinds else ''}; got {stated[key]!r}. Put it in quotes.")
     refuse(RecipeError, problems)
     known = {key: stated[key] for key in KEYS if key in stated and key != "steps"}
     return Recipe(**known, steps=tuple(made))
@@ -118,7 +127,10 @@ def parse(source: str | Path) -> Any:
         path = Path(text)
         if not path.is_file():
             raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     try:
         return _yaml().load(text)
     except YAMLError as error:
@@ -146,6 +158,12 @@ def _step(stated: Any) -> Step:
         raise RecipeError(f"{name}: settings are a mapping, such as {{sparsity: 0.5}}; got {settings!r}.")
     cls = find.find(name)
     given = {key: settings[key] for key in GIVEN if key in settings and key in cls.needs()}
+    for key, value in given.items():
+        listed = value if key == "donors" else [value]
+        if not isinstance(listed, list) or not all(isinstance(each, (str, Path)) for each in listed):
+            raise RecipeError(
+                f"{name}: {key} must be {'a list of models' if key == 'donors' else 'a model'}, by folder or hub name; got {value!r}."
+            )
     return Step(cls.build({key: value for key, value in settings.items() if key not in given}), given)
 
 
@@ -154,7 +172,7 @@ def _override(stated: Any, text: str) -> None:
     path, equals, value = text.partition("=")
     if not equals:
         raise RecipeError(f"An override is written path=value, such as steps.0.blocks=2; got {text!r}.")
-    parsed = _yaml().load(value) if value else None
+    parsed = parse(value + "\n") if value else None
     *way, last = path.split(".")
     here = stated
     if way[:1] == ["steps"] and len(way) == 2 and way[1].isdigit():
@@ -212,21 +230,30 @@ def run(
         recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
     elif not isinstance(recipe, Recipe):
         recipe = read(str(recipe), overrides)
+    from modelwright import __version__
+
+    from . import plan  # which itself reads recipes
+
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
     final = Path(recipe.save)
     refuse_existing(final, overwrite=overwrite)
     beside = work or final.absolute().with_name(final.name + ".steps")
     model, given = prepare(recipe)
+    if any(final.resolve() == Path(name).resolve() for name in [recipe.model, *_models_of(recipe)] if isinstance(name, (str, Path))):
+        raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
     check_order(recipe, model)
     check_readable(model)
-    source = model
-    key = _hash(model_digest(model), None if given.data is None else texts.digest(given.data), recipe.samples, recipe.length, recipe.seed)  # type: ignore[arg-type]
+    predicted = plan.plan(recipe).rows
+    source = open(str(model.folder)) if model.folder is not None and not model.changed else copy.deepcopy(model)
+    key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
     folder: Path | None = None
     for number, step in enumerate(recipe.steps):
-        key = _hash(key, step.plain(), [model_digest(open(name)) for name in _names(step.given) if name != INPUT])
-        folder = beside / f"{number:02d}-{step.method.name()}-{key}"
+        key = _hash(
+            key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT]
+        )
+        folder = beside / f"{number:02d}-{step.method.name().replace('/', '_')}-{key}"
         if folder.is_dir():
             console.print(f"step {number} {step.method.name()}: done before, taken from {folder.name}")
             row = json.loads((beside / f"{folder.name}.json").read_text("utf-8"))
@@ -236,26 +263,57 @@ def run(
             whole = beside / f"{folder.name}.whole"
             with peak_memory() as memory:
                 result = walk.write(model, step.method, local, whole, overwrite=True)
-            row = {
-                "step": step.method.name(),
-                "seconds": time.perf_counter() - started,
-                "peak_bytes": memory.bytes,
-                **sizes(result),
-                "notes": local.notes,
-            }
+            row = {"step": step.method.name(), "seconds": time.perf_counter() - started, "peak_bytes": memory.bytes, **sizes(result)}
+            row["notes"] = local.notes + _surprises(predicted[number + 1], row)
             write_json(beside / f"{folder.name}.json", row)
             os.rename(whole, folder)
             shutil.rmtree(local.work, ignore_errors=True)  # type: ignore[arg-type]
         account.append(row)
         model = open(folder)
     assert folder is not None
-    write_text(folder / "recipe.yaml", recipe.yaml())
-    write_json(folder / "account.json", account)
-    shutil.copytree(folder, final.with_name(final.name + ".partial"), dirs_exist_ok=True)
-    publish(final.with_name(final.name + ".partial"), final)
-    if not keep_steps:
+    with whole_folder(final, overwrite=overwrite) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
+        write_text(partial / "recipe.yaml", recipe.yaml())
+        write_json(partial / "account.json", account)
+        _keep_base(partial, beside, final)
+    if not keep_steps and work is None:
         shutil.rmtree(beside)
     return Run(open(final), account)
+
+
+def _surprises(expected: Any, found: Mapping[str, Any]) -> list[str]:
+    """Where what was measured is not what the plan and the method's promise said."""
+    notes = []
+    for what, one, two in (("bytes", expected.bytes, found["bytes_memory"]), ("zeros", expected.zeros, found["zeros"])):
+        fewer = what == "zeros" and two >= one  # more zeros than promised are no surprise: rounding makes them too
+        if abs(one - two) > 0.02 * found["parameters"] and not fewer:
+            notes.append(f"{found['step']}: {one:,.0f} {what} were predicted, {two:,.0f} were measured")
+    return notes
+
+
+def _keep_base(partial: Path, beside: Path, final: Path) -> None:
+    """Take along the base of an adapter that stands on an earlier step, and name its place."""
+    file = partial / "adapter_config.json"
+    if not file.is_file():
+        return
+    stated = json.loads(file.read_text("utf-8"))
+    base = Path(stated["base_model_name_or_path"])
+    if base.absolute().is_relative_to(beside.absolute()):
+        shutil.copytree(base, partial / "base")
+        write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")})
+
+
+def _models_of(recipe: Recipe) -> list[Any]:
+    return [name for step in recipe.steps for name in _names(step.given) if name != INPUT]
+
+
+def _text_digest(given: Given) -> str | None:
+    return texts.digest(given.data) if isinstance(given.data, texts.Text) else None
+
+
+def _code_digest(method: Method) -> str:
+    """A hash of the file that holds the method, so that a changed formula is run again."""
+    return hashlib.sha256(Path(inspect.getfile(type(method))).read_bytes()).hexdigest()
 
 
 def prepare(recipe: Recipe) -> tuple[Model, Given]:
@@ -263,6 +321,8 @@ def prepare(recipe: Recipe) -> tuple[Model, Given]:
     text = read_data(recipe.data)
     given = Given(data=text, seed=recipe.seed, samples=recipe.samples, length=recipe.length)
     problems = []
+    for name in _models_of(recipe):
+        open(name)  # those that are not there are said now
     for number, step in enumerate(recipe.steps):
         local = replace(given, donors=step.given.get("donors", ()), base=step.given.get("base"), teacher=step.given.get("teacher"))
         problems += [f"step {number}: {sentence}" for sentence in local.lacking(step.method)]
@@ -275,16 +335,24 @@ def prepare(recipe: Recipe) -> tuple[Model, Given]:
 
 
 def read_data(stated: Any) -> texts.Text | None:
-    """The text of a recipe's `data:`: a source, or {source: ..., held: 0.1} to leave the held-out part out.
+    """The text of a recipe's `data:`: a source, or {source: ..., held: 0.1} to leave that part out, or several in turn.
 
     Raises:
         RecipeError: a mapping with other keys.
     """
     if not isinstance(stated, Mapping):
         return None if stated is None else texts.read(stated)
-    if set(stated) != {"source", "held"}:
-        raise RecipeError(f"data is a source, or a mapping with source and held; got the keys {', '.join(map(str, stated))}.")
-    return texts.read(stated["source"]).split(stated["held"])[0]
+    parts = stated.get("held")
+    parts = parts if isinstance(parts, list) else [parts]
+    sound = set(stated) == {"source", "held"} and isinstance(stated["source"], str)
+    if not sound or not all(isinstance(part, float) and 0 < part < 1 for part in parts):
+        raise RecipeError(
+            f"data is a source, or a mapping such as {{source: my.txt, held: 0.1}}, with one share or a list; got {dict(stated)!r}."
+        )
+    text = texts.read(stated["source"])
+    for part in parts:
+        text = text.split(part)[0]
+    return text
 
 
 def check_order(recipe: Recipe, model: Model) -> list[str]:
@@ -314,7 +382,10 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
     """The models that a step names, opened."""
 
     def opened(name: Any) -> Model:
-        return source if name == INPUT else open(name)
+        if name != INPUT:
+            return open(name)
+        # Steps change models in memory, so the input is opened, or copied, anew.
+        return open(str(source.folder)) if source.folder is not None and not source.changed else copy.deepcopy(source)
 
     models: dict[str, Any] = {}
     if "donors" in step.given:
@@ -326,23 +397,21 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
 
 
 def model_digest(model: Model) -> str:
-    """A hash that changes when a checkpoint does: its config, its headers and the ends of its files."""
-    if model.folder is None:
-        digest = hashlib.sha256()
+    """A hash of everything that a model is: all its files, and an adapter's base; or its tensors, if they changed in memory."""
+    digest = hashlib.blake2b(digest_size=16)
+    if model.folder is None or model.changed:
         for name, value in model.module.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-    digest = hashlib.sha256()
-    for file in sorted([*model.folder.glob("*.safetensors"), *model.folder.glob("*.json")]):
-        if file.name in (RECORD, "account.json"):
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}".encode())
+    for file in sorted(path for path in model.folder.iterdir() if path.is_file() and path.name not in (RECORD, "account.json")):
+        digest.update(file.name.encode())
         with file.open("rb") as handle:
-            for start in {0, max(0, size // 2), max(0, size - 1_000_000)}:
-                handle.seek(start)
-                digest.update(handle.read(1_000_000))
+            while block := handle.read(1 << 24):
+                digest.update(block)
+    base = model.folder / "adapter_config.json"
+    if base.is_file():
+        digest.update(model_digest(open(base_of(base))).encode())
     return digest.hexdigest()
 
 

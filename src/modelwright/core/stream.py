@@ -36,6 +36,10 @@ def possible(model: Model, method: Method) -> bool:
     skeleton = split_skeleton(model)
     if None in disk_names(model.checkpoint, skeleton).values():
         return False
+    if isinstance(method, LayerMethod) and any(
+        site.depth is None for site, _ in walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method)
+    ):
+        return False  # what lies outside the blocks is copied, not worked on
     return isinstance(method, TensorMethod) or (anatomy_of(skeleton).blocks(skeleton) is not None and revive(skeleton, model.config))
 
 

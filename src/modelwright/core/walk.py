@@ -116,6 +116,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
 def record(model: Model, method: Method, given: Given) -> None:
     """Write the step into the model's history and set its marks."""
     model.marks = (model.marks | method.leaves) - method.drops
+    model.changed = True
     model.history.append({"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)})
 
 
@@ -640,8 +641,8 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
 
     module = model.module
     targets = [site.module for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
-    torch.manual_seed(given.rng().initial_seed())
-    with quiet():
+    with quiet(), torch.random.fork_rng():
+        torch.manual_seed(given.rng().initial_seed())
         model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[attr-defined, arg-type]
 
 

@@ -64,7 +64,10 @@ def fresh(config: dict[str, Any], tokenizer: dict[str, Any], text: Text, seed: i
     special = {"bos_token_id": made.bos_token_id, "eos_token_id": made.eos_token_id, "pad_token_id": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**config, vocab_size=len(made), **special))
+        try:
+            model = LlamaForCausalLM(LlamaConfig(**config, vocab_size=len(made), **special))
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise SettingError(f"The new model's config does not hold together: {error}. Change its sizes.") from error
     return model.eval(), made
 
 

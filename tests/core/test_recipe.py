@@ -1,0 +1,132 @@
+"""Recipes: YAML and Python, what is given, hashes, and what is kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import modelwright as mw
+from modelwright.core import find, recipe
+from modelwright.core.errors import RecipeError
+from modelwright.core.recipe import Recipe, Step
+
+Magnitude, Rtn, Train, Recover = (find.find(name) for name in ("prune.magnitude", "quantize.rtn", "train", "distill.recover"))
+SHORT = {"tokens": 64, "batch": 2, "length": 16}
+
+
+def test_yaml_and_python_print_each_other():
+    made = Recipe(
+        model="starter",
+        data={"source": "my.txt", "held": [0.1, 0.2]},
+        steps=(
+            Step(Magnitude(sparsity={"mlp": [0.2, 0.4]}, skip="block 0")),
+            Step(Recover(tokens=1000), {"teacher": "$input"}),
+            Step(Rtn()),
+        ),
+        seed=3,
+        save="out",
+    )
+    assert recipe.read(made.yaml()) == made
+    assert "prune.magnitude" in made.yaml()
+    assert "- quantize.rtn\n" in made.yaml()
+
+
+def test_on_and_small_numbers_are_what_they_look_like():
+    stated = recipe.parse("model: on\nsteps:\n- train: {learning_rate: 1e-4}\n")
+    assert stated == {"model": "on", "steps": [{"train": {"learning_rate": 1e-4}}]}
+
+
+def test_overrides_reach_models_settings_and_bare_steps():
+    stated = {"model": "a", "steps": ["quantize.rtn", {"prune.wanda": {"sparsity": 0.5}}]}
+    made = recipe.read(stated, ["model=b", "steps.0.bits=8", "steps.1.sparsity={mlp: 0.7}", "seed=4"])
+    assert (made.model, made.seed, made.steps[0].method.bits) == ("b", 4, 8)
+    assert made.steps[1].method.sparsity == {"mlp": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("stated", "sentence"),
+    [
+        ({"steps": ["prune.magnitude"], "save": 5}, "save must be a text"),
+        ({"steps": ["prune.magnitude"], "model": [1]}, "model must be a text or a mapping"),
+        ({"steps": ["prune.magnitude"], "seed": "x"}, "seed must be a whole number"),
+        ({"steps": [{"merge.ties": {"donors": "starter"}}]}, "donors must be a list of models"),
+        ({"steps": [{"merge.ties": {"donors": [5]}}]}, "donors must be a list of models"),
+        ({"steps": []}, "A recipe needs `steps:`"),
+        ({"steps": [{"a": 1, "b": 2}]}, "one method with its settings"),
+    ],
+)
+def test_wrong_kinds_are_said_before_work(stated, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        recipe.read(stated)
+
+
+@pytest.mark.parametrize("held", ["abc", 2.0, None, [0.1, "x"]])
+def test_data_mapping_is_checked(held):
+    with pytest.raises(RecipeError, match="held"):
+        recipe.read_data({"source": "corpus", "held": held})
+
+
+def test_input_is_the_input_also_after_steps_in_memory(small, text, tmp_path, monkeypatch):
+    teachers = []
+    loss = Recover.loss
+
+    def seen(self, module, ids, mask, teacher):
+        teachers.append({name: value.clone() for name, value in teacher.state_dict().items()})
+        return loss(self, module, ids, mask, teacher)
+
+    monkeypatch.setattr(Recover, "loss", seen)
+    steps = [Train(**SHORT, learning_rate=0.01), Step(Recover(**SHORT), {"teacher": "$input"})]
+    mw.run(str(small), steps, data=str(text), save=str(tmp_path / "out"))
+    original = mw.open(small).module.state_dict()
+    assert all(torch.equal(value, original[name]) for name, value in teachers[0].items())
+
+
+def test_folder_for_steps_is_left_alone(small, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    mw.run(str(small), [Magnitude()], save=str(tmp_path / "out"), work=tmp_path / "mine")
+    assert (tmp_path / "mine" / "precious.txt").read_text() == "mine"
+
+
+def test_what_a_killed_run_left_beside_does_not_come_into_the_result(small, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "junk.safetensors").write_text("junk")
+    mw.run(str(small), [Magnitude()], save=str(tmp_path / "out"))
+    assert not (tmp_path / "out" / "junk.safetensors").exists()
+
+
+def test_inputs_are_never_the_place_to_save(small, tmp_path):
+    with pytest.raises(RecipeError, match="own inputs"):
+        mw.run(str(small), [Magnitude()], save=str(small), overwrite=True)
+
+
+def test_digest_changes_with_any_byte_and_with_changes_in_memory(small):
+    model = mw.open(small)
+    before = recipe.model_digest(model)
+    assert recipe.model_digest(mw.open(small)) == before
+    mw.apply(model, Magnitude())
+    assert recipe.model_digest(model) != before
+
+
+def test_model_in_memory_runs_and_its_recipe_names_it(small, tmp_path):
+    done = mw.run(mw.open(small), [Magnitude()], save=str(tmp_path / "out"))
+    assert recipe.read(str(tmp_path / "out" / "recipe.yaml")).model == str(small)
+    assert [row["step"] for row in done.account] == ["input", "prune.magnitude"]
+
+
+def test_adapter_takes_its_base_along_when_a_step_made_it(small, text, tmp_path):
+    steps = [Magnitude(), find.find("adapt.lora")(rank=2), Train(**SHORT)]
+    mw.run(str(small), steps, data=str(text), save=str(tmp_path / "out"))
+    stated = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert stated["base_model_name_or_path"] == str(tmp_path / "out" / "base")
+    assert mw.open(tmp_path / "out").module is not None
+
+
+def test_account_says_where_a_prediction_was_wrong(small, tmp_path):
+    done = mw.run(str(small), [Magnitude(sparsity=0.5), Rtn(group=32)], save=str(tmp_path / "out"))
+    assert all(not any("were predicted" in note for note in row.get("notes", [])) for row in done.account)
+    row = {"step": "x", "bytes_memory": 1000, "zeros": 0, "parameters": 1000}
+    expected = type("Row", (), {"bytes": 500, "zeros": 500})()
+    assert len(recipe._surprises(expected, row)) == 2
