@@ -254,3 +254,12 @@ def test_zeros_of_a_bare_module_survive_training(small, text):
     zeros = model.module.model.layers[1].mlp.up_proj.weight == 0
     mw.apply(model, find("train")(tokens=320, batch=2, length=16), data=str(text))
     assert torch.equal(model.module.model.layers[1].mlp.up_proj.weight == 0, zeros)
+
+
+def test_several_methods_stream_one_after_the_other(small, text, tmp_path):
+    methods = [Magnitude(sparsity=0.3), Gptq(group=32)]
+    saved = mw.apply(small, methods, data=str(text), samples=4, length=32, save=tmp_path / "out")
+    memory = mw.apply(mw.open(small), methods, data=str(text), samples=4, length=32)
+    assert torch.equal(outputs(saved.module), outputs(memory.module))
+    assert [step["method"] for step in saved.history] == ["prune.magnitude", "quantize.gptq"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from modelwright.blocks.experts import SplitExperts, is_fused
 from . import data as texts
 from . import loading, training
 from .errors import ModelError, PlanError, SiteError
+from .files import refuse_existing
 from .given import Batch, Given, inputs_of
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, open, put, quiet, unwrapped, weight_of, why_not_stored
@@ -70,8 +72,14 @@ def apply(
     methods = [method] if isinstance(method, Method) else list(method)
     for step in methods:
         given.refuse_lacking(step)
-    if save is not None and len(methods) == 1:
-        return write(model, methods[0], given, Path(save), overwrite=overwrite)
+    if save is not None and (len(methods) == 1 or model.checkpoint is not None):
+        final = Path(save).absolute()
+        refuse_existing(final, overwrite=overwrite)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.parent) as between:
+            for number, step in enumerate(methods[:-1]):
+                model = write(model, step, given, Path(between) / str(number))
+            return write(model, methods[-1], given, final, overwrite=overwrite)
     for step in methods:
         change(model, step, given)
     if save is not None:
