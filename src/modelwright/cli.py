@@ -85,12 +85,12 @@ def show(
     from .core import find
 
     if name is not None and name in find.families():
-        out.print(_escape(find.families()[name]))
+        out.print(_escape(find.families()[name]), soft_wrap=True)
         return
     from .core import describe
 
     if name is not None:
-        out.print(_escape(describe.page(name)))
+        out.print(_escape(describe.page(name)), soft_wrap=True)
     elif schema:
         print(json.dumps(describe.schema(), indent=2))
     else:
@@ -152,8 +152,8 @@ def run(
     out.print(report.table(done.account))
     for row in done.account:
         for note in row.get("notes", []):
-            out.print(f"note: {_escape(note)}")
-    out.print(f"saved to {done.model.folder}")
+            out.print(f"note: {_escape(note)}", soft_wrap=True)
+    out.print(f"saved to {done.model.folder}", soft_wrap=True)
 
 
 @app.command()
@@ -248,7 +248,10 @@ def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:
     else:
         for result in results:
             colour = {"passed": "green", "failed": "red", "known": "yellow", "skipped": "bright_black"}[result.outcome]
-            out.print(f"[{colour}]{result.outcome:8}[/] {_escape(result.check)}{': ' + _escape(result.reason) if result.reason else ''}")
+            out.print(
+                f"[{colour}]{result.outcome:8}[/] {_escape(result.check)}{': ' + _escape(result.reason) if result.reason else ''}",
+                soft_wrap=True,
+            )
     if any(result.outcome == "failed" for result in results):
         sys.exit(1)
 

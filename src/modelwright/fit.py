@@ -468,6 +468,7 @@ def candidates_of(job: Job, steps: list[Step]) -> list[tuple[float, Recipe, reci
             length=job.score_rows.shape[1],
             seed=job.seed,
             steps=tuple(candidate),
+            save="again",
         )
         done = recipe.run(
             replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True, work=job.work / "steps"

@@ -41,7 +41,7 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def refuse_existing(final: Path, *, overwrite: bool) -> None:
     """Raise when `final` holds something that would be lost."""
     if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise RecipeError(f"{final} exists and is not empty. Choose another folder, or say that it may be overwritten.")
+        raise RecipeError(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
 
 
 def publish(partial: Path, final: Path) -> None:

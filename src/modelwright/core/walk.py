@@ -632,8 +632,10 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
         walk.states = after
         walk.finish(depth)
     kept = method.keep(scores)
-    given.notes.append(f"{method.name()}: block scores " + ", ".join(f"{score:.4f}" for score in scores))
-    return [depth for depth in range(walk.depths) if depth not in kept]
+    gone = [depth for depth in range(walk.depths) if depth not in kept]
+    shown = ", ".join(f"{score:.4f}" for score in scores)
+    given.notes.append(f"{method.name()}: blocks removed {gone} (from 0); scores of all blocks {shown}")
+    return gone
 
 
 def _real(state: Tensor, mask: Tensor | None) -> Tensor:
