@@ -22,8 +22,8 @@ def idle(model, depth):
 def scores(model, data):
     opened = mw.open(model)
     change(opened, ShortGpt(blocks=0), Given(data=data))
-    note = next(note for note in opened.history[-1]["notes"] if "block scores" in note)
-    return [float(score) for score in note.partition("scores ")[2].split(", ")]
+    note = next(note for note in opened.history[-1]["notes"] if "scores of all blocks" in note)
+    return [float(score) for score in note.partition("scores of all blocks ")[2].split(", ")]
 
 
 def test_a_case_by_hand():
