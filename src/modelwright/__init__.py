@@ -75,10 +75,10 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         self._loader.exec_module(module)
         module.__loader__ = module.__spec__.loader = self._loader
-        importlib.import_module("modelwright.core.loading")
+        importlib.import_module("modelwright.core.quantizer")
 
 
 if _AfterImport.target in sys.modules:
-    importlib.import_module("modelwright.core.loading")
+    importlib.import_module("modelwright.core.quantizer")
 else:
     sys.meta_path.insert(0, _AfterImport())

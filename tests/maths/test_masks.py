@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from modelwright.maths import masks
+from modelwright.maths import masks, slices
 from modelwright.maths.masks import find_cut, lowest
 
 
@@ -19,8 +19,9 @@ def test_a_case_by_hand():
 @pytest.mark.parametrize("sparsity", [0, 1e-4, 0.1, 0.5, 0.9, 0.999, 1])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (130, 500)])
 def test_counts_are_exact_and_the_lowest_go(shape, sparsity, dtype, monkeypatch):
-    monkeypatch.setattr(masks, "SLICE", 5000)
+    monkeypatch.setattr(slices, "SLICE", 5000)
     monkeypatch.setattr(masks, "SAMPLE", 1000)
+    monkeypatch.setattr(masks, "RUN", 20)
     score = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = lowest(score, sparsity)
     assert mask.sum() == math.floor(sparsity * score.numel())
@@ -45,8 +46,9 @@ def test_counts_are_exact_and_the_lowest_go(shape, sparsity, dtype, monkeypatch)
 )
 @pytest.mark.parametrize("sparsity", [0.01, 0.3333, 0.5, 0.97])
 def test_ties_are_removed_from_the_front(score, sparsity, monkeypatch):
-    monkeypatch.setattr(masks, "SLICE", 300)
+    monkeypatch.setattr(slices, "SLICE", 300)
     monkeypatch.setattr(masks, "SAMPLE", 100)
+    monkeypatch.setattr(masks, "RUN", 20)
 
     def by_sorting(values):
         mask = torch.zeros_like(values, dtype=torch.bool)
@@ -58,11 +60,22 @@ def test_ties_are_removed_from_the_front(score, sparsity, monkeypatch):
 
 
 def test_a_sample_that_misleads_costs_only_time(monkeypatch):
-    monkeypatch.setattr(masks, "_bracket", lambda *_: (5.0, 6.0))
+    brackets = iter([(5.0, 6.0), (5.0, 6.0), (float("-inf"), float("inf"))] * 3)
+    monkeypatch.setattr(masks, "_bracket", lambda *_: next(brackets))
     values = torch.arange(10.0)
-    assert find_cut(lambda at: values[at], 10, 2) == (1.0, 1)
-    assert find_cut(lambda at: values[at], 10, 9) == (8.0, 1)
-    assert find_cut(lambda at: values[at], 10, 7) == (6.0, 1)
+    assert find_cut(values.__getitem__, 10, 2) == (1.0, 0, 1)
+    assert find_cut(values.__getitem__, 10, 9) == (8.0, 0, 1)
+    next(brackets)
+    assert find_cut(values.__getitem__, 10, 7) == (6.0, 0, 1)  # the upper end of the bracket itself
+
+
+def test_a_cut_says_in_which_slice_its_ties_end(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 4)
+    values = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0, 3.0])
+    cut = find_cut(values.__getitem__, 9, 6)  # the 0 and five of the six ones
+    assert cut == (1.0, 4, 2)
+    marked = [cut.mark(values[at], at).tolist() for at in slices.slices(9)]
+    assert marked == [[True, True, False, True], [True, True, True, False], [False]]
 
 
 @pytest.mark.parametrize(("keep", "run"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2), (5, 16), (7, 32), (4, 4)])

@@ -2,7 +2,7 @@
 
 Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
 transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures) is written for the
-`modelwright` quantizer below, so that `import modelwright` then `from_pretrained` loads it. The tensors in the file
+`modelwright` quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained` loads it. The tensors in the file
 are the same either way; only `quantization_config` differs.
 """
 
@@ -13,9 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from modelwright import blocks
 from modelwright.blocks._stored import Stored
@@ -26,38 +23,6 @@ from .errors import ModelError
 
 METHOD = "modelwright"
 EXPERTS = "split_experts"  # experts with matrices of their own, where the architecture has them in one tensor
-
-
-class ModelwrightConfig(QuantizationConfigMixin):
-    """`modules`: module name -> description of the layer that stands there (see `modelwright.blocks`)."""
-
-    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, **others: Any):
-        self.quant_method = METHOD  # type: ignore[assignment]
-        self.modules = modules or {}
-        self.dequantize = False
-
-
-class ModelwrightQuantizer(HfQuantizer):
-    """Puts the described layers into the empty model before its weights are read."""
-
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        install(model, self.quantization_config.modules)  # type: ignore[attr-defined]
-
-    @property
-    def is_trainable(self) -> bool:
-        return True
-
-    def is_serializable(self) -> bool:
-        return True
-
-
-def register() -> None:
-    """Make transformers know `quant_method: modelwright`; safe to call again."""
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(METHOD)(ModelwrightConfig)
-        register_quantizer(METHOD)(ModelwrightQuantizer)
 
 
 def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
@@ -155,6 +120,3 @@ def translated(config: dict[str, Any], module: nn.Module) -> dict[str, dict[str,
                     "bias": layer.bias is not None,
                 }
     return descriptions
-
-
-register()

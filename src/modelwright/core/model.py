@@ -1,4 +1,7 @@
-"""A model: opened from a folder, the hub or memory; read only when needed; saved so that plain tools load it."""
+"""A model: opened from a folder, the hub or memory; read only when needed; saved so that plain tools load it.
+
+transformers is imported where a module is built, not before: what streams tensors from file to file needs none.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,10 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from modelwright.anatomy import Anatomy, Site, anatomy_of
 from modelwright.blocks._stored import Stored
@@ -25,6 +26,9 @@ from . import loading
 from .errors import ModelError, WeightsError, nearest
 from .files import whole_folder, write_json
 from .weights import Checkpoint, check_finite
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 RECORD = "modelwright.json"
 TOKENIZER_FILES = (
@@ -98,6 +102,8 @@ class Model:
     def tokenizer(self) -> Any:
         """The tokenizer; None when the folder has none."""
         if self._tokenizer is None and self.folder is not None and tokenizer_files(self.folder):
+            from transformers import AutoTokenizer
+
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code)
             except (OSError, ValueError, KeyError) as error:
@@ -107,7 +113,9 @@ class Model:
     @property
     def anatomy(self) -> Anatomy:
         """Which tensor plays which role."""
-        return anatomy_of(self.config if self._module is None else unwrapped(self._module))
+        if self._module is not None:
+            return anatomy_of(unwrapped(self._module))
+        return anatomy_of(self.config if self.folder is None else stated_config(self.folder))
 
     def sites(self) -> list[Site]:
         """All weight matrices, in the order of the model; of the real module, or of an empty one if it is not read."""
@@ -121,10 +129,17 @@ class Model:
         return empty_module(self.config)
 
     @property
+    def dense(self) -> bool:
+        """Whether every layer is plain: none is stored as factors, masks or packed integers."""
+        if self._module is not None:
+            return not loading.described(self._module)
+        return self.folder is None or "quantization_config" not in stated_config(self.folder)
+
+    @property
     def marks(self) -> set[str]:
         """Of `core.method.MARKS`."""
         if self._marks is None:
-            described = loading.described(self.module) if self.loaded else stated_descriptions(self.config)
+            described = {} if self.dense else loading.described(self.module) if self.loaded else stated_descriptions(self.config)
             kinds = {text["kind"] for text in described.values()}
             self._marks = {"float"}
             self._marks |= {"low-rank"} if "low_rank" in kinds else set()
@@ -182,7 +197,7 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
         folder = Checkpoint(source).path
     model = Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if not (folder / "adapter_config.json").is_file():
-        _ = model.config
+        refuse_unknown(folder, trust_remote_code)
     return model
 
 
@@ -200,35 +215,63 @@ def check_readable(model: Model) -> None:
             raise WeightsError(f"{model.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
 
 
-def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The config of a checkpoint folder.
+def stated_config(folder: Path) -> dict[str, Any]:
+    """The content of a model folder's config.json; of its base's, for an adapter.
 
     Raises:
-        ModelError: no config, or a model type that transformers does not know.
+        ModelError: no config, or one that is no JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
         adapter = folder / "adapter_config.json"
         if adapter.is_file():
-            return read_config(base_of(adapter), trust_remote_code)
+            return stated_config(base_of(adapter))
         raise ModelError(f"{folder} has no config.json, so its architecture is unknown. Copy it from the original model.")
     try:
         stated = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is not valid JSON: {error}. Copy it from the original model.") from error
+    if not isinstance(stated, dict):
+        raise ModelError(f"{file} holds {type(stated).__name__} and no mapping. Copy it from the original model.")
+    return stated
+
+
+def refuse_unknown(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raise ModelError when neither Modelwright nor transformers knows a folder's model type, or it needs code of its own."""
+    stated = stated_config(folder)
     kind = stated.get("model_type")
-    if stated.get("auto_map") and not trust_remote_code and kind not in transformers.CONFIG_MAPPING:
+    if trust_remote_code or anatomy_of(stated).types:
+        return
+    import transformers
+
+    if kind in transformers.CONFIG_MAPPING:
+        return
+    if stated.get("auto_map"):
         raise ModelError(f"{folder} runs code of its own. Read that code, then pass --trust-remote-code if you trust it.")
-    if kind not in transformers.CONFIG_MAPPING and not trust_remote_code:
-        raise ModelError(
-            f"{folder}: transformers {transformers.__version__} knows no model type {kind!r}."
-            f"{nearest(str(kind), transformers.CONFIG_MAPPING)} A newer transformers may know it."
-        )
+    raise ModelError(
+        f"{folder}: transformers {transformers.__version__} knows no model type {kind!r}."
+        f"{nearest(str(kind), transformers.CONFIG_MAPPING)} A newer transformers may know it."
+    )
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a checkpoint folder; of its base, for an adapter.
+
+    Raises:
+        ModelError: no config, or a model type that transformers does not know.
+    """
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        return read_config(base_of(folder / "adapter_config.json"), trust_remote_code)
+    refuse_unknown(folder, trust_remote_code)
+    from transformers import AutoConfig
+
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def class_of(config: Any) -> type[PreTrainedModel]:
     """The transformers class that the config names; the causal language model of its type when it names none."""
+    import transformers
+
     for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if found is not None:
@@ -297,6 +340,8 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
 
 def save_module(module: nn.Module, folder: Path) -> None:
     """Write weights and config into an existing folder, in the form that the most tools load."""
+    from transformers import PreTrainedModel
+
     stated = loading.quantization_config(module)
     if isinstance(module, PreTrainedModel):
         if stated:

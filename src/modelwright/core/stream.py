@@ -24,7 +24,8 @@ from .model import RECORD, Model, empty_module, open, put, tokenizer_files
 from .progress import track
 from .weights import Checkpoint, Writer
 
-LARGE = 1 << 25  # bytes from which a tensor is read in parts, by methods that can
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
+LARGE = 1 << 20  # bytes from which a tensor is read in parts, by methods that can
 
 
 def possible(model: Model, method: Method) -> bool:
@@ -33,6 +34,8 @@ def possible(model: Model, method: Method) -> bool:
         return False
     if not isinstance(method, (TensorMethod, LayerMethod, BlockMethod)):
         return False
+    if isinstance(method, TensorMethod) and method.every:
+        return True  # the files' names say enough
     skeleton = split_skeleton(model)
     if None in disk_names(model.checkpoint, skeleton).values():
         return False
@@ -47,6 +50,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method from the model's folder to a new one."""
     given.refuse_lacking(method)
     walk.refuse_marks(model, method)
+    _reuse_memory()
     with torch.no_grad():
         if isinstance(method, TensorMethod):
             _write_tensors(model, method, given, folder, overwrite)
@@ -112,17 +116,21 @@ def revive(module: nn.Module, config: Any) -> bool:
 def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Path, overwrite: bool) -> None:
     checkpoint = model.checkpoint
     assert checkpoint is not None
-    skeleton = split_skeleton(model)
-    names = disk_names(checkpoint, skeleton)
     donors = [*given.donors, *([given.base] if given.base else [])]
     files = {id(donor): _files(donor) for donor in donors}
-    walk._refuse_other_shapes(
+    walk.refuse_other_shapes(
         {name: checkpoint.shape(name) for name in checkpoint.names},
         [(donor.name, {name: files[id(donor)].shape(name) for name in files[id(donor)].names}) for donor in donors],
     )
-    sites = walk.everything(skeleton) if method.every else anatomy_of(skeleton).sites(skeleton)
-    chosen = {found: (site, local) for site, local in walk.choose(skeleton, sites, method, given.notes) if (found := names.get(site.name))}
-    biases = {} if method.every else {name: found for name in chosen if (found := f"{name.rpartition('.')[0]}.bias") in checkpoint}
+    if method.every:
+        walk.refuse_stored([model, *donors])
+        skeleton, chosen, biases = None, {site.name: (site, local) for site, local in _every_tensor(checkpoint, method, given)}, {}
+    else:
+        skeleton = split_skeleton(model)
+        names = disk_names(checkpoint, skeleton)
+        found = walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method, given.notes)
+        chosen = {name: (site, local) for site, local in found if (name := names.get(site.name))}
+        biases = {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
         for name in track(checkpoint.names, method.name()):
             _give_back()
@@ -132,29 +140,37 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
                 out.copy(name, checkpoint)
                 continue
             site, local = chosen[name]
-
             in_parts = method.in_parts and checkpoint.nbytes(name) > LARGE
 
-            def read(donor: Model, name: str = name, site: Site = site, in_parts: bool = in_parts) -> Tensor:
+            def read(source: Checkpoint, name: str = name, site: Site = site, in_parts: bool = in_parts) -> Tensor:
                 if in_parts:
-                    return cast(Tensor, files[id(donor)].on_disk(name))
-                found = files[id(donor)].read(name)
+                    return cast(Tensor, source.on_disk(name))
+                found = source.read(name)
                 return found.T if site.transposed else found
 
-            weight = cast(Tensor, checkpoint.on_disk(name)) if in_parts else checkpoint.read(name)
-            result = walk._call(local, weight.T if site.transposed else weight, site, walk._needed(local, given, site, read))
-            bias = biases.get(name)
-            if isinstance(result, Tensor):
-                out.add(name, result.T if site.transposed else result)
-                if bias:
-                    out.copy(bias, checkpoint)
+            result = walk.call(local, read(checkpoint), site, walk.needed(local, given, site, lambda donor: read(files[id(donor)])))
+            with_it = biases.get(name)
+            if not isinstance(result, Stored):
+                out.add(name, result.T if site.transposed else result)  # type: ignore[union-attr, arg-type]
+                if with_it:
+                    out.copy(with_it, checkpoint)
                 continue
-            assert isinstance(result, Stored)
-            result.take_bias(nn.Parameter(checkpoint.read(bias)) if bias else None)
+            assert skeleton is not None
+            result.take_bias(nn.Parameter(checkpoint.read(with_it)) if with_it else None)
             for key, value in result.state_dict().items():
                 out.add(f"{name.rpartition('.')[0]}.{key}", value)
             put(skeleton, site, result.to("meta"))
-        _write_beside(out, model, method, given, checkpoint.config, skeleton)
+        stated = loading.quantization_config(skeleton) if skeleton is not None else None
+        _write_beside(out, model, method, given, checkpoint.config, stated)
+
+
+def _every_tensor(checkpoint: Checkpoint, method: TensorMethod, given: Given) -> walk.Chosen:
+    """Every float tensor of the files, with its role by its name; no module is built."""
+    anatomy = anatomy_of(checkpoint.config)
+    placed = {name: anatomy.role(name) or ("linear", None) for name in checkpoint.names if checkpoint.dtype(name).is_floating_point}
+    depths = 1 + max((depth for _, depth in placed.values() if depth is not None), default=-1)
+    sites = [Site(name, name.rpartition(".")[0], role, depth, depths) for name, (role, depth) in placed.items()]
+    return walk.choose(None, sites, method, given.notes)
 
 
 def _files(model: Model) -> Checkpoint:
@@ -225,7 +241,7 @@ def _write_layers(model: Model, method: LayerMethod, given: Given, folder: Path,
                 kept = Checkpoint(work / f"block-{depth:05d}")
                 for name in kept.names:
                     out.copy(passage.names.get(name) or name, kept, name)
-            _write_beside(out, model, method, given, passage.checkpoint.config, passage.module)
+            _write_beside(out, model, method, given, passage.checkpoint.config, loading.quantization_config(passage.module))
     finally:
         if given.work is None:
             shutil.rmtree(work, ignore_errors=True)
@@ -246,12 +262,23 @@ def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: 
                 if name.startswith(before):
                     assert found is not None
                     out.copy(found.replace(f".{old}.", f".{new}.", 1), passage.checkpoint, found)
-        _write_beside(out, model, method, given, shorter.config.to_dict(), shorter)  # type: ignore[union-attr, operator]
+        _write_beside(out, model, method, given, shorter.config.to_dict(), loading.quantization_config(shorter))  # type: ignore[union-attr, operator]
+
+
+def _reuse_memory() -> None:
+    """Have the C library use a slice's memory again for the next one, up to 64 MB.
+
+    Else it gives it back and the system clears it anew for every slice, which takes longer than the arithmetic.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        library = ctypes.CDLL(None)
+        library.mallopt(M_TRIM_THRESHOLD, 1 << 26)
+        library.mallopt(M_MMAP_THRESHOLD, 1 << 24)
 
 
 def _give_back() -> None:
     """Hand freed memory back to the system. The C library would keep it, in pieces too small for the next tensor."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -261,11 +288,10 @@ def _existing_parent(folder: Path) -> Path:
     return parent
 
 
-def _write_beside(out: Writer, model: Model, method: Method, given: Given, config: dict[str, Any], module: nn.Module) -> None:
-    """Config, tokenizer and record beside the streamed weights."""
+def _write_beside(out: Writer, model: Model, method: Method, given: Given, config: dict[str, Any], stated: dict[str, Any] | None) -> None:
+    """Config, tokenizer and record beside the streamed weights; `stated`: what the config says of stored layers."""
     assert model.folder is not None
     config = {key: value for key, value in config.items() if key != "quantization_config"}
-    stated = loading.quantization_config(module)
     out.write_json("config.json", config | ({"quantization_config": stated} if stated else {}))
     for file in [*tokenizer_files(model.folder), model.folder / "generation_config.json"]:
         if file.is_file():

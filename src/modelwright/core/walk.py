@@ -141,8 +141,10 @@ def refuse_marks(model: Model, method: Method) -> None:
 # Which sites
 
 
-def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | AdapterMethod, notes: list[str] | None = None) -> Chosen:
+def choose(module: nn.Module | None, sites: Sequence[Site], method: SiteMethod | AdapterMethod, notes: list[str] | None = None) -> Chosen:
     """The sites that `where`, `skip` and settings by role choose, each with the method's settings for it.
+
+    module: where the sites' weights are, whose shapes must suit the method; None for a method that takes any shape.
 
     Raises:
         SiteError: nothing is chosen, or weights have shapes that the method cannot take.
@@ -158,12 +160,8 @@ def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | Adapte
         if local is None:
             left.append(site.module)
             continue
-        weight = weight_of(module, site)
-        shape = tuple(weight.shape[1:] if site.stack else weight.shape) if weight is not None else ()
-        why = local.unfit(shape) if shape and isinstance(local, SiteMethod) else ""
-        if not why and len(shape) == 2 and not site.stack and isinstance(local, SiteMethod) and not every:
-            why = why_not_stored(module, site, local.planned(torch.empty(shape, device="meta")))
-        unfit += [f"{site.name} {why}"] if why else []
+        if module is not None and isinstance(local, SiteMethod) and (why := _unfit(module, site, local)):
+            unfit.append(f"{site.name} {why}")
         chosen.append((site, local))
     if unfit:
         raise SiteError(f"{method.name()}: {len(unfit)} weights cannot take it: {unfit[0]}.")
@@ -175,6 +173,19 @@ def choose(module: nn.Module, sites: Sequence[Site], method: SiteMethod | Adapte
     if left and notes is not None:
         notes.append(f"{method.name()} left {len(left)} weights alone, whose roles its maps do not name; first {left[0]}")
     return chosen
+
+
+def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
+    """Why a site's weight cannot take a method, or its result cannot stand in its place; "" if they can."""
+    weight = weight_of(module, site)
+    if weight is None:
+        return ""
+    shape = tuple(weight.shape[1:] if site.stack else weight.shape)
+    if why := local.unfit(shape):
+        return why
+    if len(shape) == 2 and not site.stack and not local.every:
+        return why_not_stored(module, site, local.planned(torch.empty(shape, device="meta")))
+    return ""
 
 
 # Tensor level
@@ -194,10 +205,12 @@ def everything(module: nn.Module) -> list[Site]:
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
     module = unwrapped(model.module)
     donors = [unwrapped(open(donor).module) for donor in (*given.donors, *([given.base] if given.base else []))]
+    if method.every:
+        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     with contextlib.ExitStack() as stack:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
-        _refuse_other_shapes(
+        refuse_other_shapes(
             {name: tuple(value.shape) for name, value in module.named_parameters()},
             [(given_.name, {name: tuple(value.shape) for name, value in donor.named_parameters()})
              for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
@@ -213,12 +226,12 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
                 found = unwrapped(model.module).get_parameter(site.name).data
                 return found.T if site.transposed else found
 
-            put(module, site, _call(local, weight, site, _needed(local, given, site, read)))
+            put(module, site, call(local, weight, site, needed(local, given, site, read)))
 
 
-def _call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
+def call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
     """Call a tensor verb: on a matrix, on each of a stack of them [n, out, in], or on a convolution as [out, rest]."""
-    if weight.ndim < 2 or local.every or weight.ndim == 2:
+    if local.every or weight.ndim <= 2:
         return local.tensor(weight, **extras)
     if weight.ndim == 3 and site.stack:
         return torch.stack([_dense(local.tensor(part, **extras), site) for part in weight])
@@ -231,7 +244,7 @@ def _dense(result: Result, site: Site) -> Tensor:
     raise SiteError(f"{site.name} is not a plain matrix, so it cannot become a stored layer. Leave it out with `skip: {site.role}`.")
 
 
-def _needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tensor]) -> dict[str, Any]:
+def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tensor]) -> dict[str, Any]:
     extras: dict[str, Any] = {}
     for need in local.needs():
         if need == "rng":
@@ -248,7 +261,14 @@ def _left_out(method: Method, module: nn.Module, site: Site) -> str:
     return f"{method.name()} left out {site.module}, which is stored as a {type(module.get_submodule(site.module)).__name__}"
 
 
-def _refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
+def refuse_stored(models: Sequence[Model]) -> None:
+    """Raise ModelError when layers are stored otherwise than dense: two models' factors or masks are not of one kind."""
+    faults = [model.name for model in models if not model.dense]
+    if faults:
+        raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+
+
+def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
     """Raise ModelError, naming every difference, unless all donors have the tensors of the model in its shapes."""
     faults = []
     for name, shapes in donors:

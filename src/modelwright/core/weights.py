@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import WeightsError, nearest, refuse
+from modelwright.maths.slices import Sliced
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -153,44 +154,17 @@ class Checkpoint:
 
 
 class OnDisk:
-    """A stored tensor, flattened and read by parts: x[start:stop], or x[index] with an index tensor.
-
-    It takes a tensor's place in functions that only read slices of it, so that memory never holds the whole.
-    """
+    """A stored tensor, read by slices of its flattened entries: x[start:stop]; memory never holds the whole."""
 
     def __init__(self, place: Place):
         self.place = place
-        self.shape, self.ndim, self.dtype = torch.Size(place.shape), len(place.shape), place.dtype
-        self.device = torch.device("cpu")
+        self.shape, self.dtype = place.shape, place.dtype
 
-    def numel(self) -> int:
-        """How many entries it has."""
-        return self.shape.numel()
-
-    def element_size(self) -> int:
-        """Bytes of one entry."""
-        return self.dtype.itemsize
-
-    def detach(self) -> OnDisk:
-        """The same."""
-        return self
-
-    def reshape(self, count: int) -> OnDisk:
-        """The same: entries are always reached through the flattened tensor."""
-        assert count == -1, count
-        return self
-
-    def __getitem__(self, at: slice | Tensor) -> Tensor:
+    def __getitem__(self, at: slice) -> Tensor:
         size = self.dtype.itemsize
-        if isinstance(at, slice):
-            start, stop, step = at.indices(self.numel())
-            assert step == 1, at
-            return _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
-        found = torch.empty(at.shape, dtype=self.dtype)
-        for start in range(0, self.numel(), SLICE):
-            inside = (at >= start) & (at < start + SLICE)
-            found[inside] = self[start : start + SLICE][at[inside] - start]
-        return found
+        start, stop, step = at.indices(math.prod(self.shape))
+        assert step == 1, at
+        return _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, Place]]:
@@ -332,17 +306,22 @@ class Writer:
         self._abandon()
         _explain_full_disk(error, self.folder)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Store `tensor` under `name`. Raises WeightsError when its dtype has no place in safetensors."""
+    def add(self, name: str, tensor: Tensor | Sliced) -> None:
+        """Store `tensor` under `name`; a sliced one is computed as it is written.
+
+        Raises WeightsError when its dtype has no place in safetensors.
+        """
         if tensor.dtype not in CODES:
             raise WeightsError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot store.")
-        data = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
-        shard = self._room_for(name, data.nbytes)
-        if data.nbytes % 8:
+        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
+        shard = self._room_for(name, nbytes)
+        if nbytes % 8:
+            data = _bytes(tensor if isinstance(tensor, Tensor) else tensor.whole())
             shard.late[name] = (tensor.dtype, tuple(tensor.shape), data.clone())
-        else:
-            shard.enter(name, tensor.dtype, tensor.shape, data.nbytes)
-            _write(shard.file, data)
+            return
+        shard.enter(name, tensor.dtype, tensor.shape, nbytes)
+        for part in [tensor] if isinstance(tensor, Tensor) else tensor:
+            _write(shard.file, _bytes(part))
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
         """Copy tensor `name` from another checkpoint (there named `source`, if that differs), byte for byte."""
@@ -624,6 +603,10 @@ def _read(place: Place, offset: int, count: int) -> Tensor:
                 raise _shortened(place.file)
             done += got
     return data
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _write(file, data: Tensor) -> None:

@@ -6,35 +6,36 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SLICE = 1 << 18  # entries worked on at a time, so that they stay in the processor's cache
+from modelwright.maths.slices import Sliced, Values, each, flat, slices
+
 SAMPLE = 1 << 16  # entries that tell about where a cut lies
-
-
-Values = Callable[[slice | Tensor], Tensor]  # gives the values at a slice or at an index tensor
+RUN = 1 << 8  # of which so many lie beside each other
 
 
 class Cut(NamedTuple):
-    """Where a sorted list is cut: all entries below `value` come before, and the first `ties` of those equal to it."""
+    """Where a sorted list is cut: all entries below `value` come before, and the first ones of those equal to it.
+
+    Those that come before are all in the slices before `last`, and the first `ties` in the slice that starts there.
+    """
 
     value: float
-    ties: int
+    last: int = 0
+    ties: int = 0
 
-    def mark(self, part: Tensor) -> tuple[Tensor, Cut]:
-        """Mark what lies before the cut in the next part [n] of the values: (mask, the cut for the parts after it)."""
-        if not self.ties:
-            return part < self.value, self
-        mask = part <= self.value
-        equal = part == self.value
-        number = int(equal.count_nonzero())
-        if number > self.ties:
-            mask[equal.nonzero()[self.ties :, 0]] = False
-        return mask, self._replace(ties=max(0, self.ties - number))
+    def mark(self, part: Tensor, at: slice) -> Tensor:
+        """Mark what of a slice's values lies before the cut."""
+        if at.start < self.last:
+            return part <= self.value
+        mask = part < self.value
+        if at.start == self.last and self.ties:
+            mask[(part == self.value).nonzero()[: self.ties, 0]] = True
+        return mask
 
 
 def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern: tuple[int, int] | None = None) -> Tensor:
@@ -52,62 +53,64 @@ def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern
     if per == "row":
         return _lowest_of_rows(score, int(sparsity * score.shape[-1]))
     assert per == "tensor", per
-    flat = score.reshape(-1)
-    cut = find_cut(lambda at: flat[at], flat.numel(), int(sparsity * flat.numel()))
-    mask = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
-    for at in slices(flat.numel()):
-        mask[at], cut = cut.mark(flat[at])
-    return mask.view(score.shape)
+    values = flat(score)
+    cut = find_cut(values, score.numel(), int(sparsity * score.numel()))
+    return Sliced(score.shape, torch.bool, lambda at: cut.mark(values(at), at)).whole(score.new_empty(score.shape, dtype=torch.bool))
 
 
-def find_cut(values: Values, count: int, lowest: int) -> Cut:
+def find_cut(values: Values, count: int, lowest: int, *, spread: float = 10.0) -> Cut:
     """Find where the `lowest` lowest of `count` values end, without a copy of them all.
 
     A sample brackets the cut and one pass counts what lies below the bracket and collects what lies inside: O(count).
+    spread: width of the bracket, in standard deviations of a fair sample; where it misses, a wider one is tried.
     """
     if lowest <= 0:
-        return Cut(float("-inf"), 0)
-    low, high = _bracket(values, count, lowest / count)
-    below = at_low = 0
-    inside = []
-    for at in slices(count):
+        return Cut(float("-inf"))
+    low, high = _bracket(values, count, lowest / count, spread)
+
+    def look(at: slice) -> tuple[int, int, int, Tensor]:
         part = values(at)
-        above = part > low
-        equal = part == low
-        below += part.numel() - int(above.count_nonzero() + equal.count_nonzero())
-        at_low += int(equal.count_nonzero())
-        inside.append(part[above & (part < high)])
+        reaches = part >= low
+        below = part.numel() - int(reaches.count_nonzero())
+        part = part[reaches.logical_and_(part <= high)]
+        inside = part[(part > low) & (part < high)]
+        return below, int((part == low).count_nonzero()), int((part == high).count_nonzero()), inside
+
+    below, at_low, at_high, inside = zip(*each(look, count), strict=True)
+    rank = lowest - sum(below)
+    if 0 < rank <= sum(at_low):
+        return _cut_at(low, rank, at_low, count)
+    rank -= sum(at_low)
     middle = torch.cat(inside)
-    rank = lowest - below
-    if 0 < rank <= at_low:
-        return Cut(low, rank)
-    rank -= at_low
     if 0 < rank <= middle.numel():
         value = middle.kthvalue(rank).values
-        return Cut(value.item(), rank - int((middle < value).count_nonzero()))
+        equals = [int((part == value).count_nonzero()) for part in inside]
+        return _cut_at(value.item(), rank - int((middle < value).count_nonzero()), equals, count)
     rank -= middle.numel()
-    if 0 < rank <= sum(int((values(at) == high).count_nonzero()) for at in slices(count)):
-        return Cut(high, rank)
-    everything = torch.cat([values(at) for at in slices(count)])  # the sample misled: the values are very unevenly spread
-    value = everything.kthvalue(lowest).values
-    return Cut(value.item(), lowest - int((everything < value).count_nonzero()))
+    if 0 < rank <= sum(at_high):
+        return _cut_at(high, rank, at_high, count)
+    return find_cut(values, count, lowest, spread=8 * spread)
 
 
-def slices(count: int) -> list[slice]:
-    """The slices in which `count` values are worked through."""
-    return [slice(start, min(start + SLICE, count)) for start in range(0, count, SLICE)]
+def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
+    """The cut at `value` before which `ties` come of the entries that equal it, `equals` of them in each slice."""
+    for at, equal in zip(slices(count), equals, strict=True):
+        if ties <= equal:
+            return Cut(value, at.start, ties)
+        ties -= equal
+    raise AssertionError(f"{ties} more ties than entries that equal {value}")
 
 
-def _bracket(values: Values, count: int, fraction: float) -> tuple[float, float]:
-    """Two values between which the given quantile almost surely lies."""
+def _bracket(values: Values, count: int, fraction: float, spread: float) -> tuple[float, float]:
+    """Two values between which the given quantile very likely lies."""
     if count <= SAMPLE:
         return float("-inf"), float("inf")
     random = torch.Generator().manual_seed(0)
-    sample = values(torch.randint(count, (SAMPLE,), generator=random)).sort().values
-    spread = 5 * (SAMPLE * fraction * (1 - fraction)) ** 0.5 + 5
-    first, last = int(SAMPLE * fraction - spread), int(SAMPLE * fraction + spread)
-    low = sample[first].item() if first >= 0 else float("-inf")
-    high = sample[last].item() if last < SAMPLE else float("inf")
+    starts = torch.randint(count - RUN, (SAMPLE // RUN,), generator=random).tolist()
+    sample = torch.cat([values(slice(start, start + RUN)) for start in starts])
+    middle, width = len(sample) * fraction, spread * ((len(sample) * fraction * (1 - fraction)) ** 0.5 + 1)
+    low = sample.kthvalue(int(middle - width) + 1).values.item() if middle >= width else float("-inf")
+    high = sample.kthvalue(int(middle + width) + 1).values.item() if middle + width < len(sample) else float("inf")
     return low, high
 
 

@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from modelwright.core.errors import SettingError
 from modelwright.core.method import TensorMethod
+from modelwright.maths.slices import Entries, Sliced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +20,7 @@ class Merger(TensorMethod):
     """Merges donors into the model, which is their base; norms, biases and embeddings too."""
 
     every: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
@@ -32,3 +36,12 @@ class Merger(TensorMethod):
         if len(self.weights) != donors:
             raise SettingError(f"{self.name()}: {len(self.weights)} weights for {donors} donors. Give one weight for each donor.")
         return list(self.weights)
+
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Tensor | Sliced:
+        """The merged tensor; slices of it where the inputs lie on disk."""
+        merged = self.merged(weight, donors)
+        return merged.whole() if isinstance(weight, Tensor) else merged
+
+    def merged(self, weight: Entries, donors: list[Entries]) -> Sliced:
+        """The formula: the base's tensor and the donors' -> the merged one."""
+        raise AssertionError(f"{self.name()} writes merged")

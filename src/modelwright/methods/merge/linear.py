@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from modelwright.maths import task_vectors
+from modelwright.maths.slices import Entries, Sliced
 from modelwright.methods.merge._mechanism import Merger
 
 
@@ -19,7 +18,6 @@ class Linear(Merger):
     """Replace every weight by the weighted mean of the donors'; the model itself counts only if it is a donor too."""
 
     status: ClassVar[str] = "checked"
-    in_parts: ClassVar[bool] = True
 
     normalize: bool = True  # divide by the sum of the weights
 
@@ -28,5 +26,5 @@ class Linear(Merger):
             return ["the weights sum to 0, so there is no mean. Change one, or set normalize: false."]
         return []
 
-    def tensor(self, weight: Tensor, donors: list[Tensor]) -> Tensor:
+    def merged(self, weight: Entries, donors: list[Entries]) -> Sliced:
         return task_vectors.average(donors, self.weights_for(len(donors)), normalize=self.normalize, dtype=weight.dtype)

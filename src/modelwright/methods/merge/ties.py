@@ -11,10 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
+from modelwright.maths.slices import Entries, Sliced
 from modelwright.methods.merge._mechanism import Merger
 
 
@@ -23,13 +22,12 @@ class Ties(Merger):
     """Add to the model the mean of those of the donors' largest changes that agree in sign."""
 
     status: ClassVar[str] = "checked"
-    in_parts: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     keep: float = fraction(0.2)  # of each donor's changes, largest first
     scale: float = number(1.0)  # of the merged change, λ in the paper
     normalize: bool = True  # divide by the sum of the weights that agree
 
-    def tensor(self, weight: Tensor, donors: list[Tensor]) -> Tensor:
+    def merged(self, weight: Entries, donors: list[Entries]) -> Sliced:
         weights = self.weights_for(len(donors))
-        return task_vectors.merge_ties(weight, donors, weights, self.keep, self.scale, self.normalize)
+        return task_vectors.merge(weight, donors, weights, keep=self.keep, scale=self.scale, normalize=self.normalize)

@@ -1,0 +1,100 @@
+"""Work through tensors a slice at a time, on all cores, so that no copy of a whole one is held.
+
+A large tensor is a function from slices of its flattened entries to their values: of one in memory, `flat.__getitem__`;
+of one on disk, a read; of a result, the formula on the same slices of its inputs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+SLICE = 1 << 17  # entries worked on at a time, so that they stay in the processor's cache
+
+Values = Callable[[slice], Tensor]  # gives the values at a slice
+Found = TypeVar("Found")
+
+
+class Entries(Protocol):
+    """What can be read by slices: a tensor, or one on disk (`core.weights.OnDisk`)."""
+
+    @property
+    def shape(self) -> Any:
+        """Its sizes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its entries."""
+
+    def __getitem__(self, at: slice) -> Tensor:
+        """Its entries at a slice; of a tensor in memory, once it is flattened."""
+
+
+@dataclass(frozen=True)
+class Sliced:
+    """A tensor of `shape` and `dtype` that is computed when it is asked for: `values(at)` are its entries at a slice."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: Values
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Its slices in order, as they are to be stored."""
+        return each(lambda at: self.values(at).to(self.dtype), math.prod(self.shape))
+
+    def whole(self, out: Tensor | None = None) -> Tensor:
+        """The tensor. out: a contiguous tensor for the result, which may be one of those that it is computed from."""
+        result = torch.empty(self.shape, dtype=self.dtype) if out is None else out
+        flat = result.view(-1)
+        for at, part in zip(slices(flat.numel()), self, strict=True):
+            flat[at] = part
+        return result
+
+
+def flat(tensor: Entries) -> Values:
+    """The values of a tensor by slices of its flattened entries."""
+    return (tensor.detach().reshape(-1) if isinstance(tensor, Tensor) else tensor).__getitem__
+
+
+def slices(count: int) -> list[slice]:
+    """The slices in which `count` values are worked through."""
+    return [slice(start, min(start + SLICE, count)) for start in range(0, count, SLICE)]
+
+
+def each(work: Callable[[slice], Found], count: int) -> Iterator[Found]:
+    """What `work` returns for each slice of `count` values, in order, a few slices ahead of the reader.
+
+    Slices run beside each other on as many threads as torch uses; inside one, torch keeps to a single thread. Shared
+    out this way, no thread waits for another after each operation, which is what costs on cores that are also busy
+    with something else.
+    """
+    places = slices(count)
+    threads = min(torch.get_num_threads(), len(places))
+    if threads < 2:
+        yield from map(work, places)
+        return
+    known = torch.get_num_threads()
+    waiting: deque[Future[Found]] = deque()
+    pool = ThreadPoolExecutor(threads, initializer=_alone)
+    try:
+        for at in places:
+            waiting.append(pool.submit(work, at))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(known)  # a thread's number is also what threads made after it begin with
+
+
+def _alone() -> None:
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)

@@ -1,0 +1,70 @@
+import threading
+
+import pytest
+import torch
+
+from modelwright.maths import slices
+from modelwright.maths.slices import Sliced, each, flat
+
+
+@pytest.fixture(autouse=True, params=[1, 3], ids=["one thread", "three threads"])
+def threads(request, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 10)
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_slices_cover_all_entries_once():
+    assert slices.slices(25) == [slice(0, 10), slice(10, 20), slice(20, 25)]
+    assert slices.slices(0) == []
+
+
+def test_results_come_in_order_and_torch_keeps_its_threads(threads):
+    seen = []
+
+    def work(at):
+        seen.append((threading.current_thread().name, torch.get_num_threads()))
+        return at.start
+
+    assert list(each(work, 95)) == list(range(0, 95, 10))
+    assert torch.get_num_threads() == threads
+    if threads > 1:
+        assert {inside for _, inside in seen} == {1}
+        assert threading.current_thread().name not in {name for name, _ in seen}
+
+
+def test_an_error_in_a_slice_ends_the_work(threads):
+    def work(at):
+        if at.start == 30:
+            raise ValueError("slice 30")
+        return at.start
+
+    with pytest.raises(ValueError, match="slice 30"):
+        list(each(work, 10_000))
+    assert torch.get_num_threads() == threads
+
+
+def test_a_reader_that_stops_early_leaves_no_thread_behind(threads):
+    before = threading.active_count()
+    results = each(lambda at: at.start, 10_000)
+    assert next(results) == 0
+    results.close()
+    assert threading.active_count() == before
+    assert torch.get_num_threads() == threads
+
+
+def test_a_sliced_tensor_is_the_whole_one():
+    one, other = torch.randn(5, 7), torch.randn(5, 7)
+    result = Sliced((5, 7), torch.bfloat16, lambda at: flat(one)(at) + flat(other)(at))
+    assert torch.equal(result.whole(), (one + other).bfloat16())
+    assert torch.equal(torch.cat(list(result)).view(5, 7), (one + other).bfloat16())
+    place = one.clone()
+    assert Sliced((5, 7), torch.float32, lambda at: flat(place)(at) * 2).whole(out=place) is place
+    assert torch.equal(place, one * 2)
+
+
+def test_a_scalar_and_an_empty_tensor():
+    assert Sliced((), torch.float32, lambda at: torch.ones(1)).whole().shape == ()
+    assert Sliced((0, 3), torch.float32, lambda at: torch.ones(1)).whole().shape == (0, 3)
