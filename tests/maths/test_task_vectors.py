@@ -16,7 +16,12 @@ def merge(base, donors, weights, out=None, **settings):
 
 
 def merge_ties(base, donors, weights, keep=0.2, **settings):
-    return merge(base, donors, weights, keep=keep, **settings)
+    keeps = keep if isinstance(keep, list) else [keep] * len(donors)
+    return merge(base, donors, weights, sparsify=[trimming(one) for one in keeps], **settings)
+
+
+def trimming(keep):
+    return lambda values, shape: trimmed(values, torch.Size(shape).numel(), keep)
 
 
 def average(tensors, weights, out=None, **settings):
@@ -206,6 +211,6 @@ def test_a_merge_reads_its_inputs_by_slices_and_each_at_most_three_times(models)
 
     base, donors = models
     watched = [Watched(tensor) for tensor in (base, *donors)]
-    result = task_vectors.merge(watched[0], watched[1:], [1.0] * 3, keep=0.2)
+    result = task_vectors.merge(watched[0], watched[1:], [1.0] * 3, sparsify=[trimming(0.2)] * 3)
     assert torch.equal(torch.cat(list(result)).view(base.shape), merge_ties(base, donors, [1.0] * 3))
     assert all(2 * 1500 <= one.read <= 3 * 1500 for one in watched[1:])

@@ -44,6 +44,14 @@ class Site:
     stack: int = 0  # 0 for a matrix; n for a tensor [n, out, in] of n experts
     parts: tuple[Part, ...] = ()  # of a fused weight, in the order of its rows
 
+    @property
+    def place(self) -> str:
+        """What the weight is, in words that a module and its files share where their names differ."""
+        *way, owner, leaf = ["", "", *self.name.split(".")]
+        numbers = [part for part in way if part.isdigit()]
+        shared = self.role in ("norm", "linear", "conv", "parameter", "router", "embed")
+        return "/".join([self.role, *numbers, owner if shared else "", leaf])
+
 
 class Span(NamedTuple):
     """Where the units of one kind lie in one tensor: unit i is [start + i·width, start + (i+1)·width) of `dim`."""

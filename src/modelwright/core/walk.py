@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import SplitExperts, is_fused
+from modelwright.maths.slices import Sliced
 
 from . import data as texts
 from . import loading, training
@@ -33,7 +34,7 @@ from .statistics import Statistics
 from .weights import Checkpoint, Writer
 
 Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
-Result = Tensor | nn.Module
+Result = Tensor | Sliced | nn.Module
 
 
 def apply(
@@ -226,7 +227,8 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
                 found = unwrapped(model.module).get_parameter(site.name).data
                 return found.T if site.transposed else found
 
-            put(module, site, call(local, weight, site, needed(local, given, site, read)))
+            result = call(local, weight, site, needed(local, given, site, read))
+            put(module, site, result.whole() if isinstance(result, Sliced) else result)
 
 
 def call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
@@ -239,8 +241,8 @@ def call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Resu
 
 
 def _dense(result: Result, site: Site) -> Tensor:
-    if isinstance(result, Tensor):
-        return result
+    if not isinstance(result, nn.Module):
+        return result if isinstance(result, Tensor) else result.whole()
     raise SiteError(f"{site.name} is not a plain matrix, so it cannot become a stored layer. Leave it out with `skip: {site.role}`.")
 
 
@@ -248,7 +250,7 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
     extras: dict[str, Any] = {}
     for need in local.needs():
         if need == "rng":
-            extras[need] = given.rng(site.name)
+            extras[need] = given.rng(site.place)
         elif need == "donors":
             extras[need] = [read(donor) for donor in given.donors]
         elif need == "base":
@@ -583,7 +585,7 @@ def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, ba
     """For models without a single row of blocks: all statistics come from the unchanged model, a few sites at a time."""
     given.notes.append(f"{method.name()}: {walk.model.name} has no single row of blocks, so all statistics come from the unchanged model")
     walk.masks = [batch.get("attention_mask") for batch in batches]
-    results: list[tuple[Site, Result]] = []
+    results: list[tuple[Site, Tensor | nn.Module]] = []
     with split_experts(walk.module):
         sites = [site for site in walk.anatomy.sites(walk.module) if site.role not in ("embed", "position")]
         chosen = _dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
@@ -617,7 +619,7 @@ def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statis
         put(module, site, _verb(module, method, site, local, statistics.pop(site.name), given))
 
 
-def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Result:
+def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Tensor | nn.Module:
     if not statistics.finite():
         raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
     if statistics.tokens == 0:
@@ -625,7 +627,7 @@ def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statis
         statistics = alike(statistics, method.gathers)
     weight = weight_of(module, site)
     assert weight is not None
-    extras = {need: given.rng(site.name) if need == "rng" else statistics for need in local.needs()}
+    extras = {need: given.rng(site.place) if need == "rng" else statistics for need in local.needs()}
     if weight.ndim == 4:
         return _dense(local.layer(weight.flatten(1), **extras), site).view_as(weight)
     return local.layer(weight, **extras)

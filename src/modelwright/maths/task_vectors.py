@@ -1,28 +1,41 @@
-"""Task vectors: what finetuning added to a base, trimmed, put to the vote and added up.
+"""Task vectors: what finetuning added to a base, made sparse, put to the vote and added up.
 
-θ = θ0 + scale · norm(Σ_i w_i · agree(trim(θ_i - θ0))), tensor by tensor (task arithmetic 2212.04089, TIES 2306.01708).
-Deltas are computed in float32 a slice at a time and are never held whole: the memory needed beside the tensors given
-and the result is that of a few slices.
+θ = θ0 + scale · norm(Σ_i w_i · agree(sparsify(θ_i - θ0))), tensor by tensor (task arithmetic 2212.04089, TIES 2306.01708,
+DARE 2311.03099, DELLA 2406.11617, Breadcrumbs 2312.06795). Deltas are computed in float32 a slice at a time and are
+never held whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modelwright.maths.masks import find_cut
-from modelwright.maths.slices import Entries, Sliced, Values, flat
+from modelwright.maths.slices import Entries, Sliced, Values, each, flat
+
+Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -> the delta with some entries 0
+
+
+def delta(start: Values, end: Values) -> Values:
+    """What was added between two models, in float32."""
+    return lambda at: end(at).to(torch.float32, copy=True).sub_(start(at))
+
+
+# Sparsify
 
 
 def trimmed(values: Values, count: int, keep: float) -> Values:
-    """`count` values of which the int(keep · count) largest in size stay and the others are 0."""
+    """`count` values of which the int(keep · count) largest in size stay and the others are 0 (TIES)."""
     removed = count - min(count, int(keep * count))
-    if not removed:
-        return values
+    return without_lowest(values, count, removed) if removed else values
+
+
+def without_lowest(values: Values, count: int, removed: int) -> Values:
+    """The `removed` smallest in size become 0."""
     cut = find_cut(lambda at: values(at).abs(), count, removed)
     below = torch.nextafter(torch.tensor(cut.value), torch.tensor(0.0)).item()
 
@@ -33,6 +46,82 @@ def trimmed(values: Values, count: int, keep: float) -> Values:
         return hardshrink(part, cut.value if at.start < cut.last else below)  # one pass: 0 where not larger
 
     return kept
+
+
+def without_outliers(values: Values, count: int, keep: float, top: float) -> Values:
+    """Zero the int(top · count) largest in size, and of the smallest as many as leave int(keep · count) (Breadcrumbs).
+
+    Where fewer than the largest have to go, only so many of the largest go.
+    """
+    gone = count - min(count, int(keep * count))
+    highest = min(int(top * count), gone)
+    kept = without_lowest(values, count, gone - highest) if gone > highest else values
+    if not highest:
+        return kept
+    cut = find_cut(lambda at: values(at).abs(), count, count - highest)
+
+    def inside(at: slice) -> Tensor:
+        return kept(at).masked_fill(~cut.mark(values(at).abs(), at), 0)
+
+    return inside
+
+
+def dropped(values: Values, keep: float | Values, seed: int) -> Values:
+    """Each entry stays with probability `keep`, one for all or one for each entry (DARE, DELLA).
+
+    The draws of a slice depend on the seed and on where it starts.
+    """
+
+    def kept(at: slice) -> Tensor:
+        part = values(at)
+        random = torch.Generator().manual_seed((seed * 1_000_003 + at.start) % (1 << 63))
+        draw = torch.rand(part.shape, generator=random)
+        return part.masked_fill(draw.to(part.device) >= (keep if isinstance(keep, float) else keep(at)), 0)
+
+    return kept
+
+
+def by_rank(values: Values, shape: tuple[int, ...], keep: float, spread: float) -> Values:
+    """The probability with which each entry stays: `keep` ± `spread`, rising with its rank by size in its row (DELLA).
+
+    p = keep - spread + 2 · spread · (rank - 1)/(n - 1), rank 1 for the smallest of the row's n.
+    """
+    width = shape[-1] if shape else 1
+
+    def probability(rows: Tensor) -> Tensor:
+        order = rows.abs().argsort(dim=-1)
+        steps = torch.arange(width, dtype=torch.float32, device=rows.device).mul_(2 * spread / (width - 1)).add_(keep - spread)
+        return torch.empty_like(rows).scatter_(-1, order, steps.expand_as(rows)).clamp_(0, 1)
+
+    if width == 1:
+        return lambda at: torch.full((at.stop - at.start,), keep)
+    return by_rows(values, width, math.prod(shape), probability)
+
+
+def by_rows(values: Values, width: int, count: int, function: Callable[[Tensor], Tensor]) -> Values:
+    """A function of whole rows [n, width], read by slices that may begin and end inside one."""
+
+    def found(at: slice) -> Tensor:
+        first, last = at.start // width, -(-at.stop // width)
+        rows = values(slice(first * width, min(last * width, count))).view(-1, width)
+        return function(rows).reshape(-1)[at.start - first * width : at.stop - first * width]
+
+    return found
+
+
+def rescaled(values: Values, kept: Values, count: int, factor: float | None = None) -> Values:
+    """What was kept, times `factor`; without one, times what gives it back the sum of sizes that it had (L1)."""
+    if factor is None:
+
+        def look(at: slice) -> tuple[float, float]:
+            return float(values(at).abs().sum(dtype=torch.float64)), float(kept(at).abs().sum(dtype=torch.float64))
+
+        before, after = (sum(column) for column in zip(*each(look, count), strict=True)) if count else (0.0, 0.0)
+        factor = before / after if after else 1.0
+    return lambda at: kept(at).mul(factor)
+
+
+# Agree and add up
 
 
 def elect(deltas: Sequence[Tensor]) -> Tensor:
@@ -72,46 +161,44 @@ def merge(
     donors: Sequence[Entries],
     weights: Sequence[float],
     *,
-    keep: float | Sequence[float] = 1.0,
+    sparsify: Sequence[Sparsify] = (),
     consensus: bool = True,
+    raw_votes: bool = False,
     normalize: bool = True,
     scale: float = 1.0,
 ) -> Sliced:
     """Add the donors' task vectors to the base.
 
-    base, donors: tensors of one shape. weights: one for each donor; negative ones subtract. keep: the fraction of each
-    donor's delta that `trimmed` keeps, one for all or one for each. consensus: only entries whose weighted delta has
-    the elected sign count. normalize: divide by the sum of the weights that count at an entry (with consensus, only
-    those; 1 where it is 0). scale: λ.
+    base, donors: tensors of one shape. weights: one for each donor; negative ones subtract. sparsify: one for each
+    donor, or none. consensus: only entries whose weighted delta has the elected sign count; with raw_votes the sign
+    is elected on deltas without weights. normalize: divide by the sum of the weights that count at an entry (with
+    consensus, only those; 1 where it is 0). scale: λ.
 
-    Returns a tensor of base's dtype. keep=1 without consensus or normalize is task arithmetic; the defaults with a
-    smaller keep are TIES. Source: arcee-ai/mergekit, generalized task arithmetic.
-    Differs: deltas are float32 and not base's dtype.
+    Returns a tensor of base's dtype. Without sparsify, consensus and normalize it is task arithmetic.
+    Source: arcee-ai/mergekit, generalized task arithmetic. Differs: deltas are float32 and not base's dtype.
     """
-    assert all(donor.shape == base.shape for donor in donors), [donor.shape for donor in donors]
-    keeps = [keep] * len(donors) if isinstance(keep, int | float) else list(keep)
-    count = math.prod(base.shape)
-    start = flat(base)
-    kept = [trimmed(delta(start, flat(donor)), count, fraction) for donor, fraction in zip(donors, keeps, strict=True)]
+    assert all(tuple(donor.shape) == tuple(base.shape) for donor in donors), [donor.shape for donor in donors]
+    start, shape = flat(base), tuple(base.shape)
+    changes = [delta(start, flat(donor)) for donor in donors]
+    kept = [one(change, shape) for one, change in zip(sparsify, changes, strict=True)] if sparsify else changes
 
     def values(at: slice) -> Tensor:
-        parts = [part(at).mul_(weight) for part, weight in zip(kept, weights, strict=True)]
-        return _combined(parts, weights, consensus, normalize).mul_(scale).add_(start(at))
+        parts = [part(at) for part in kept]
+        sign = elect(parts) if consensus and raw_votes else None
+        parts = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
+        sign = elect(parts) if consensus and sign is None else sign
+        return combined(parts, weights, sign, normalize).mul_(scale).add_(start(at))
 
-    return Sliced(tuple(base.shape), base.dtype, values)
-
-
-def delta(start: Values, end: Values) -> Values:
-    """What was added between two models, in float32."""
-    return lambda at: end(at).to(torch.float32, copy=True).sub_(start(at))
+    return Sliced(shape, base.dtype, values)
 
 
-def _combined(parts: list[Tensor], weights: Sequence[float], consensus: bool, normalize: bool) -> Tensor:
-    """Σ of weighted deltas [n] that agree with the sign of the whole, over the weights that count."""
-    if not consensus:
-        total = torch.stack(parts).sum(0)
+def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor | None, normalize: bool) -> Tensor:
+    """Σ of weighted deltas [n] that have the given sign (1 or -1), or of all; over the weights that count."""
+    if sign is None:
+        total = parts[0].clone()
+        for part in parts[1:]:
+            total.add_(part)
         return total.div_(sum(weights) or 1.0) if normalize else total
-    sign = elect(parts)
     total, shares = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
     for part, weight in zip(parts, weights, strict=True):
         agreeing = part.mul_(sign).clamp_(min=0)  # the size of what has the elected sign

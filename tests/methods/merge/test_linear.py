@@ -1,6 +1,7 @@
 import pytest
 import torch
 from calibration import normal
+from merging import merged
 from tiny import tiny
 
 import modelwright as mw
@@ -15,42 +16,42 @@ DONORS = [BASE + 0.1 * normal(30, 50, seed=seed) for seed in (1, 2, 3)]
 def test_a_case_by_hand():
     # Weights 1 and 3: (1·2 + 3·6)/4 = 5 and (1·(-4) + 3·0)/4 = -1; not divided, 20 and -4. The model itself has no say.
     base, donors = torch.tensor([100.0, 100.0]), [torch.tensor([2.0, -4.0]), torch.tensor([6.0, 0.0])]
-    assert Linear(weights=[1, 3]).tensor(base, donors).tolist() == [5.0, -1.0]
-    assert Linear(weights=[1, 3], normalize=False).tensor(base, donors).tolist() == [20.0, -4.0]
-    assert Linear().tensor(base, donors).tolist() == [4.0, -2.0]
+    assert merged(Linear(weights=[1, 3]), base, donors).tolist() == [5.0, -1.0]
+    assert merged(Linear(weights=[1, 3], normalize=False), base, donors).tolist() == [20.0, -4.0]
+    assert merged(Linear(), base, donors).tolist() == [4.0, -2.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_donor_is_returned_bit_for_bit(dtype):
     donor = DONORS[0].to(dtype)
     for method in (Linear(), Linear(weights=[0.7]), Linear(normalize=False)):
-        assert torch.equal(method.tensor(BASE.to(dtype), [donor]), donor)
+        assert torch.equal(merged(method, BASE.to(dtype), [donor]), donor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identical_donors_are_returned_bit_for_bit(dtype):
     donor = DONORS[0].to(dtype)
-    assert torch.equal(Linear(weights=[0.1, 0.2, 0.3, 0.7]).tensor(BASE.to(dtype), [donor] * 4), donor)
+    assert torch.equal(merged(Linear(weights=[0.1, 0.2, 0.3, 0.7]), BASE.to(dtype), [donor] * 4), donor)
 
 
 def test_weights_that_sum_to_one_are_task_arithmetic():
     weights = [0.2, 0.3, 0.5]
     for consensus in ({"consensus": False, "normalize": True}, {"consensus": False, "normalize": False}):
         arithmetic = task_vectors.merge(BASE, DONORS, weights, **consensus).whole()
-        assert torch.allclose(Linear(weights=weights).tensor(BASE, DONORS), arithmetic, atol=1e-6)
+        assert torch.allclose(merged(Linear(weights=weights), BASE, DONORS), arithmetic, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_order_of_the_donors_does_not_matter(dtype):
     donors = [donor.to(dtype) for donor in DONORS]
-    one = Linear(weights=[0.2, 0.3, 0.5]).tensor(BASE.to(dtype), donors)
-    other = Linear(weights=[0.5, 0.2, 0.3]).tensor(BASE.to(dtype), [donors[2], donors[0], donors[1]])
+    one = merged(Linear(weights=[0.2, 0.3, 0.5]), BASE.to(dtype), donors)
+    other = merged(Linear(weights=[0.5, 0.2, 0.3]), BASE.to(dtype), [donors[2], donors[0], donors[1]])
     assert torch.allclose(one, other, rtol=2**-23 if dtype == torch.float32 else 2**-7)
     assert (one != other).float().mean() < 0.01  # what lies half way between two values
 
 
 def test_a_negative_weight_takes_away():
-    ours = Linear(weights=[1.0, -1.0, 1.0], normalize=False).tensor(BASE, DONORS)
+    ours = merged(Linear(weights=[1.0, -1.0, 1.0], normalize=False), BASE, DONORS)
     assert torch.allclose(ours, DONORS[0] - DONORS[1] + DONORS[2], atol=1e-6)
 
 
@@ -87,7 +88,7 @@ def test_donors_of_another_shape_are_refused_with_the_difference():
 
 def test_weights_that_cannot_be_used_are_refused():
     with pytest.raises(SettingError, match="2 weights for 3 donors"):
-        Linear(weights=[1, 2]).tensor(BASE, DONORS)
+        merged(Linear(weights=[1, 2]), BASE, DONORS)
     with pytest.raises(SettingError, match=r"merge.linear: the weights sum to 0.*normalize: false"):
         Linear(weights=[1, -1])
-    assert torch.allclose(Linear(weights=[1, -1], normalize=False).tensor(BASE, DONORS[:2]), DONORS[0] - DONORS[1])
+    assert torch.allclose(merged(Linear(weights=[1, -1], normalize=False), BASE, DONORS[:2]), DONORS[0] - DONORS[1])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from calibration import normal
+from merging import merged
 from tiny import tiny
 
 import modelwright as mw
@@ -17,22 +18,22 @@ def test_a_case_by_hand():
     # the first is trimmed. Sums 4, 2, -2, 0 elect + + - +. What agrees: 4, 2, -5, none; each alone, so no division.
     base = torch.ones(4)
     donors = [base + torch.tensor([4.0, -1.0, 3.0, 0.5]), base + torch.tensor([2.0, 2.0, -5.0, 0.1])]
-    assert Ties(keep=0.5).tensor(base, donors).tolist() == [5.0, 3.0, -4.0, 1.0]
+    assert merged(Ties(keep=0.5), base, donors).tolist() == [5.0, 3.0, -4.0, 1.0]
     # All stays: sums 6, 1, -2, .6 elect + + - +. Means of what agrees: (4+2)/2 = 3, 2, -5, (.5+.1)/2 = .3. λ = 2.
-    assert Ties(keep=1.0, scale=2.0).tensor(base, donors).tolist() == pytest.approx([7.0, 5.0, -9.0, 1.6])
+    assert merged(Ties(keep=1.0, scale=2.0), base, donors).tolist() == pytest.approx([7.0, 5.0, -9.0, 1.6])
     # Not divided: 6, 2, -5, .6.
-    assert Ties(keep=1.0, normalize=False).tensor(base, donors).tolist() == pytest.approx([7.0, 3.0, -4.0, 1.6])
+    assert merged(Ties(keep=1.0, normalize=False), base, donors).tolist() == pytest.approx([7.0, 3.0, -4.0, 1.6])
     # Weights 1 and 3: sums 10, 5, -12, .8; means (4 + 3·2)/4 = 2.5, 2, -5, (.5 + 3·.1)/4 = .2.
-    assert Ties(keep=1.0, weights=[1, 3]).tensor(base, donors).tolist() == pytest.approx([3.5, 3.0, -4.0, 1.2])
+    assert merged(Ties(keep=1.0, weights=[1, 3]), base, donors).tolist() == pytest.approx([3.5, 3.0, -4.0, 1.2])
 
 
 def test_the_sign_goes_to_the_larger_mass_and_not_to_the_greater_number():
     changes = torch.tensor([[5.0], [-1.0], [-1.0]])
-    assert Ties(keep=1.0).tensor(torch.zeros(1), list(changes)).tolist() == [5.0]
+    assert merged(Ties(keep=1.0), torch.zeros(1), list(changes)).tolist() == [5.0]
 
 
 def test_changes_that_cancel_elect_plus():
-    assert Ties(keep=1.0).tensor(torch.zeros(1), [torch.tensor([-2.0]), torch.tensor([2.0])]).tolist() == [2.0]
+    assert merged(Ties(keep=1.0), torch.zeros(1), [torch.tensor([-2.0]), torch.tensor([2.0])]).tolist() == [2.0]
 
 
 @pytest.mark.parametrize("keep", [0.1, 0.2, 0.55, 1.0])
@@ -46,53 +47,53 @@ def test_it_is_the_published_algorithm(keep, scale):
     agree = changes.sign() == sign
     mean = (changes * agree).sum(0) / agree.sum(0).clamp(min=1)
     expected = BASE + scale * mean.view_as(BASE)
-    assert torch.allclose(Ties(keep=keep, scale=scale).tensor(BASE, DONORS), expected, atol=1e-6)
+    assert torch.allclose(merged(Ties(keep=keep, scale=scale), BASE, DONORS), expected, atol=1e-6)
 
 
 def test_without_disagreement_and_trimming_it_is_task_arithmetic():
     donors = [BASE + normal(30, 50, seed=seed).abs() for seed in (1, 2)]
     arithmetic = task_vectors.merge(BASE, donors, [0.4, 0.7], consensus=False, normalize=False, scale=1.5).whole()
-    ours = Ties(keep=1.0, weights=[0.4, 0.7], scale=1.5, normalize=False).tensor(BASE, donors)
+    ours = merged(Ties(keep=1.0, weights=[0.4, 0.7], scale=1.5, normalize=False), BASE, donors)
     assert torch.allclose(ours, arithmetic, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_one_donor_that_keeps_all_is_returned(weight):
-    assert torch.allclose(Ties(keep=1.0, weights=[weight]).tensor(BASE, DONORS[:1]), DONORS[0], atol=1e-6)
+    assert torch.allclose(merged(Ties(keep=1.0, weights=[weight]), BASE, DONORS[:1]), DONORS[0], atol=1e-6)
 
 
 def test_identical_donors_that_keep_all_are_returned():
-    assert torch.allclose(Ties(keep=1.0).tensor(BASE, DONORS[:1] * 4), DONORS[0], atol=1e-6)
+    assert torch.allclose(merged(Ties(keep=1.0), BASE, DONORS[:1] * 4), DONORS[0], atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scale_zero_gives_the_model_bit_for_bit(dtype):
     base = BASE.to(dtype)
-    assert torch.equal(Ties(scale=0.0).tensor(base, [donor.to(dtype) for donor in DONORS]), base)
+    assert torch.equal(merged(Ties(scale=0.0), base, [donor.to(dtype) for donor in DONORS]), base)
 
 
 def test_the_order_of_the_donors_does_not_matter():
-    one = Ties(keep=0.3, weights=[0.2, 0.3, 0.5]).tensor(BASE, DONORS)
-    other = Ties(keep=0.3, weights=[0.5, 0.2, 0.3]).tensor(BASE, [DONORS[2], DONORS[0], DONORS[1]])
+    one = merged(Ties(keep=0.3, weights=[0.2, 0.3, 0.5]), BASE, DONORS)
+    other = merged(Ties(keep=0.3, weights=[0.5, 0.2, 0.3]), BASE, [DONORS[2], DONORS[0], DONORS[1]])
     assert torch.allclose(one, other, atol=1e-6)
 
 
 def test_one_donor_changes_exactly_the_share_that_is_kept():
-    result = Ties(keep=0.2).tensor(BASE, DONORS[:1])
+    result = merged(Ties(keep=0.2), BASE, DONORS[:1])
     assert (result != BASE).sum() == int(0.2 * BASE.numel())
 
 
 def test_small_changes_of_bfloat16_models_are_not_lost():
     base = torch.full((64,), 256.0, dtype=torch.bfloat16)  # its neighbours are 254 and 258
     donors = [base + 2, base + 4]
-    assert Ties(keep=1.0).tensor(base, donors).tolist() == [260.0] * 64 or Ties(keep=1.0).tensor(base, donors).tolist() == [258.0] * 64
-    exact = Ties(keep=1.0, weights=[3, 1]).tensor(base, donors)  # 256 + (3·2 + 4)/4 = 258.5, which rounds to 258
+    assert merged(Ties(keep=1.0), base, donors).tolist() == [260.0] * 64 or merged(Ties(keep=1.0), base, donors).tolist() == [258.0] * 64
+    exact = merged(Ties(keep=1.0, weights=[3, 1]), base, donors)  # 256 + (3·2 + 4)/4 = 258.5, which rounds to 258
     assert exact.tolist() == [258.0] * 64
 
 
 def test_a_tensor_of_one_entry_is_merged_without_failing():
-    assert Ties(keep=1.0).tensor(torch.ones(1), [torch.full((1,), 3.0)]).tolist() == [3.0]
-    assert Ties(keep=0.2).tensor(torch.ones(1), [torch.full((1,), 3.0)]).tolist() == [1.0]  # int(0.2 · 1) = 0 changes stay
+    assert merged(Ties(keep=1.0), torch.ones(1), [torch.full((1,), 3.0)]).tolist() == [3.0]
+    assert merged(Ties(keep=0.2), torch.ones(1), [torch.full((1,), 3.0)]).tolist() == [1.0]  # int(0.2 · 1) = 0 changes stay
 
 
 def test_a_model_takes_on_its_donors_changes_in_every_tensor():

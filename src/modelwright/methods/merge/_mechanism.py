@@ -1,18 +1,24 @@
-"""Merging tensor by tensor: θ0 + scale · norm(Σ wᵢ · agree(trim(θᵢ − θ0))).
+"""Merging tensor by tensor: θ0 + scale · norm(Σ wᵢ · agree(sparsify(θᵢ − θ0))).
 
-The formula is `maths.task_vectors.merge`; a method says which of its parts it uses.
+The formula is `maths.task_vectors.merge`; a method fills its slots. A verb returns its tensor as `Sliced`: a function
+of slices, so that tensors of any size are merged in the memory of a few slices.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+import torch
 
 from modelwright.core.errors import SettingError
 from modelwright.core.method import TensorMethod
-from modelwright.maths.slices import Entries, Sliced
+from modelwright.core.settings import fraction, number
+from modelwright.maths import task_vectors
+from modelwright.maths.slices import Entries, Sliced, Values
+from modelwright.maths.task_vectors import Sparsify
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,17 +37,75 @@ class Merger(TensorMethod):
         Raises:
             SettingError: another number of weights than of donors.
         """
-        if self.weights is None:
-            return [1.0] * donors
-        if len(self.weights) != donors:
-            raise SettingError(f"{self.name()}: {len(self.weights)} weights for {donors} donors. Give one weight for each donor.")
-        return list(self.weights)
+        return self.each(self.weights, "weights", donors) or [1.0] * donors
 
-    def tensor(self, weight: Entries, donors: list[Entries]) -> Tensor | Sliced:
-        """The merged tensor; slices of it where the inputs lie on disk."""
-        merged = self.merged(weight, donors)
-        return merged.whole() if isinstance(weight, Tensor) else merged
+    def each(self, values: tuple[float, ...] | None, what: str, donors: int) -> list[float]:
+        """A setting that has one value for each donor, as a list; empty when not given."""
+        if values is not None and len(values) != donors:
+            raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
+        return list(values or ())
 
-    def merged(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        """The formula: the base's tensor and the donors' -> the merged one."""
-        raise AssertionError(f"{self.name()} writes merged")
+
+@dataclass(frozen=True, kw_only=True)
+class TaskVectors(Merger):
+    """Adds what the donors learned to the model."""
+
+    scale: float = number(1.0)  # of the merged change, λ
+    normalize: bool = False  # divide by the sum of the weights that count
+    consensus: bool = False  # at each entry, only donors whose change has the elected sign count
+    raw_votes: bool = False  # elect signs on the changes without their weights
+
+    def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
+        """The formula, with one way to make sparse for each donor, or none."""
+        return task_vectors.merge(
+            weight, donors, self.weights_for(len(donors)), sparsify=sparsify, scale=self.scale,
+            normalize=self.normalize, consensus=self.consensus, raw_votes=self.raw_votes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseTaskVectors(TaskVectors):
+    """Adds a part of what the donors learned."""
+
+    keep: float = fraction(0.2)  # of each donor's changes
+    keep_each: tuple[float, ...] | None = None  # one for each donor, in the place of `keep`
+
+    def keeps(self, donors: int) -> list[float]:
+        """The fraction to keep of each donor's changes."""
+        return self.each(self.keep_each, "keep_each", donors) or [self.keep] * donors
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTaskVectors(SparseTaskVectors):
+    """Adds a random part of what the donors learned, made larger for what is missing."""
+
+    keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
+    rescale: str = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
+
+    def problems(self) -> list[str]:
+        known = ("inverse", "l1", "none")
+        return [] if self.rescale in known else [f"rescale is one of {', '.join(known)}; got {self.rescale!r}."]
+
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
+        """The values, some of them 0 by chance."""
+        raise AssertionError(f"{self.name()} writes drop")
+
+    def tensor(self, weight: Entries, donors: list[Entries], rng: torch.Generator) -> Sliced:
+        keeps = self.keeps(len(donors))
+        return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
+
+    def _one(self, keep: float, seed: int) -> Sparsify:
+        def sparse(values: Values, shape: tuple[int, ...]) -> Values:
+            if keep >= 1:
+                return values
+            kept = self.drop(values, shape, keep, seed)
+            if self.rescale == "none":
+                return kept
+            return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if self.rescale == "inverse" else None)
+
+        return sparse
+
+
+def counted(function: Callable[..., Values], **settings: float) -> Sparsify:
+    """A function of values, their number and settings as a way to make sparse."""
+    return lambda values, shape: functools.partial(function, **settings)(values, torch.Size(shape).numel())

@@ -26,5 +26,5 @@ class Linear(Merger):
             return ["the weights sum to 0, so there is no mean. Change one, or set normalize: false."]
         return []
 
-    def merged(self, weight: Entries, donors: list[Entries]) -> Sliced:
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
         return task_vectors.average(donors, self.weights_for(len(donors)), normalize=self.normalize, dtype=weight.dtype)

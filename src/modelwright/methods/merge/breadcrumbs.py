@@ -1,0 +1,30 @@
+"""Leave out the largest and the smallest changes: model breadcrumbs.
+
+Davari, Belilovsky 2023, arXiv:2312.06795, section 3. With `consensus: true` signs are elected as in TIES.
+Differs: trims tensor by tensor, as mergekit does; where `top` of a small tensor is no whole entry, none of its largest
+goes, where mergekit loses its whole change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelwright.core.settings import fraction
+from modelwright.maths.slices import Entries, Sliced
+from modelwright.maths.task_vectors import without_outliers
+from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(SparseTaskVectors):
+    """Add to the model the donors' changes of middle size."""
+
+    status: ClassVar[str] = "checked"
+    neutral = dict(scale=0.0)
+
+    keep: float = fraction(0.9)  # of each donor's changes
+    top: float = fraction(0.01)  # of the changes, the largest: left out
+
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
+        return self.added(weight, donors, [counted(without_outliers, keep=keep, top=self.top) for keep in self.keeps(len(donors))])

@@ -1,0 +1,33 @@
+"""Drop changes at random, small ones sooner: DELLA.
+
+Deep et al. 2024, arXiv:2406.11617, section 3: MagPrune, elect, fuse.
+Differs: ranks run within a row of a matrix, as in mergekit; `rescale: inverse` divides by `keep`, where the paper divides
+each entry by its own probability; mergekit restores the sum of sizes (rescale: l1). A row of one entry keeps with
+probability `keep`, where mergekit divides by zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelwright.core.settings import fraction
+from modelwright.maths.slices import Values
+from modelwright.maths.task_vectors import by_rank, dropped
+from modelwright.methods.merge._mechanism import RandomTaskVectors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Della(RandomTaskVectors):
+    """Add to the model a random part of each donor's changes, larger ones more likely, where signs agree."""
+
+    status: ClassVar[str] = "checked"
+    neutral = dict(scale=0.0)
+
+    spread: float = fraction(0.15)  # the smallest of a row stays with probability keep - spread, the largest with keep + spread
+    normalize: bool = True  # divide by the sum of the weights that count
+    consensus: bool = True  # at each entry, only donors whose change has the elected sign count
+    rescale: str = "l1"  # of what stays: l1 (to the sum of sizes before), inverse (1/keep), none
+
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
+        return dropped(values, by_rank(values, shape, keep, self.spread), seed)

@@ -1,0 +1,160 @@
+"""What must hold of every method of generalised task arithmetic, and what tells them apart."""
+
+import pytest
+import torch
+from calibration import normal
+from merging import merged
+
+import modelwright as mw
+from modelwright.core.errors import SettingError
+from modelwright.maths import slices
+from modelwright.methods.merge.breadcrumbs import Breadcrumbs
+from modelwright.methods.merge.dare import Dare
+from modelwright.methods.merge.della import Della
+from modelwright.methods.merge.linear import Linear
+from modelwright.methods.merge.task_arithmetic import TaskArithmetic
+from modelwright.methods.merge.ties import Ties
+
+BASE = normal(30, 50)
+DONORS = [BASE + 0.1 * normal(30, 50, seed=seed) for seed in (1, 2, 3)]
+KINDS = [TaskArithmetic, Ties, Dare, Della, Breadcrumbs]
+WHOLE = {TaskArithmetic: {}, Ties: {"keep": 1.0}, Dare: {"keep": 1.0}, Della: {"keep": 1.0, "spread": 0.0}, Breadcrumbs: {"keep": 1.0}}
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 400)
+
+
+def arithmetic(weights, scale=1.0):
+    return BASE + scale * sum(weight * (donor - BASE) for weight, donor in zip(weights, DONORS, strict=True))
+
+
+def test_task_arithmetic_by_hand():
+    # Changes (2, -4) and (1, 1), weights 1 and -2, λ = ½: 10 + ½·(2 - 2) = 10, 10 + ½·(-4 - 2) = 7.
+    base = torch.tensor([10.0, 10.0])
+    donors = [base + torch.tensor([2.0, -4.0]), base + torch.tensor([1.0, 1.0])]
+    assert merged(TaskArithmetic(weights=[1, -2], scale=0.5), base, donors).tolist() == [10.0, 7.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keeping_all_without_consensus_is_task_arithmetic(kind):
+    weights = [0.4, -0.2, 0.7]
+    method = kind(**WHOLE[kind], weights=weights, scale=1.5, consensus=False, normalize=False)
+    assert torch.allclose(merged(method, BASE, DONORS), arithmetic(weights, 1.5), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scale_zero_gives_the_base_bit_for_bit(kind):
+    assert torch.equal(merged(kind(scale=0.0), BASE, DONORS), BASE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("consensus", [True, False])
+def test_identical_donors_normalised_are_that_donor(kind, consensus):
+    method = kind(**WHOLE[kind], normalize=True, consensus=consensus)
+    assert torch.allclose(merged(method, BASE, [DONORS[0]] * 4), DONORS[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("consensus", [True, False])
+def test_weights_that_sum_to_one_are_the_average(consensus):
+    weights = [0.2, 0.3, 0.5]
+    method = TaskArithmetic(weights=weights, normalize=not consensus)
+    assert torch.allclose(merged(method, BASE, DONORS), merged(Linear(weights=weights), BASE, DONORS), atol=1e-6)
+
+
+def test_an_analogy_and_forgetting_are_weights():
+    analogy = merged(TaskArithmetic(weights=[1, -1]), BASE, DONORS[:2])
+    assert torch.allclose(analogy, BASE + DONORS[0] - DONORS[1], atol=1e-6)
+    assert torch.allclose(merged(TaskArithmetic(weights=[-0.5]), BASE, DONORS[:1]), BASE - 0.5 * (DONORS[0] - BASE), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Dare, Della])
+def test_masks_come_from_the_seed(kind):
+    method = kind(keep=0.5)
+    assert torch.equal(merged(method, BASE, DONORS, seed=1), merged(method, BASE, DONORS, seed=1))
+    assert not torch.equal(merged(method, BASE, DONORS, seed=1), merged(method, BASE, DONORS, seed=2))
+
+
+def test_dropped_changes_keep_their_expectation():
+    draws = torch.stack([merged(Dare(keep=0.5, weights=[0.4, -0.2, 0.7]), BASE, DONORS, seed=seed) for seed in range(400)])
+    error = (draws.mean(0) - arithmetic([0.4, -0.2, 0.7])).abs()
+    spread = draws.std(0) / 400**0.5
+    assert (error < 5 * spread + 1e-6).all()
+
+
+def test_dare_keeps_about_the_share_and_makes_up_for_it():
+    change = merged(Dare(keep=0.25), torch.zeros(100, 100), [torch.ones(100, 100)])
+    assert set(change.unique().tolist()) == {0.0, 4.0}
+    assert abs((change != 0).float().mean() - 0.25) < 5 * (0.25 * 0.75 / 10_000) ** 0.5
+    l1 = merged(Dare(keep=0.25, rescale="l1"), torch.zeros(30, 50), DONORS[:1])
+    assert l1.abs().sum().item() == pytest.approx(DONORS[0].abs().sum().item(), rel=1e-5)
+    plain = merged(Dare(keep=0.25, rescale="none"), torch.zeros(30, 50), DONORS[:1])
+    assert torch.equal(plain[plain != 0], DONORS[0][plain != 0])
+
+
+def test_della_keeps_larger_changes_more_often():
+    rows = torch.arange(1.0, 1001).repeat(50, 1)
+    rows = rows.gather(1, normal(50, 1000).argsort(1))
+    kept = merged(Della(keep=0.5, spread=0.4, rescale="none", consensus=False, normalize=False), torch.zeros(50, 1000), [rows]) != 0
+    # p = 0.1 + 0.8 · (rank - 1)/999; the rank is the value itself.
+    for low, high in ((1, 200), (401, 600), (801, 1000)):
+        inside = kept[(rows >= low) & (rows <= high)].float()
+        expected = 0.1 + 0.8 * ((low + high) / 2 - 1) / 999
+        assert abs(inside.mean() - expected) < 5 * (0.25 / len(inside)) ** 0.5
+
+
+def test_della_of_a_row_of_one_entry_is_dare():
+    base, donor = torch.zeros(500, 1), torch.ones(500, 1)
+    assert torch.equal(merged(Della(keep=0.3, rescale="inverse", consensus=False, normalize=False), base, [donor]),
+                       merged(Dare(keep=0.3), base, [donor]))  # fmt: skip
+
+
+def test_breadcrumbs_by_hand():
+    # Ten changes 1 ... 10, keep 0.6, top 0.2: 10 and 9 go as outliers, and of the smallest 1 and 2.
+    change = torch.tensor([3.0, -10.0, 1.0, 7.0, -2.0, 9.0, 4.0, -5.0, 8.0, 6.0])
+    result = merged(Breadcrumbs(keep=0.6, top=0.2), torch.zeros(10), [change])
+    assert result.tolist() == [3.0, 0.0, 0.0, 7.0, 0.0, 0.0, 4.0, -5.0, 8.0, 6.0]
+    # keep 0.9, top 0.2: only one has to go, so one of the largest goes.
+    assert merged(Breadcrumbs(keep=0.9, top=0.2), torch.zeros(10), [change]).abs().max() == 9
+    # top of ten entries is no whole one: nothing of the largest goes, and nothing else is lost.
+    assert merged(Breadcrumbs(keep=0.9, top=0.05), torch.zeros(10), [change]).abs().min() == 0
+    assert (merged(Breadcrumbs(keep=1.0, top=0.05), torch.zeros(10), [change]) == change).all()
+
+
+def test_raw_votes_elect_without_weights():
+    donors = [torch.tensor([1.0]), torch.tensor([-0.6])]
+    settings = {"keep": 1.0, "weights": [0.1, 1.0]}
+    assert merged(Ties(**settings), torch.zeros(1), donors).item() == pytest.approx(-0.6)
+    assert merged(Ties(**settings, raw_votes=True), torch.zeros(1), donors).item() == pytest.approx(1.0)
+
+
+def test_each_donor_may_keep_its_own_share():
+    result = merged(Ties(keep_each=[1.0, 0.0], consensus=False, normalize=False), BASE, DONORS[:2])
+    assert torch.allclose(result, DONORS[0], atol=1e-6)
+    with pytest.raises(SettingError, match="1 keep_each for 2 donors"):
+        merged(Ties(keep_each=[1.0]), BASE, DONORS[:2])
+
+
+def test_a_rescaling_that_is_unknown_is_refused():
+    with pytest.raises(SettingError, match="rescale"):
+        Dare(rescale="sometimes")
+
+
+def test_deltas_of_bfloat16_models_are_not_lost():
+    base = torch.full((64,), 256.0, dtype=torch.bfloat16)
+    donors = [base + 2, base + 4]
+    assert merged(TaskArithmetic(weights=[0.5, 0.5]), base, donors).tolist() == [260.0] * 64  # 259, and its even neighbour
+
+
+def test_masks_do_not_depend_on_the_order_of_the_tensors(tmp_path):
+    from tiny import tiny
+
+    folders = []
+    for seed in range(2):
+        folders.append(tmp_path / str(seed))
+        tiny("llama", seed).save_pretrained(folders[-1])
+    streamed = mw.apply(folders[0], Dare(keep=0.4), donors=folders[1:], save=tmp_path / "streamed", seed=3)
+    held = mw.apply(tiny("llama", 0), Dare(keep=0.4), donors=[tiny("llama", 1)], seed=3)
+    for name, value in held.named_parameters():
+        assert torch.equal(value, streamed.module.get_parameter(name)), name
