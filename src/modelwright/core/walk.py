@@ -471,6 +471,7 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
         weight = weight_of(walk.module, site)
         assert weight is not None
         collector = found[site.name] = Statistics(weight[0].numel(), gathers, weight.device)
+        collector.sharers = 1
         if isinstance(layer, nn.Conv2d):
             handles.append(layer.register_forward_pre_hook(_convolution_hook(collector)))
         else:
@@ -493,6 +494,8 @@ def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, mask = args[0], walk.masks[turn["batch"]]
         if turn["input"] is not None and turn["input"][0] is x and turn["input"][1] == x._version and own.tokens == 0:
+            if found[name] is own:
+                turn["input"][2].sharers += 1
             found[name] = turn["input"][2]
         else:
             assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
