@@ -181,14 +181,30 @@ class Streamed(walk.Resident):
         self.depths = len(self.stack)
         self.names = disk_names(self.checkpoint, split_skeleton(model))
         self.outside = [name for name in self.names if not name.startswith(f"{self.path}.")]
+        self._hooks: list[Any] = []
 
     def load_outside(self, *, head: bool = True) -> None:
-        heads = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"}
-        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in heads], self._read)
+        """Have the tensors outside the blocks ready; without the head, large embeddings are read row by row as they are used."""
+        left = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"} | self._embed_from_disk()
+        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in left], self._read)
         if hasattr(self.module, "tie_weights"):
             self.module.tie_weights()  # type: ignore[operator]
 
+    def _embed_from_disk(self) -> set[str]:
+        """Let every large embedding read the rows that it is asked for; returns the names of their tables."""
+        names = set()
+        for site in self.anatomy.sites(self.module):
+            table, found = self.module.get_submodule(site.module), self.names.get(site.name)
+            if site.role == "embed" and isinstance(table, nn.Embedding) and found and self.checkpoint.nbytes(found) > LARGE:
+                before, after = _row_hooks(self.checkpoint, found, table.weight, table.padding_idx)
+                self._hooks += [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
+                names.add(site.name)
+        return names
+
     def free_outside(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
 
     def load(self, depth: int) -> None:
@@ -212,7 +228,26 @@ class Streamed(walk.Resident):
         return self.checkpoint.read(found)
 
 
+def _row_hooks(checkpoint: Checkpoint, name: str, whole: Tensor, padding: int | None) -> tuple[Any, Any]:
+    """What an embedding does before and after its forward so that it needs only the rows it is asked for, as stored under `name`."""
+
+    def before(table: nn.Embedding, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args:  # asked by keyword
+            table.weight = nn.Parameter(checkpoint.read(name), requires_grad=False)
+            return None
+        ids, places = args[0].unique(return_inverse=True)
+        rows = torch.cat([checkpoint.read_rows(name, row, row + 1) for row in ids.tolist()])
+        table.weight, table.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        return places, *args[1:]
+
+    def after(table: nn.Embedding, *_: Any) -> None:
+        table.weight, table.padding_idx = whole, padding
+
+    return before, after
+
+
 def _write_layers(model: Model, method: LayerMethod, given: Given, folder: Path, overwrite: bool) -> None:
+    _own_pages()
     work = given.work or Path(tempfile.mkdtemp(prefix=f"{folder.name}.work-", dir=_existing_parent(folder)))
     try:
         passage = Streamed(model, work)
@@ -247,6 +282,15 @@ def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: 
                     assert found is not None
                     out.copy(found.replace(f".{old}.", f".{new}.", 1), passage.checkpoint, found)
         _write_beside(out, model, method, given, shorter.config.to_dict(), shorter)  # type: ignore[union-attr, operator]
+
+
+def _own_pages() -> None:
+    """Give every tensor of a megabyte or more pages of its own from now on, which go back to the system when it is freed.
+
+    The C library would raise that size to 32 MB as it goes, and keep what is smaller.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _give_back() -> None:
