@@ -85,9 +85,9 @@ def is_fused(module: Any) -> bool:
     return names == {"gate_up_proj", "down_proj"} and hasattr(module, "act_fn") and module.down_proj.ndim == 3
 
 
-def split_experts(model: nn.Module) -> list[str]:
-    """Split all fused experts of a model in place; returns their paths."""
-    paths = [path for path, child in model.named_modules() if is_fused(child)]
+def split_experts(model: nn.Module, inside: str = "") -> list[str]:
+    """Split all fused experts of a model whose paths begin with `inside`, in place; returns their paths."""
+    paths = [path for path, child in model.named_modules() if path.startswith(inside) and is_fused(child)]
     for path in paths:
         model.set_submodule(path, SplitExperts.from_fused(model.get_submodule(path)))
     return paths

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, removal
 from modelwright.blocks._stored import Stored
-from modelwright.blocks.experts import SplitExperts, is_fused
+from modelwright.blocks.experts import split_experts
 
 from . import loading, walk
 from .errors import WeightsError
@@ -64,8 +64,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
 def split_skeleton(model: Model) -> nn.Module:
     """The empty module with every expert's matrices apart, as files have them."""
     skeleton = empty_module(model.config)
-    for name in [name for name, layer in skeleton.named_modules() if is_fused(layer)]:
-        skeleton.set_submodule(name, SplitExperts.from_fused(skeleton.get_submodule(name)))
+    split_experts(skeleton)
     return skeleton
 
 

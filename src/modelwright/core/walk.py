@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
-from modelwright.blocks.experts import SplitExperts, is_fused
 
 from . import data as texts
 from . import loading, training
@@ -269,13 +269,11 @@ def _refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple
 @contextlib.contextmanager
 def split_experts(module: nn.Module, inside: str = "") -> Iterator[None]:
     """Give every expert matrices of its own; afterwards, put those that are still dense back into their stacks."""
-    names = [name for name, layer in module.named_modules() if name.startswith(inside) and is_fused(layer)]
-    for name in names:
-        module.set_submodule(name, SplitExperts.from_fused(module.get_submodule(name)))
+    names = experts.split_experts(module, inside)
     yield
     for name in names:
         layer = module.get_submodule(name)
-        assert isinstance(layer, SplitExperts)
+        assert isinstance(layer, experts.SplitExperts)
         if not any(isinstance(part, Stored) for part in layer.modules()):
             module.set_submodule(name, layer.to_fused())
 
