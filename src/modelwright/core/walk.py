@@ -662,10 +662,10 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
 
 def _train(model: Model, method: TrainMethod, given: Given) -> None:
     shared = {name.name for name in dataclasses.fields(training.Training)} - {"seed", "length"}
-    limit = getattr(model.config, "max_position_embeddings", None) or method.length
     settings = training.Training(
-        **{name: getattr(method, name) for name in shared if hasattr(method, name)}, seed=given.seed, length=min(method.length, limit)
-    )
+        **{name: getattr(method, name) for name in shared if hasattr(method, name)},
+        seed=given.seed, length=texts.within(model.config, method.length),
+    )  # fmt: skip
     extras: dict[str, Any] = {}
     if "teacher" in method.needs():
         assert given.teacher is not None
