@@ -93,14 +93,6 @@ def split_experts(model: nn.Module, inside: str = "") -> list[str]:
     return paths
 
 
-def fuse_experts(model: nn.Module) -> list[str]:
-    """Fuse all split experts of a model in place; returns their paths."""
-    split = {path: child for path, child in model.named_modules() if isinstance(child, SplitExperts)}
-    for path, child in split.items():
-        model.set_submodule(path, child.to_fused())
-    return list(split)
-
-
 def _linear(weight: torch.Tensor, trains: bool) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=trains)

@@ -207,16 +207,6 @@ def zeroed(inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] |
     return choose
 
 
-def masked(remove: Tensor) -> Choose:
-    """Pick 0 where a given mask [out, in] says so."""
-
-    def choose(start: int, block: Tensor, columns: int) -> Pick:
-        keep = (~remove[:, start : start + len(block)]).t().float().contiguous()
-        return lambda k, column: column * keep[k]
-
-    return choose
-
-
 def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> None:
     """Sweep one block in place: part and error [columns, out], inverse the block's own square of U.
 
