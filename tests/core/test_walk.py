@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import modelwright as mw
+from modelwright.core import data as texts
 from modelwright.core import statistics as sums
 from modelwright.core import stream, walk
 from modelwright.core.find import find
@@ -245,6 +246,35 @@ def test_large_embedding_is_read_row_by_row(small, text, tmp_path, monkeypatch):
     assert set(some) == {"model.embed_tokens.weight"}
     assert "model.embed_tokens.weight" not in whole
     assert torch.equal(outputs(found.module), outputs(expected.module))
+
+
+@pytest.mark.parametrize("on_disk", [True, False], ids=["streamed", "in memory"])
+def test_a_resumed_step_repeats_the_notes_of_blocks_that_were_finished(on_disk, small, text, tmp_path, monkeypatch):
+    method = Gptq(group=32, bits={"mlp.*": 4})
+
+    def notes(work):
+        given = Given(data=texts.read(str(text)), samples=4, length=32, work=work)
+        model = mw.open(small)
+        if on_disk:
+            stream.write(model, method, given, tmp_path / f"{work.name}-out")
+        else:
+            walk.change(model, method, given)
+        return given.notes
+
+    whole = notes(tmp_path / "whole")
+    assert len(whole) >= 4
+    keep = walk.Resident.keep
+
+    def killed(self, depth, *rest):
+        if depth == 2:
+            raise KeyboardInterrupt
+        keep(self, depth, *rest)
+
+    monkeypatch.setattr(walk.Resident, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        notes(tmp_path / "broken")
+    monkeypatch.setattr(walk.Resident, "keep", keep)
+    assert notes(tmp_path / "broken") == whole
 
 
 def test_seed_and_place_alone_decide_random_numbers():

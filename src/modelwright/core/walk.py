@@ -341,8 +341,8 @@ class Resident:
 
     # Resume: with a work folder, every finished block is kept there.
 
-    def keep(self, depth: int) -> None:
-        """Store a finished block in the work folder."""
+    def keep(self, depth: int, notes: Sequence[str] = ()) -> None:
+        """Store a finished block in the work folder, with the notes that were made of it."""
         if self.work is None:
             return
         block = self.stack[depth]
@@ -351,14 +351,16 @@ class Resident:
             for name, value in block.state_dict().items():
                 out.add(prefix + name, value)
             out.write_json("layers.json", {prefix + name: text for name, text in loading.described(block).items()})
+            out.write_json("notes.json", {"notes": list(notes)})
 
-    def restore(self, depth: int) -> bool:
-        """Put a block that was finished before back in place; say whether there was one."""
+    def restore(self, depth: int, notes: list[str]) -> bool:
+        """Put a block that was finished before back in place, and add its notes; say whether there was one."""
         if self.work is None or not (self.work / f"block-{depth:05d}").is_dir():
             return False
         kept = Checkpoint(self.work / f"block-{depth:05d}")
         loading.install(self.module, json.loads((kept.path / "layers.json").read_text("utf-8")))
         fill(self.module, kept.names, kept.read)
+        notes += json.loads((kept.path / "notes.json").read_text("utf-8"))["notes"]
         return True
 
     def enter(self, batches: Sequence[Batch]) -> None:
@@ -533,8 +535,9 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     for depth in track(range(walk.depths), method.name()):
         inside = f"{walk.path}.{depth}"
         walk.load(depth)
+        before = len(notes)
         with split_experts(walk.module, inside + "."):
-            if not walk.restore(depth):
+            if not walk.restore(depth, notes):
                 sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
                 chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
                 groups = walk.anatomy.stages([site.role for site, _ in chosen]) if method.stages else [[s.role for s, _ in chosen]]
@@ -543,7 +546,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                     if now:
                         statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth), stop=True)  # type: ignore[misc]
                         _change_stage(walk.module, method, now, statistics, given)
-                walk.keep(depth)
+                walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
             walk.states = list(walk.run_block(depth))
         walk.finish(depth)
