@@ -277,6 +277,27 @@ def test_a_resumed_step_repeats_the_notes_of_blocks_that_were_finished(on_disk, 
     assert notes(tmp_path / "broken") == whole
 
 
+def test_a_layer_that_cannot_be_made_from_the_config_is_named_in_the_notes(small, text, tmp_path, monkeypatch):
+    kind = type(mw.open(small).module.model.rotary_emb)
+    make = kind.__init__
+
+    def other(self, config):
+        if torch.empty(0).is_meta:  # the module is made so; the layer by itself is not
+            make(self, config)
+        else:
+            raise TypeError("it takes a size as well")
+
+    model = mw.open(small)
+    monkeypatch.setattr(kind, "__init__", other)
+    given = Given()
+    assert not stream.possible(model, Gptq(), given.notes)
+    assert len(given.notes) == 1
+    assert "model.rotary_emb" in given.notes[0]
+    assert "it takes a size as well" in given.notes[0]
+    assert stream.possible(model, Magnitude(), given.notes)
+    assert len(given.notes) == 1
+
+
 def test_seed_and_place_alone_decide_random_numbers():
     one, two = Given(seed=1).rng("a.weight"), Given(seed=1).rng("a.weight")
     assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=two))

@@ -27,8 +27,11 @@ from .weights import Checkpoint, Writer
 LARGE = 1 << 25  # bytes from which a tensor is read in parts, by methods that can
 
 
-def possible(model: Model, method: Method) -> bool:
-    """Whether the method can stream this model: it lies on disk, and its files name what the module names."""
+def possible(model: Model, method: Method, notes: list[str] | None = None) -> bool:
+    """Whether the method can stream this model: it lies on disk, and its files name what the module names.
+
+    A layer that stands in the way is named in `notes`.
+    """
     if model.checkpoint is None or model.folder is None or (model.folder / "adapter_config.json").is_file():
         return False
     if not isinstance(method, (TensorMethod, LayerMethod, BlockMethod)):
@@ -40,7 +43,12 @@ def possible(model: Model, method: Method) -> bool:
         site.depth is None for site, _ in walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method)
     ):
         return False  # what lies outside the blocks is copied, not worked on
-    return isinstance(method, TensorMethod) or (anatomy_of(skeleton).blocks(skeleton) is not None and revive(skeleton, model.config))
+    if isinstance(method, TensorMethod) or anatomy_of(skeleton).blocks(skeleton) is None:
+        return isinstance(method, TensorMethod)
+    why = revive(skeleton, model.config)
+    if why and notes is not None:
+        notes.append(f"{method.name()} held all of {model.name} in memory and did not stream it: {why}")
+    return not why
 
 
 def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite: bool = False) -> Model:
@@ -88,8 +96,8 @@ def disk_names(checkpoint: Checkpoint, module: nn.Module) -> dict[str, str | Non
     return found
 
 
-def revive(module: nn.Module, config: Any) -> bool:
-    """Make the buffers that no file holds (rotary frequencies, position ids) real; say whether that worked."""
+def revive(module: nn.Module, config: Any) -> str:
+    """Make the buffers that no file holds (rotary frequencies, position ids) real; say what prevents it, "" if nothing does."""
     stored = set(module.state_dict())
     for path, layer in list(module.named_modules()):
         lost = [leaf for leaf, value in layer._buffers.items()
@@ -98,11 +106,11 @@ def revive(module: nn.Module, config: Any) -> bool:
             continue
         try:
             fresh = type(layer)(config)
-        except Exception:
-            return False
-        for leaf in lost:
-            layer._buffers[leaf] = fresh._buffers[leaf]
-    return True
+            made = {leaf: fresh._buffers[leaf] for leaf in lost}
+        except (TypeError, AttributeError, KeyError, ValueError) as error:  # it takes more than the config, or another one
+            return f"the buffers of {path or 'the model'} cannot be made from the config alone ({type(error).__name__}: {error})"
+        layer._buffers.update(made)
+    return ""
 
 
 # Tensor level

@@ -91,7 +91,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method and save to `folder`: streaming from disk to disk where that can be, in memory otherwise."""
     from . import stream
 
-    if stream.possible(model, method):
+    if stream.possible(model, method, given.notes):
         return stream.write(model, method, given, folder, overwrite=overwrite)
     change(model, method, given).save(folder, overwrite=overwrite)
     return open(folder)
