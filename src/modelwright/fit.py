@@ -127,8 +127,7 @@ class Job:
         rest, self.held = text.split(HELD)
         self.calibration, scored = rest.split(SCORED)  # so that no step has seen what trials are scored on
         self.given = Given(data=self.calibration, seed=seed, samples=effort.samples, length=effort.length)
-        limit = getattr(model.config, "max_position_embeddings", None) or effort.length
-        length = min(effort.length, limit)
+        length = texts.within(model.config, effort.length)
         rows = texts.windows(Given(data=scored).ids(model), length)
         if len(rows) < 4:
             raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 import modelwright as mw
+from modelwright.core import data as texts
+from modelwright.core import statistics as sums
 from modelwright.core import stream, walk
 from modelwright.core.find import find
 from modelwright.core.given import Given
@@ -16,6 +19,7 @@ from modelwright.core.method import LayerMethod
 from modelwright.core.model import Model
 from modelwright.core.tiny import outputs, tiny, tiny_inputs
 from modelwright.core.weights import Checkpoint
+from modelwright.maths import second_order
 
 Magnitude, Gptq, Rtn, Wanda = (find(name) for name in ("prune.magnitude", "quantize.gptq", "quantize.rtn", "prune.wanda"))
 
@@ -197,6 +201,101 @@ def test_streamed_walk_holds_one_block(small, text, tmp_path, monkeypatch):
     monkeypatch.setattr(stream.Streamed, "finish", counted)
     mw.apply(small, Gptq(group=32), data=str(text), samples=4, length=32, save=tmp_path / "out")
     assert held[1:] == [{"1"}, {"2"}, {"3"}]
+
+
+def test_a_moment_is_held_no_longer_than_a_matrix_waits_for_it(monkeypatch):
+    made, alive = weakref.WeakSet(), []
+
+    class Watched(second_order.Moment):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.add(self)
+
+    sweep = second_order.sweep
+
+    def counted(*args, **settings):
+        alive.append(len(made))
+        return sweep(*args, **settings)
+
+    monkeypatch.setattr(sums, "Moment", Watched)
+    monkeypatch.setattr(second_order, "sweep", counted)
+    module = tiny("llama")
+    walk.change(Model(name="tiny", module=module), Gptq(group=32), Given(data=[tiny_inputs(module)]))
+    # q, k and v share one, and gate and up; o and down have their own. What is being swept has let go of its own.
+    assert alive == [4, 4, 3, 2, 2, 1, 0] * len(module.model.layers)
+
+
+def test_matrices_that_share_inputs_are_factored_once(monkeypatch):
+    factored = []
+    factor = second_order.inverse_factor
+    monkeypatch.setattr(sums, "inverse_factor", lambda moment, damp: (factored.append(damp), factor(moment, damp))[1])
+    module = tiny("llama")
+    given = Given(data=[tiny_inputs(module)])
+    walk.change(Model(name="tiny", module=module), Gptq(group=32, damp={"attn.k": 0.5, "*": 0.01}), given)
+    assert factored == [0.01, 0.5, 0.01, 0.01, 0.01, 0.01] * len(module.model.layers)
+
+
+def test_large_embedding_is_read_row_by_row(small, text, tmp_path, monkeypatch):
+    expected = mw.apply(small, Gptq(group=32), data=text, length=32, save=tmp_path / "whole")
+    monkeypatch.setattr(stream, "LARGE", 0)
+    read, rows = Checkpoint.read, Checkpoint.read_rows
+    whole, some = [], []
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (whole.append(name), read(self, name))[1])
+    monkeypatch.setattr(Checkpoint, "read_rows", lambda self, name, *at: (some.append(name), rows(self, name, *at))[1])
+    found = mw.apply(small, Gptq(group=32), data=text, length=32, save=tmp_path / "rows")
+    assert set(some) == {"model.embed_tokens.weight"}
+    assert "model.embed_tokens.weight" not in whole
+    assert torch.equal(outputs(found.module), outputs(expected.module))
+
+
+@pytest.mark.parametrize("on_disk", [True, False], ids=["streamed", "in memory"])
+def test_a_resumed_step_repeats_the_notes_of_blocks_that_were_finished(on_disk, small, text, tmp_path, monkeypatch):
+    method = Gptq(group=32, bits={"mlp.*": 4})
+
+    def notes(work):
+        given = Given(data=texts.read(str(text)), samples=4, length=32, work=work)
+        model = mw.open(small)
+        if on_disk:
+            stream.write(model, method, given, tmp_path / f"{work.name}-out")
+        else:
+            walk.change(model, method, given)
+        return given.notes
+
+    whole = notes(tmp_path / "whole")
+    assert len(whole) >= 4
+    keep = walk.Resident.keep
+
+    def killed(self, depth, *rest):
+        if depth == 2:
+            raise KeyboardInterrupt
+        keep(self, depth, *rest)
+
+    monkeypatch.setattr(walk.Resident, "keep", killed)
+    with pytest.raises(KeyboardInterrupt):
+        notes(tmp_path / "broken")
+    monkeypatch.setattr(walk.Resident, "keep", keep)
+    assert notes(tmp_path / "broken") == whole
+
+
+def test_a_layer_that_cannot_be_made_from_the_config_is_named_in_the_notes(small, text, tmp_path, monkeypatch):
+    kind = type(mw.open(small).module.model.rotary_emb)
+    make = kind.__init__
+
+    def other(self, config):
+        if torch.empty(0).is_meta:  # the module is made so; the layer by itself is not
+            make(self, config)
+        else:
+            raise TypeError("it takes a size as well")
+
+    model = mw.open(small)
+    monkeypatch.setattr(kind, "__init__", other)
+    given = Given()
+    assert not stream.possible(model, Gptq(), given.notes)
+    assert len(given.notes) == 1
+    assert "model.rotary_emb" in given.notes[0]
+    assert "it takes a size as well" in given.notes[0]
+    assert stream.possible(model, Magnitude(), given.notes)
+    assert len(given.notes) == 1
 
 
 def test_seed_and_place_alone_decide_random_numbers():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from modelwright.maths.divergence import jensen_shannon, mixed_kl
+from modelwright.maths.divergence import mixed_kl
 
 
 def logits(*rows):
@@ -26,11 +26,6 @@ def test_skew_kl_equals_the_sum_worked_by_hand():
     mix = [0.1 * 0.5 + 0.9 * 0.25, 0.1 * 0.5 + 0.9 * 0.75]
     by_hand = sum(0.5 * math.log(0.5 / m) for m in mix)
     assert mixed_kl(p, q, 0.1).item() == pytest.approx(by_hand, abs=1e-6)
-
-
-def test_jensen_shannon_of_certain_opposites_is_log_two():
-    p, q = logits([1.0, 0.0]), logits([0.0, 1.0])
-    assert jensen_shannon(p, q).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_temperature_divides_the_logits():
@@ -58,18 +53,6 @@ def test_skew_kl_falls_to_zero_as_the_weight_rises_to_one():
     assert values == sorted(values, reverse=True)
     assert values[-1] < 1e-5
     assert mixed_kl(p, q, 1.0) == 0
-
-
-def test_jensen_shannon_at_one_half_is_symmetric_and_below_log_two():
-    p, q = pair()
-    assert torch.allclose(jensen_shannon(p, q), jensen_shannon(q, p))
-    assert jensen_shannon(20 * p, 20 * q) <= math.log(2)
-
-
-def test_jensen_shannon_has_forward_and_reverse_kl_at_its_ends():
-    p, q = pair()
-    assert torch.equal(jensen_shannon(p, q, 0), mixed_kl(p, q))
-    assert torch.equal(jensen_shannon(p, q, 1), mixed_kl(q, p))
 
 
 def test_masked_positions_do_not_count():

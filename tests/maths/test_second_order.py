@@ -1,11 +1,15 @@
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from modelwright.core.errors import SiteError
 from modelwright.maths import second_order
 from modelwright.maths.masks import lowest
 from modelwright.maths.rounding import decode, encode, scales
-from modelwright.maths.second_order import inverse_factor, masked, rounded, sweep, zeroed
+from modelwright.maths.second_order import Moment, inverse_factor, rounded, sweep, zeroed
 
 
 @pytest.fixture
@@ -19,6 +23,16 @@ def layer():
 
 def damped(moment, damp):
     return moment.double() + damp * moment.diagonal().mean().double() * torch.eye(len(moment))
+
+
+def masked(remove):
+    """Pick 0 where a given mask [out, in] says so."""
+
+    def choose(start, block, columns):
+        keep = (~remove[:, start : start + len(block)]).t().float().contiguous()
+        return lambda k, column: column * keep[k]
+
+    return choose
 
 
 def cost(weight, result, moment):
@@ -214,3 +228,66 @@ def test_inputs_are_unchanged_and_the_dtype_is_kept(layer):
     assert result.is_contiguous()
     assert torch.equal(weight, before)
     assert torch.equal(moment, before_moment)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside it that are alive at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = [], 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        self.made += [weakref.ref(one) for one in tree_leaves(out) if isinstance(one, torch.Tensor)]
+        self.made = [one for one in self.made if one() is not None]
+        alive = {one().untyped_storage().data_ptr(): one().untyped_storage().nbytes() for one in self.made}
+        self.most = max(self.most, sum(alive.values()))
+        return out
+
+
+def moment_of(inputs):
+    moment = Moment(inputs.shape[1])
+    moment.add(inputs)
+    return moment
+
+
+@pytest.mark.parametrize("width", [7, 192, 500, 1100])
+def test_a_moment_in_strips_is_that_of_the_square(width):
+    inputs = torch.randn(2 * width, width, generator=torch.Generator().manual_seed(1))
+    moment = moment_of(inputs)
+    square = moment.square()
+    assert torch.allclose(square, inputs.T @ inputs, atol=1e-2)
+    assert torch.equal(moment.diagonal(), square.diagonal())
+    assert torch.equal(moment.reversed_upper().triu(), square.flip(0, 1).triu())
+    assert torch.equal(inverse_factor(moment)[0], inverse_factor(square)[0])
+
+
+def test_a_moment_holds_half_of_the_square():
+    assert sum(strip.nbytes for strip in Moment(1920).strips) == pytest.approx(0.55 * 4 * 1920**2)
+
+
+@pytest.mark.parametrize("width", [3, 512, 700, 1100])
+def test_turning_in_place_mirrors_at_the_antidiagonal(width):
+    upper = torch.randn(width, width, generator=torch.Generator().manual_seed(2)).triu()
+    expected = upper.flip(0, 1).T.clone()
+    second_order._turn(upper)
+    assert torch.equal(upper, expected)
+
+
+def test_factoring_needs_one_square_beside_the_moment():
+    width = 2048
+    moment = moment_of(torch.randn(2 * width, width, generator=torch.Generator().manual_seed(3)))
+    with Held() as held:
+        inverse_factor(moment)
+    assert 1 <= held.most / (4 * width**2) < 1.4  # two would do for the usual way
+
+
+def test_a_moment_that_only_the_call_holds_is_freed_before_the_inverse(layer, monkeypatch):
+    moments = [moment_of(layer[0])]
+    strip = weakref.ref(moments[0].strips[0])
+    seen = []
+    invert = second_order._invert
+    monkeypatch.setattr(second_order, "_invert", lambda upper: (seen.append(strip() is None), invert(upper)))
+    inverse_factor(moments.pop(), 0.01)
+    assert seen[0]

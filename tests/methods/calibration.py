@@ -9,6 +9,7 @@ from torch import Tensor
 from modelwright.core.contract import letters
 from modelwright.core.model import Model, open
 from modelwright.core.statistics import Statistics
+from modelwright.maths.second_order import STRIP, Moment
 
 TEXT = ["the quick brown fox jumps over the lazy dog, and then the dog jumps over the fox. " * 40]
 
@@ -34,7 +35,9 @@ def with_moment(moment: Tensor) -> Statistics:
     """Statistics whose second moment is this matrix [in, in]."""
     statistics = Statistics(len(moment), ("norm", "moment"))
     statistics.tokens = 1
-    statistics._moment, statistics._square = moment.clone(), moment.diagonal().clone()
+    statistics._moment, statistics._square = Moment(len(moment)), moment.diagonal().clone()
+    for start, strip in zip(range(0, len(moment), STRIP), statistics._moment.strips, strict=True):
+        strip.copy_(moment[start : start + STRIP, start:])
     return statistics
 
 

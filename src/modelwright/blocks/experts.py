@@ -85,20 +85,12 @@ def is_fused(module: Any) -> bool:
     return names == {"gate_up_proj", "down_proj"} and hasattr(module, "act_fn") and module.down_proj.ndim == 3
 
 
-def split_experts(model: nn.Module) -> list[str]:
-    """Split all fused experts of a model in place; returns their paths."""
-    paths = [path for path, child in model.named_modules() if is_fused(child)]
+def split_experts(model: nn.Module, inside: str = "") -> list[str]:
+    """Split all fused experts of a model whose paths begin with `inside`, in place; returns their paths."""
+    paths = [path for path, child in model.named_modules() if path.startswith(inside) and is_fused(child)]
     for path in paths:
         model.set_submodule(path, SplitExperts.from_fused(model.get_submodule(path)))
     return paths
-
-
-def fuse_experts(model: nn.Module) -> list[str]:
-    """Fuse all split experts of a model in place; returns their paths."""
-    split = {path: child for path, child in model.named_modules() if isinstance(child, SplitExperts)}
-    for path, child in split.items():
-        model.set_submodule(path, child.to_fused())
-    return list(split)
 
 
 def _linear(weight: torch.Tensor, trains: bool) -> nn.Linear:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from modelwright.anatomy import anatomy_of
+from modelwright.blocks.experts import split_experts
 
 from . import data as texts
 from . import describe, find, plan, recipe, stream, tiny, walk
@@ -391,8 +392,7 @@ def check_bytes_are_as_predicted(case: Case) -> None:
     if issubclass(case.cls, TrainMethod) or "adapters" in case.cls.wants:
         raise NotApplicable("the method stores what was stored before")
     empty = emptied(case.model().module)
-    for name in [name for name, layer in empty.named_modules() if walk.is_fused(layer)]:
-        empty.set_submodule(name, walk.SplitExperts.from_fused(empty.get_submodule(name)))
+    split_experts(empty)
     model = case.applied()
     with torch.no_grad():
         predicted, _ = plan.predict(empty, case.method(), Given())
@@ -421,9 +421,7 @@ def check_gpu_equals_cpu(case: Case) -> None:
 def state(model: Model) -> dict[str, Tensor]:
     """All tensors that the model stores, experts apart, cloned."""
     module = copy.deepcopy(model.module)
-    base = unwrapped(module)
-    for name in [name for name, layer in base.named_modules() if walk.is_fused(layer)]:
-        base.set_submodule(name, walk.SplitExperts.from_fused(base.get_submodule(name)))
+    split_experts(unwrapped(module))
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 
 

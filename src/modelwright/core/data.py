@@ -114,6 +114,11 @@ def windows(ids: Tensor, length: int) -> Tensor:
     return ids[: count * length].view(count, length)
 
 
+def within(config: Any, length: int) -> int:
+    """`length` in tokens, or the longest context that a model's config allows where that is less."""
+    return min(length, getattr(config, "max_position_embeddings", None) or length)
+
+
 def fits(largest: int, vocabulary: int) -> None:
     """Raise ModelError when the token id `largest` lies outside a model's `vocabulary`."""
     if largest >= vocabulary:

@@ -58,8 +58,7 @@ class Given:
         """Calibration batches of model inputs; text becomes whole windows of tokens, spread over all of it."""
         if self.data is None or not isinstance(self.data, texts.Text):
             return list(self.data or [])
-        limit = getattr(model.config, "max_position_embeddings", None) or self.length
-        rows = texts.windows(self.ids(model), min(self.length, limit))
+        rows = texts.windows(self.ids(model), texts.within(model.config, self.length))
         if len(rows) > self.samples:
             rows = rows[torch.linspace(0, len(rows) - 1, self.samples).round().long()]
         return [{"input_ids": part} for part in rows.split(8)]

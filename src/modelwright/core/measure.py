@@ -208,14 +208,13 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
         raise NeedError(
             f"{model.name} has no tokenizer, so its perplexity on text cannot be measured. Copy tokenizer.json beside its weights."
         )
-    limit = getattr(model.config, "max_position_embeddings", None) or length
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=config.vocab_size)
     size = sum(len(document.encode()) for document in text.documents)
     if most_tokens is not None and len(ids) > most_tokens:
         ids = ids[:most_tokens]
         size = len(model.tokenizer.decode(ids, skip_special_tokens=True).encode())
-    losses, counts = window_losses(model.module, ids, min(length, limit))
+    losses, counts = window_losses(model.module, ids, texts.within(model.config, length))
     tokens = int(counts.sum())
     mean = float(losses.sum()) / tokens
     if not math.isfinite(mean):
@@ -240,8 +239,7 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
 def speed(model: Model, prompt: int = 256, new: int = 32, repeats: int = 3) -> dict[str, Any]:
     """Prefill and decode tokens per second at batch 1, the median of `repeats`, and joules per token if known."""
     module, config = model.module, model.config
-    limit = (getattr(config, "max_position_embeddings", None) or prompt + new) - new
-    ids = torch.randint(0, config.vocab_size, (1, min(prompt, limit)), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, config.vocab_size, (1, texts.within(config, prompt + new) - new), generator=torch.Generator().manual_seed(0))
     ids = ids.to(next(module.parameters()).device)
     prefill, decode = [], []
     energy = Energy()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-STRIP = 192  # inputs whose moments are added up together
+from modelwright.maths.second_order import Moment, inverse_factor
 
 
 class Statistics:
@@ -30,10 +30,12 @@ class Statistics:
         self._sum = zeros("mean")
         self._absolute = zeros("absolute")
         self._largest = zeros("largest")
-        self._moment: Tensor | None = None  # made when the first inputs come
+        self._moment: Moment | None = None  # made when the first inputs come
         self._device = device
         self._gathers_moment = "moment" in wanted
         self._complete = False  # whether the moment is a mean by now
+        self.sharers = 0  # matrices with these inputs that are still to be worked on, where that is counted
+        self._factor: tuple[float, tuple[Tensor, Tensor, float]] | None = None
 
     def add(self, x: Tensor) -> None:
         """Count the rows of x [..., in]."""
@@ -50,10 +52,8 @@ class Statistics:
         if self._gathers_moment:
             assert not self._complete, "the moment has been read, so no inputs can be added"
             if self._moment is None:
-                self._moment = torch.zeros(self.inputs, self.inputs, device=self._device)
-            for start in range(0, self.inputs, STRIP):  # from the diagonal on; `moment` fills in the other half
-                stop = start + STRIP
-                self._moment[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+                self._moment = Moment(self.inputs, self._device)
+            self._moment.add(x)
 
     @property
     def norm(self) -> Tensor:
@@ -83,22 +83,45 @@ class Statistics:
 
     @property
     def moment(self) -> Tensor:
-        """Second moment E[x xᵀ] [in, in], not centred; not a copy, and afterwards nothing can be added."""
-        assert self._gathers_moment, "the method reads a statistic that it does not name in `gathers`"
-        if self._moment is None:
-            self._moment = torch.zeros(self.inputs, self.inputs, device=self._device)
-        if not self._complete:
-            self._complete = True
-            self._moment /= max(self.tokens, 1)
-            for start in range(STRIP, self.inputs, STRIP):
-                stop = start + STRIP
-                self._moment[start:stop, :start] = self._moment[:start, start:stop].T
-        return self._moment
+        """Second moment E[x xᵀ] [in, in], not centred; a copy, and afterwards nothing can be added."""
+        return self._mean_moment().square()
+
+    def inverse_factor(self, damp: float) -> tuple[Tensor, Tensor, float]:
+        """`second_order.inverse_factor` of the moment; not to be changed. To be called once for each matrix.
+
+        It is found once for all sharers; on the call for the last of them, everything is let go.
+        """
+        self.sharers -= 1
+        if self._factor and self._factor[0] == damp:
+            factor = self._factor[1]
+        else:
+            factor = inverse_factor(self._let_go() if self.sharers == 0 else self._mean_moment(), damp)
+        if self.sharers > 0:
+            self._factor = damp, factor
+        elif self.sharers == 0:
+            self._moment = self._factor = None
+        return factor
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
-        held = (self._square, self._sum, self._absolute, self._largest, self._moment)
-        return all(bool(part.isfinite().all()) for part in held if part is not None)
+        held = (self._square, self._sum, self._absolute, self._largest)
+        sums = all(bool(part.isfinite().all()) for part in held if part is not None)
+        return sums and (self._moment is None or self._moment.finite())
+
+    def _let_go(self) -> Moment:
+        """The moment, of which the caller becomes the only holder."""
+        moment = self._mean_moment()
+        self._moment = self._factor = None
+        return moment
+
+    def _mean_moment(self) -> Moment:
+        assert self._gathers_moment, "the method reads a statistic that it does not name in `gathers`"
+        if self._moment is None:
+            self._moment = Moment(self.inputs, self._device)
+        if not self._complete:
+            self._complete = True
+            self._moment.divide(max(self.tokens, 1))
+        return self._moment
 
     def _mean_of(self, total: Tensor | None) -> Tensor:
         assert total is not None, "the method reads a statistic that it does not name in `gathers`"

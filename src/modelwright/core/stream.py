@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, removal
 from modelwright.blocks._stored import Stored
-from modelwright.blocks.experts import SplitExperts, is_fused
+from modelwright.blocks.experts import split_experts
 
 from . import loading, walk
 from .errors import WeightsError
@@ -28,8 +28,11 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
 LARGE = 1 << 20  # bytes from which a tensor is read in parts, by methods that can
 
 
-def possible(model: Model, method: Method) -> bool:
-    """Whether the method can stream this model: it lies on disk, and its files name what the module names."""
+def possible(model: Model, method: Method, notes: list[str] | None = None) -> bool:
+    """Whether the method can stream this model: it lies on disk, and its files name what the module names.
+
+    A layer that stands in the way is named in `notes`.
+    """
     if model.checkpoint is None or model.folder is None or (model.folder / "adapter_config.json").is_file():
         return False
     if not isinstance(method, (TensorMethod, LayerMethod, BlockMethod)):
@@ -43,7 +46,12 @@ def possible(model: Model, method: Method) -> bool:
         site.depth is None for site, _ in walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method)
     ):
         return False  # what lies outside the blocks is copied, not worked on
-    return isinstance(method, TensorMethod) or (anatomy_of(skeleton).blocks(skeleton) is not None and revive(skeleton, model.config))
+    if isinstance(method, TensorMethod) or anatomy_of(skeleton).blocks(skeleton) is None:
+        return isinstance(method, TensorMethod)
+    why = revive(skeleton, model.config)
+    if why and notes is not None:
+        notes.append(f"{method.name()} held all of {model.name} in memory and did not stream it: {why}")
+    return not why
 
 
 def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite: bool = False) -> Model:
@@ -68,8 +76,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
 def split_skeleton(model: Model) -> nn.Module:
     """The empty module with every expert's matrices apart, as files have them."""
     skeleton = empty_module(model.config)
-    for name in [name for name, layer in skeleton.named_modules() if is_fused(layer)]:
-        skeleton.set_submodule(name, SplitExperts.from_fused(skeleton.get_submodule(name)))
+    split_experts(skeleton)
     return skeleton
 
 
@@ -93,8 +100,8 @@ def disk_names(checkpoint: Checkpoint, module: nn.Module) -> dict[str, str | Non
     return found
 
 
-def revive(module: nn.Module, config: Any) -> bool:
-    """Make the buffers that no file holds (rotary frequencies, position ids) real; say whether that worked."""
+def revive(module: nn.Module, config: Any) -> str:
+    """Make the buffers that no file holds (rotary frequencies, position ids) real; say what prevents it, "" if nothing does."""
     stored = set(module.state_dict())
     for path, layer in list(module.named_modules()):
         lost = [leaf for leaf, value in layer._buffers.items()
@@ -103,11 +110,11 @@ def revive(module: nn.Module, config: Any) -> bool:
             continue
         try:
             fresh = type(layer)(config)
-        except Exception:
-            return False
-        for leaf in lost:
-            layer._buffers[leaf] = fresh._buffers[leaf]
-    return True
+            made = {leaf: fresh._buffers[leaf] for leaf in lost}
+        except (TypeError, AttributeError, KeyError, ValueError) as error:  # it takes more than the config, or another one
+            return f"the buffers of {path or 'the model'} cannot be made from the config alone ({type(error).__name__}: {error})"
+        layer._buffers.update(made)
+    return ""
 
 
 # Tensor level
@@ -197,14 +204,30 @@ class Streamed(walk.Resident):
         self.depths = len(self.stack)
         self.names = disk_names(self.checkpoint, split_skeleton(model))
         self.outside = [name for name in self.names if not name.startswith(f"{self.path}.")]
+        self._hooks: list[Any] = []
 
     def load_outside(self, *, head: bool = True) -> None:
-        heads = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"}
-        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in heads], self._read)
+        """Have the tensors outside the blocks ready; without the head, large embeddings are read row by row as they are used."""
+        left = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"} | self._embed_from_disk()
+        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in left], self._read)
         if hasattr(self.module, "tie_weights"):
             self.module.tie_weights()  # type: ignore[operator]
 
+    def _embed_from_disk(self) -> set[str]:
+        """Let every large embedding read the rows that it is asked for; returns the names of their tables."""
+        names = set()
+        for site in self.anatomy.sites(self.module):
+            table, found = self.module.get_submodule(site.module), self.names.get(site.name)
+            if site.role == "embed" and isinstance(table, nn.Embedding) and found and self.checkpoint.nbytes(found) > LARGE:
+                before, after = _row_hooks(self.checkpoint, found, table.weight, table.padding_idx)
+                self._hooks += [table.register_forward_pre_hook(before), table.register_forward_hook(after)]
+                names.add(site.name)
+        return names
+
     def free_outside(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
 
     def load(self, depth: int) -> None:
@@ -228,7 +251,26 @@ class Streamed(walk.Resident):
         return self.checkpoint.read(found)
 
 
+def _row_hooks(checkpoint: Checkpoint, name: str, whole: Tensor, padding: int | None) -> tuple[Any, Any]:
+    """What an embedding does before and after its forward so that it needs only the rows it is asked for, as stored under `name`."""
+
+    def before(table: nn.Embedding, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if not args:  # asked by keyword
+            table.weight = nn.Parameter(checkpoint.read(name), requires_grad=False)
+            return None
+        ids, places = args[0].unique(return_inverse=True)
+        rows = torch.cat([checkpoint.read_rows(name, row, row + 1) for row in ids.tolist()])
+        table.weight, table.padding_idx = nn.Parameter(rows, requires_grad=False), None
+        return places, *args[1:]
+
+    def after(table: nn.Embedding, *_: Any) -> None:
+        table.weight, table.padding_idx = whole, padding
+
+    return before, after
+
+
 def _write_layers(model: Model, method: LayerMethod, given: Given, folder: Path, overwrite: bool) -> None:
+    _own_pages()
     work = given.work or Path(tempfile.mkdtemp(prefix=f"{folder.name}.work-", dir=_existing_parent(folder)))
     try:
         passage = Streamed(model, work)
@@ -274,6 +316,15 @@ def _reuse_memory() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(M_TRIM_THRESHOLD, 1 << 26)
         library.mallopt(M_MMAP_THRESHOLD, 1 << 24)
+
+
+def _own_pages() -> None:
+    """Give every tensor of a megabyte or more pages of its own from now on, which go back to the system when it is freed.
+
+    The C library would raise that size to 32 MB as it goes, and keep what is smaller.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _give_back() -> None:

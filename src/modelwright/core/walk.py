@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
-from modelwright.blocks.experts import SplitExperts, is_fused
 from modelwright.maths.slices import Sliced
 
 from . import data as texts
@@ -92,7 +92,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method and save to `folder`: streaming from disk to disk where that can be, in memory otherwise."""
     from . import stream
 
-    if stream.possible(model, method):
+    if stream.possible(model, method, given.notes):
         return stream.write(model, method, given, folder, overwrite=overwrite)
     change(model, method, given).save(folder, overwrite=overwrite)
     return open(folder)
@@ -291,13 +291,11 @@ def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[
 @contextlib.contextmanager
 def split_experts(module: nn.Module, inside: str = "") -> Iterator[None]:
     """Give every expert matrices of its own; afterwards, put those that are still dense back into their stacks."""
-    names = [name for name, layer in module.named_modules() if name.startswith(inside) and is_fused(layer)]
-    for name in names:
-        module.set_submodule(name, SplitExperts.from_fused(module.get_submodule(name)))
+    names = experts.split_experts(module, inside)
     yield
     for name in names:
         layer = module.get_submodule(name)
-        assert isinstance(layer, SplitExperts)
+        assert isinstance(layer, experts.SplitExperts)
         if not any(isinstance(part, Stored) for part in layer.modules()):
             module.set_submodule(name, layer.to_fused())
 
@@ -365,8 +363,8 @@ class Resident:
 
     # Resume: with a work folder, every finished block is kept there.
 
-    def keep(self, depth: int) -> None:
-        """Store a finished block in the work folder."""
+    def keep(self, depth: int, notes: Sequence[str] = ()) -> None:
+        """Store a finished block in the work folder, with the notes that were made of it."""
         if self.work is None:
             return
         block = self.stack[depth]
@@ -375,14 +373,16 @@ class Resident:
             for name, value in block.state_dict().items():
                 out.add(prefix + name, value)
             out.write_json("layers.json", {prefix + name: text for name, text in loading.described(block).items()})
+            out.write_json("notes.json", {"notes": list(notes)})
 
-    def restore(self, depth: int) -> bool:
-        """Put a block that was finished before back in place; say whether there was one."""
+    def restore(self, depth: int, notes: list[str]) -> bool:
+        """Put a block that was finished before back in place, and add its notes; say whether there was one."""
         if self.work is None or not (self.work / f"block-{depth:05d}").is_dir():
             return False
         kept = Checkpoint(self.work / f"block-{depth:05d}")
         loading.install(self.module, json.loads((kept.path / "layers.json").read_text("utf-8")))
         fill(self.module, kept.names, kept.read)
+        notes += json.loads((kept.path / "notes.json").read_text("utf-8"))["notes"]
         return True
 
     def enter(self, batches: Sequence[Batch]) -> None:
@@ -493,6 +493,7 @@ def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable
         weight = weight_of(walk.module, site)
         assert weight is not None
         collector = found[site.name] = Statistics(weight[0].numel(), gathers, weight.device)
+        collector.sharers = 1
         if isinstance(layer, nn.Conv2d):
             handles.append(layer.register_forward_pre_hook(_convolution_hook(collector)))
         else:
@@ -515,6 +516,8 @@ def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         x, mask = args[0], walk.masks[turn["batch"]]
         if turn["input"] is not None and turn["input"][0] is x and turn["input"][1] == x._version and own.tokens == 0:
+            if found[name] is own:
+                turn["input"][2].sharers += 1
             found[name] = turn["input"][2]
         else:
             assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
@@ -554,8 +557,9 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     for depth in track(range(walk.depths), method.name()):
         inside = f"{walk.path}.{depth}"
         walk.load(depth)
+        before = len(notes)
         with split_experts(walk.module, inside + "."):
-            if not walk.restore(depth):
+            if not walk.restore(depth, notes):
                 sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
                 chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
                 groups = walk.anatomy.stages([site.role for site, _ in chosen]) if method.stages else [[s.role for s, _ in chosen]]
@@ -564,7 +568,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                     if now:
                         statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth), stop=True)  # type: ignore[misc]
                         _change_stage(walk.module, method, now, statistics, given)
-                walk.keep(depth)
+                walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
             walk.states = list(walk.run_block(depth))
         walk.finish(depth)
@@ -683,10 +687,10 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
 
 def _train(model: Model, method: TrainMethod, given: Given) -> None:
     shared = {name.name for name in dataclasses.fields(training.Training)} - {"seed", "length"}
-    limit = getattr(model.config, "max_position_embeddings", None) or method.length
     settings = training.Training(
-        **{name: getattr(method, name) for name in shared if hasattr(method, name)}, seed=given.seed, length=min(method.length, limit)
-    )
+        **{name: getattr(method, name) for name in shared if hasattr(method, name)},
+        seed=given.seed, length=texts.within(model.config, method.length),
+    )  # fmt: skip
     extras: dict[str, Any] = {}
     if "teacher" in method.needs():
         assert given.teacher is not None

@@ -28,20 +28,6 @@ def mixed_kl(a_logits: Tensor, b_logits: Tensor, w: float = 0.0, temperature: fl
     return _mean((log_a.exp() * ratio).sum(-1), mask)
 
 
-def jensen_shannon(p_logits: Tensor, q_logits: Tensor, beta: float = 0.5, temperature: float = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Generalised Jensen-Shannon divergence of the target p and the model q, in nats, a scalar.
-
-    By convention β = 0 is the forward KL(p ‖ q) and β = 1 the reverse KL(q ‖ p), although the limit there is 0.
-    """
-    if beta == 0:
-        return mixed_kl(p_logits, q_logits, 0.0, temperature, mask)
-    if beta == 1:
-        return mixed_kl(q_logits, p_logits, 0.0, temperature, mask)
-    one = mixed_kl(p_logits, q_logits, beta, temperature, mask)
-    other = mixed_kl(q_logits, p_logits, 1 - beta, temperature, mask)
-    return beta * one + (1 - beta) * other
-
-
 def _mixture(log_a: Tensor, log_b: Tensor, w: float) -> Tensor:
     """log(w·a + (1−w)·b); where both are impossible the result is −inf with a zero gradient."""
     neither = torch.isinf(log_a) & torch.isinf(log_b)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
 NORM = 2.4  # the power of the error that it minimises
+ROWS = 256  # whose codes are found together, so that no float copy of all of them is made
 
 
 def scales(
@@ -56,7 +57,12 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
 
     weight [out, in], scale and zero [out, groups] as `scales` gives them.
     """
-    return _codes(_grouped(weight, scale.shape[1]), scale, zero, bits).to(torch.int8).view(weight.shape)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    for start in range(0, len(weight), ROWS):
+        part = slice(start, start + ROWS)
+        own = _codes(_grouped(weight[part], scale.shape[1]), scale[part], None if zero is None else zero[part], bits)
+        codes[part] = own.view(-1, weight.shape[1])
+    return codes
 
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:

@@ -25,12 +25,61 @@ Choose = Callable[[int, Tensor, int], Pick]
 
 LEAF = 32  # columns whose updates are applied one at a time
 TRIES = 6  # dampings that are tried, each ten times the last
+STRIP = 192  # rows of a moment that are held together
+TILE = 512  # rows and columns that are moved together
 
 
-def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, float]:
+class Moment:
+    """Second moment Σ x xᵀ [in, in] of inputs x, of which only strips of rows from the diagonal on are held.
+
+    That is half the memory of the square. Strip k is H[k · STRIP : (k + 1) · STRIP, k · STRIP :], in float32.
+    """
+
+    def __init__(self, inputs: int, device: torch.device | str = "cpu"):
+        self.inputs, self.device = inputs, device
+        self.strips = [torch.zeros(min(STRIP, inputs - start), inputs - start, device=device) for start in range(0, inputs, STRIP)]
+
+    def add(self, x: Tensor) -> None:
+        """Add xᵀ x of the rows of x [tokens, in] float32."""
+        for start, strip in zip(range(0, self.inputs, STRIP), self.strips, strict=True):
+            strip.addmm_(x[:, start : start + STRIP].T, x[:, start:])
+
+    def divide(self, count: int) -> None:
+        """Divide by a count, in place."""
+        for strip in self.strips:
+            strip /= count
+
+    def diagonal(self) -> Tensor:
+        """[in]."""
+        return torch.cat([strip.diagonal() for strip in self.strips])
+
+    def finite(self) -> bool:
+        """Whether it holds no NaN or infinity."""
+        return all(bool(strip.isfinite().all()) for strip in self.strips)
+
+    def square(self) -> Tensor:
+        """All of H [in, in]: a copy."""
+        square = torch.empty(self.inputs, self.inputs, device=self.device)
+        for start, strip in zip(range(0, self.inputs, STRIP), self.strips, strict=True):
+            square[start:, start : start + STRIP] = strip.T
+            square[start : start + STRIP, start:] = strip
+        return square
+
+    def reversed_upper(self) -> Tensor:
+        """H with rows and columns in reverse [in, in], of which only the upper triangle is filled: a copy."""
+        turned = torch.empty(self.inputs, self.inputs, device=self.device)
+        for start, strip in zip(range(0, self.inputs, STRIP), self.strips, strict=True):
+            stop, first = self.inputs - start, self.inputs - start - len(strip)
+            turned[:first, first:stop] = strip[:, len(strip) :].T.flip(0, 1)
+            turned[first:stop, first:stop] = strip[:, : len(strip)].flip(0, 1)
+        return turned
+
+
+def inverse_factor(moment: Tensor | Moment, damp: float = 0.01) -> tuple[Tensor, Tensor, float]:
     """Factor the inverse of a damped second moment.
 
-    moment: H [in, in], symmetric, at any positive scale. damp: added to the diagonal, as a fraction of its mean.
+    moment: H [in, in], symmetric, at any positive scale; a `Moment` that only the call holds is freed on the way.
+    damp: added to the diagonal, as a fraction of its mean.
 
     Returns (U, dead, damp used): U upper triangular [in, in] float32 with (H + damp · mean(diag H) · I)⁻¹ = Uᵀ U;
     `dead` [in], the columns that no input has reached, whose weights mean nothing; the damping, raised tenfold as
@@ -51,17 +100,16 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
     live = torch.where(dead, mean, diagonal).flip(0)
     used = damp
     for _ in range(TRIES):
-        reversed_ = moment.flip(0, 1).float()
+        reversed_ = moment.reversed_upper() if isinstance(moment, Moment) else moment.flip(0, 1).float()
         reversed_.diagonal().copy_(live + used * mean)
         lower = reversed_.mT  # in the layout that LAPACK works on in place
         failed = torch.empty((), dtype=torch.int32, device=moment.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
-            inverse = lower.flip(0, 1)
-            del reversed_, lower  # memory is tight where `in` is large
-            inverse = inverse.contiguous()
-            _invert(inverse)
-            return inverse, dead, used
+            del moment, lower  # memory is tight where `in` is large
+            _turn(reversed_)
+            _invert(reversed_)
+            return reversed_, dead, used
         used = max(used * 10, 1e-4)
     raise SiteError(
         f"The second moment [{len(dead)}, {len(dead)}] of a layer's inputs has no inverse, even with {used / 10:g} of "
@@ -69,13 +117,22 @@ def inverse_factor(moment: Tensor, damp: float = 0.01) -> tuple[Tensor, Tensor, 
     )
 
 
-def sweep(weight: Tensor, inverse: Tensor, choose: Choose, *, dead: Tensor | None = None, block: int = 128) -> tuple[Tensor, float]:
+def sweep(
+    weight: Tensor,
+    inverse: Tensor,
+    choose: Choose,
+    *,
+    dead: Tensor | None = None,
+    block: int = 128,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, float]:
     """Replace each column in turn by what `choose` picks, and pass its error on to the columns after it.
 
     weight: W [out, in] of any float dtype. inverse: U [in, in] from `inverse_factor`. dead: [in], columns that are 0
-    from the start. block: columns between calls of `choose`, and between updates of all the rest.
+    from the start. block: columns between calls of `choose`, and between updates of all the rest. dtype: of the
+    result, which float32 leaves a transposed view; by default weight's, and contiguous.
 
-    Returns (Q [out, in] in weight's dtype, Σ e² = tr((W - Q) H_damped (W - Q)ᵀ)). W is not changed.
+    Returns (Q [out, in], Σ e² = tr((W - Q) H_damped (W - Q)ᵀ)). W is not changed.
     """
     rows, columns = weight.shape
     result = torch.empty(columns, rows, dtype=torch.float32, device=weight.device)
@@ -92,7 +149,8 @@ def sweep(weight: Tensor, inverse: Tensor, choose: Choose, *, dead: Tensor | Non
         loss += torch.linalg.vector_norm(error, dtype=torch.float64) ** 2
         if stop < columns:
             result[stop:].addmm_(inverse[start:stop, stop:].t(), error, alpha=-1)
-    return result.t().to(weight.dtype, memory_format=torch.contiguous_format), loss.item()
+    layout = torch.contiguous_format if dtype is None else torch.preserve_format
+    return result.t().to(dtype or weight.dtype, memory_format=layout), loss.item()
 
 
 def rounded(scale: Tensor, zero: Tensor | None, bits: int, order: Tensor | None = None) -> Choose:
@@ -149,16 +207,6 @@ def zeroed(inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] |
     return choose
 
 
-def masked(remove: Tensor) -> Choose:
-    """Pick 0 where a given mask [out, in] says so."""
-
-    def choose(start: int, block: Tensor, columns: int) -> Pick:
-        keep = (~remove[:, start : start + len(block)]).t().float().contiguous()
-        return lambda k, column: column * keep[k]
-
-    return choose
-
-
 def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> None:
     """Sweep one block in place: part and error [columns, out], inverse the block's own square of U.
 
@@ -188,6 +236,21 @@ def _sweep_columns(
             part[k + 1 : stop].addr_(inverse[k, k + 1 : stop], errors[k], alpha=-1)
 
 
+def _turn(upper: Tensor) -> None:
+    """Mirror an upper triangular matrix at its antidiagonal in place, so that entry (i, j) changes with (n-1-j, n-1-i)."""
+    size = len(upper)
+    steps = range(0, size, TILE)
+    for i in steps:
+        for j in steps:
+            if j > i or size - j <= i:  # done from the other side, or below the diagonal
+                continue
+            one = upper[i : i + TILE, max(0, size - j - TILE) : size - j]
+            other = upper[j : j + TILE, max(0, size - i - TILE) : size - i]
+            held = one.T.flip(0, 1)
+            one.copy_(other.T.flip(0, 1))
+            other.copy_(held)
+
+
 def _invert(upper: Tensor) -> None:
     """Invert an upper triangular matrix in place, by halves: most of the work is in matrix products."""
     size = len(upper)
@@ -197,4 +260,6 @@ def _invert(upper: Tensor) -> None:
     half = size // 2
     _invert(upper[:half, :half])
     _invert(upper[half:, half:])
-    upper[:half, half:] = upper[:half, :half] @ upper[:half, half:] @ -upper[half:, half:]
+    for start in range(0, half, TILE):  # from the top: the rows above, already changed, meet only zeros
+        rows = slice(start, min(start + TILE, half))
+        upper[rows, half:] = (upper[rows, :half] @ upper[:half, half:] @ upper[half:, half:]).neg_()

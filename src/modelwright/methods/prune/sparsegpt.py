@@ -32,7 +32,7 @@ class SparseGpt(LayerPruner):
     def prune(self, weight: Tensor, statistics: Statistics) -> Tensor:
         if not self.pattern and not self.sparsity:
             return weight
-        inverse, dead, _ = second_order.inverse_factor(statistics.moment, self.damp)
+        inverse, dead, _ = statistics.inverse_factor(self.damp)
         pattern = (self.pattern.keep, self.pattern.of) if self.pattern else None
         choose = second_order.zeroed(inverse, self.sparsity, pattern=pattern)
         return second_order.sweep(weight, inverse, choose, dead=dead, block=self.columns)[0]

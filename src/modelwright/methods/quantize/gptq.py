@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from modelwright.core.method import LayerMethod
@@ -33,15 +34,19 @@ class Gptq(IntegerQuantizer, LayerMethod):
     columns: int = count(128, unit="columns")  # between updates of all later columns
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
-        moment = statistics.moment
         scale, zero = rounding.scales(weight, self.bits, self.group_of(weight.shape[1]), symmetric=self.symmetric, mse=self.search)
-        places = moment.diagonal().argsort(descending=True, stable=True) if self.order else None
-        if places is not None:
-            moment = moment[places][:, places]
-        inverse, dead, _ = second_order.inverse_factor(moment, self.damp)
+        places = None
+        if self.order:
+            moment = statistics.moment
+            places = moment.diagonal().argsort(descending=True, stable=True)
+            inverse, dead, _ = second_order.inverse_factor(moment[places[:, None], places], self.damp)
+            del moment
+        else:
+            inverse, dead, _ = statistics.inverse_factor(self.damp)
         ordered = weight if places is None else weight[:, places]
         pick = second_order.rounded(scale, zero, self.bits, places)
-        values, _ = second_order.sweep(ordered.float(), inverse, pick, dead=dead, block=self.columns)
+        values, _ = second_order.sweep(ordered, inverse, pick, dead=dead, block=self.columns, dtype=torch.float32)
+        del inverse
         if places is not None:
             values = values[:, places.argsort()]
         return self.packed(rounding.encode(values, scale, zero, self.bits), scale, zero)
