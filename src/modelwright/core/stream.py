@@ -58,7 +58,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method from the model's folder to a new one."""
     given.refuse_lacking(method)
     walk.refuse_marks(model, method)
-    _reuse_memory()
+    _steady_memory()
     with torch.no_grad():
         if isinstance(method, TensorMethod):
             _write_tensors(model, method, given, folder, overwrite)
@@ -270,7 +270,6 @@ def _row_hooks(checkpoint: Checkpoint, name: str, whole: Tensor, padding: int | 
 
 
 def _write_layers(model: Model, method: LayerMethod, given: Given, folder: Path, overwrite: bool) -> None:
-    _own_pages()
     work = given.work or Path(tempfile.mkdtemp(prefix=f"{folder.name}.work-", dir=_existing_parent(folder)))
     try:
         passage = Streamed(model, work)
@@ -307,24 +306,16 @@ def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: 
         _write_beside(out, model, method, given, shorter.config.to_dict(), loading.quantization_config(shorter))  # type: ignore[union-attr, operator]
 
 
-def _reuse_memory() -> None:
-    """Have the C library use a slice's memory again for the next one, up to 64 MB.
+def _steady_memory() -> None:
+    """Have the C library reuse the memory of slices, and give that of whole tensors back to the system when they go.
 
-    Else it gives it back and the system clears it anew for every slice, which takes longer than the arithmetic.
+    Left alone, it clears every slice's memory anew, which takes longer than the arithmetic, and keeps tensors of up
+    to 32 MB. Holds for the process from now on.
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
         library = ctypes.CDLL(None)
         library.mallopt(M_TRIM_THRESHOLD, 1 << 26)
-        library.mallopt(M_MMAP_THRESHOLD, 1 << 24)
-
-
-def _own_pages() -> None:
-    """Give every tensor of a megabyte or more pages of its own from now on, which go back to the system when it is freed.
-
-    The C library would raise that size to 32 MB as it goes, and keep what is smaller.
-    """
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        library.mallopt(M_MMAP_THRESHOLD, (1 << 20) + (1 << 16))  # a slice in float64 takes a little more than 1 << 20
 
 
 def _give_back() -> None:
