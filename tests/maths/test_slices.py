@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modelwright.maths import slices
-from modelwright.maths.slices import Sliced, each, flat
+from modelwright.maths.slices import Joined, Sliced, each, flat
 
 
 @pytest.fixture(autouse=True, params=[1, 3], ids=["one thread", "three threads"])
@@ -68,3 +68,11 @@ def test_a_sliced_tensor_is_the_whole_one():
 def test_a_scalar_and_an_empty_tensor():
     assert Sliced((), torch.float32, lambda at: torch.ones(1)).whole().shape == ()
     assert Sliced((0, 3), torch.float32, lambda at: torch.ones(1)).whole().shape == (0, 3)
+
+
+def test_joined_tensors_are_read_across_their_borders():
+    parts = [torch.arange(7.0), torch.arange(12.0).view(3, 4), torch.ones(()), torch.arange(25.0)]
+    joined, whole = Joined(parts), torch.cat([part.reshape(-1) for part in parts])
+    assert joined.shape == (45,)
+    for at in [*slices.slices(45), slice(0, 45), slice(5, 21), slice(7, 8), slice(19, 20)]:
+        assert torch.equal(joined[at], whole[at])

@@ -28,6 +28,7 @@ from . import describe, find, plan, recipe, stream, tiny, walk
 from .errors import MethodError, ModelwrightError, NeedError, SettingError, SiteError
 from .given import Given
 from .method import (
+    DRIVEN,
     MARKS,
     STATUSES,
     AdapterMethod,
@@ -220,10 +221,10 @@ def check_bad_values_are_refused(cls: type[Method]) -> None:
 
 
 def check_missing_needs_are_named(cls: type[Method]) -> None:
-    for need in set(cls.needs()) - {"rng"}:
+    for need in set(cls.needs()) - DRIVEN:
         sentences = Given().lacking(cls)
         assert any(cls.name() in text for text in sentences), f"{need} is missing and nothing says so"
-    if set(cls.needs()) - {"rng"}:
+    if set(cls.needs()) - DRIVEN:
         try:
             walk.change(Case(cls, "llama").model(), cls(**cls.small), Given())
         except NeedError:

@@ -7,7 +7,7 @@ import typing
 from typing import Any, Literal
 
 from . import find
-from .method import NEEDS, Method, fields_of, plain, setting_texts
+from .method import DRIVEN, NEEDS, Method, fields_of, plain, setting_texts
 from .recipe import GIVEN
 from .settings import Pattern, describe_kind
 
@@ -18,7 +18,7 @@ def page(name: str) -> str:
     text = find.page(name).text
     lines = [name, "=" * len(name), "", (cls.__doc__ or "").strip(), "", text, ""]
     lines += [f"Level: {cls.level}.  Status: {cls.status}."]
-    needs = [need for need in cls.needs() if need != "rng"]
+    needs = [need for need in cls.needs() if need not in DRIVEN]
     lines += ["Needs: " + (", ".join(needs) if needs else "nothing but the model") + "."]
     for label, marks in (("Wants", cls.wants), ("Leaves", cls.leaves), ("Drops", cls.drops)):
         if marks:

@@ -42,7 +42,9 @@ NEEDS: dict[str, str] = {
     "tokenizer": "a tokenizer; the model's folder has none",
     "requests": "edit requests. Add `requests:` to the step",
     "rng": "a random generator",
+    "survey": "what `survey` found over all tensors",
 }
+DRIVEN = frozenset({"rng", "survey"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
@@ -158,6 +160,13 @@ class TensorMethod(SiteMethod):
     level: ClassVar[str] = "tensor"
     in_parts: ClassVar[bool] = False  # only reads slices of its flattened inputs: they may be `core.weights.OnDisk`
     verb: ClassVar[str] = "tensor"
+
+    def survey(self, weight: Any, donors: list[Any]) -> Any:
+        """What the verb must know of all tensors before the first, for methods whose verb asks for `survey`.
+
+        weight, donors: all chosen tensors of the model and of each donor, as one vector each (`maths.slices.Joined`).
+        """
+        raise AssertionError(f"{self.name()} asks for a survey and writes none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -138,6 +138,7 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
         found = walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method, given.notes)
         chosen = {name: (site, local) for site, local in found if (name := names.get(site.name))}
         biases = {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
+    surveyed = walk.survey(method, given, lambda found: [_files(found).on_disk(name) for name in chosen], model)
     with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
         for name in track(checkpoint.names, method.name()):
             _give_back()
@@ -155,7 +156,8 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
                 found = source.read(name)
                 return found.T if site.transposed else found
 
-            result = walk.call(local, read(checkpoint), site, walk.needed(local, given, site, lambda donor: read(files[id(donor)])))
+            extras = walk.needed(local, given, site, lambda donor: read(files[id(donor)]), surveyed)
+            result = walk.call(local, read(checkpoint), site, extras)
             with_it = biases.get(name)
             if not isinstance(result, Stored):
                 out.add(name, result.T if site.transposed else result)  # type: ignore[union-attr, arg-type]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
-from modelwright.maths.slices import Sliced
+from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
 from . import loading, training
@@ -217,18 +217,29 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
              for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
         )  # fmt: skip
         sites = everything(module) if method.every else anatomy_of(module).sites(module)
-        for site, local in track(choose(module, sites, method, given.notes), method.name()):
-            weight = weight_of(module, site)
-            if weight is None:
+        chosen = []
+        for site, local in choose(module, sites, method, given.notes):
+            if weight_of(module, site) is None:
                 given.notes.append(_left_out(method, module, site))
-                continue
+            else:
+                chosen.append((site, local))
 
-            def read(model: Model, site: Site = site) -> Tensor:
-                found = unwrapped(model.module).get_parameter(site.name).data
-                return found.T if site.transposed else found
+        def read(model: Model, site: Site) -> Tensor:
+            found = unwrapped(model.module).get_parameter(site.name).data
+            return found.T if site.transposed else found
 
-            result = call(local, weight, site, needed(local, given, site, read))
+        surveyed = survey(method, given, lambda model: [read(model, site) for site, _ in chosen], model)
+        for site, local in track(chosen, method.name()):
+            weight = read(model, site)
+            result = call(local, weight, site, needed(local, given, site, lambda donor, site=site: read(donor, site), surveyed))  # type: ignore[misc]
             put(module, site, result.whole() if isinstance(result, Sliced) else result)
+
+
+def survey(method: TensorMethod, given: Given, read: Callable[[Model], Sequence[Any]], model: Model) -> Any:
+    """What a method that asks for it finds over all tensors; `read` gives those of a model."""
+    if "survey" not in method.needs():
+        return None
+    return method.survey(Joined(read(model)), [Joined(read(donor)) for donor in given.donors])
 
 
 def call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
@@ -246,7 +257,8 @@ def _dense(result: Result, site: Site) -> Tensor:
     raise SiteError(f"{site.name} is not a plain matrix, so it cannot become a stored layer. Leave it out with `skip: {site.role}`.")
 
 
-def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tensor]) -> dict[str, Any]:
+def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tensor], surveyed: Any = None) -> dict[str, Any]:
+    """What a tensor verb asks for beside the weight; `read` gives another model's tensor for the same site."""
     extras: dict[str, Any] = {}
     for need in local.needs():
         if need == "rng":
@@ -256,6 +268,8 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
         elif need == "base":
             assert given.base is not None
             extras[need] = read(given.base)
+        elif need == "survey":
+            extras[need] = surveyed
     return extras
 
 

@@ -6,9 +6,11 @@ of one on disk, a read; of a result, the formula on the same slices of its input
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -56,6 +58,25 @@ class Sliced:
         for at, part in zip(slices(flat.numel()), self, strict=True):
             flat[at] = part
         return result
+
+
+class Joined:
+    """Tensors one after another as one vector, read by slices; of the first one's dtype."""
+
+    def __init__(self, parts: Sequence[Entries]):
+        self.ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
+        self.shape, self.dtype = (self.ends[-1],), parts[0].dtype
+        self._values = [flat(part) for part in parts]
+
+    def __getitem__(self, at: slice) -> Tensor:
+        found, start = [], at.start
+        number = bisect.bisect_right(self.ends, start)
+        while start < at.stop:
+            begin = self.ends[number - 1] if number else 0
+            stop = min(at.stop, self.ends[number])
+            found.append(self._values[number](slice(start - begin, stop - begin)).to(self.dtype))
+            start, number = stop, number + 1
+        return torch.cat(found)
 
 
 def flat(tensor: Entries) -> Values:

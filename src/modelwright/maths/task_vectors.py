@@ -34,6 +34,17 @@ def trimmed(values: Values, count: int, keep: float) -> Values:
     return without_lowest(values, count, removed) if removed else values
 
 
+def least_of_largest(values: Values, count: int, keep: float) -> float:
+    """The least size among the int(keep · count) values that are largest in size; infinite when that is none."""
+    largest = min(count, int(keep * count))
+    return find_cut(lambda at: -values(at).abs(), count, largest).value * -1 if largest else math.inf
+
+
+def without_below(values: Values, count: int, least: float) -> Values:
+    """Values smaller in size than `least` become 0."""
+    return lambda at: hardshrink(values(at), math.nextafter(least, 0.0))
+
+
 def without_lowest(values: Values, count: int, removed: int) -> Values:
     """The `removed` smallest in size become 0."""
     cut = find_cut(lambda at: values(at).abs(), count, removed)

@@ -108,3 +108,21 @@ def test_donors_of_another_shape_and_a_wrong_number_of_weights_are_refused():
         mw.apply(tiny(), Ties(), donors=[tiny(intermediate_size=96)])
     with pytest.raises(SettingError, match="1 weights for 2 donors"):
         mw.apply(tiny(), Ties(weights=[1]), donors=[tiny(), tiny()])
+
+
+def test_over_the_whole_model_all_tensors_compete():
+    model, donor = tiny(seed=1), tiny(seed=5)
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    with torch.no_grad():
+        for number, value in enumerate(donor.parameters()):
+            value.mul_(1 + number)
+    changes = torch.cat([(donor.get_parameter(name) - value).flatten() for name, value in before.items()]).abs()
+    least = changes.topk(int(0.2 * len(changes))).values.min()
+    mw.apply(model, Ties(scope="model"), donors=[donor])
+    for name, value in before.items():
+        change = donor.get_parameter(name) - value
+        assert torch.equal(model.get_parameter(name) != value, (change.abs() >= least) & (change != 0)), name
+
+
+def test_over_one_tensor_both_scopes_are_alike():
+    assert torch.equal(merged(Ties(scope="model"), BASE, DONORS), merged(Ties(), BASE, DONORS))

@@ -1,19 +1,18 @@
 """Trim each change, elect a sign, average what agrees.
 
 Yadav, Tam, Choshen, Raffel, Bansal 2023, arXiv:2306.01708, algorithm 1.
-Differs: trims tensor by tensor, not over the whole model, so that tensors stream from disk; signs are elected on the
-weighted changes (the paper: raw_votes: true), and what agrees is divided by the sum of its weights, as mergekit does
-(equal weights: the paper). Where the changes cancel exactly, plus is elected, as in mergekit; the paper's code takes
-the sign of most entries.
+Differs: trims tensor by tensor, as mergekit does (the paper: scope: model); signs are elected on the weighted changes
+(the paper: raw_votes: true), and what agrees is divided by the sum of its weights, as mergekit does (equal weights: the
+paper). Where the changes cancel exactly, plus is elected, as in mergekit; the paper's code takes the sign of most entries.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from modelwright.maths.slices import Entries, Sliced
-from modelwright.maths.task_vectors import trimmed
+from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.task_vectors import delta, least_of_largest, trimmed, without_below
 from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
 
 
@@ -27,5 +26,19 @@ class Ties(SparseTaskVectors):
     normalize: bool = True  # divide by the sum of the weights that agree
     consensus: bool = True  # at each entry, only donors whose change has the elected sign count
 
-    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
+    scope: Literal["tensor", "model"] = "tensor"  # in which the largest changes are sought
+
+    def survey(self, weight: Entries, donors: list[Entries]) -> list[float] | None:
+        """The size that a change of each donor must reach, when all tensors compete."""
+        if self.scope == "tensor":
+            return None
+        count = weight.shape[0]
+        return [
+            least_of_largest(delta(flat(weight), flat(donor)), count, keep)
+            for donor, keep in zip(donors, self.keeps(len(donors)), strict=True)
+        ]
+
+    def tensor(self, weight: Entries, donors: list[Entries], survey: list[float] | None) -> Sliced:
+        if survey:
+            return self.added(weight, donors, [counted(without_below, least=least) for least in survey])
         return self.added(weight, donors, [counted(trimmed, keep=keep) for keep in self.keeps(len(donors))])
