@@ -164,6 +164,7 @@ def fit(
     save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("small"),
     quick: Annotated[bool, typer.Option("--quick", help="A short search.")] = False,
     trials: Annotated[int | None, typer.Option(min=1, help="How many recipes to try.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Calibration tokens of a trial; the rest of the work follows.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -172,13 +173,14 @@ def fit(
 ) -> None:
     """Find the best model within a budget, recover it, and write it with a report."""
     from . import report
-    from .core.model import open as opened
     from .core.progress import silence
     from .fit import fit as fitted
 
     with silence(quiet):
-        source = opened(model, trust_remote_code=trust_remote_code)
-        found = fitted(source, budget=budget, data=data, save=save, quick=quick, trials=trials, seed=seed, overwrite=overwrite)
+        found = fitted(
+            model, budget=budget, data=data, save=save, quick=quick, trials=trials, tokens=tokens, seed=seed, overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     if as_json:
         print(json.dumps({"folder": str(found.folder), "table": found.table, "frontier": found.frontier}, indent=2))
         return

@@ -81,6 +81,11 @@ def _plain_name(model: Any) -> Any:
     return str(model) if isinstance(model, Path) else model
 
 
+def placed(name: Any, own: str = "") -> str:
+    """A name in a recipe so that it means the same from any working directory: what lies here gets its whole path."""
+    return str(name) if str(name) == own or not Path(name).exists() else str(Path(name).resolve())
+
+
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, YAML text or a mapping, with `overrides` such as "steps.0.blocks=2".
 
