@@ -86,6 +86,23 @@ def placed(name: Any, own: str = "") -> str:
     return str(name) if str(name) == own or not Path(name).exists() else str(Path(name).resolve())
 
 
+def whole_names(recipe: Recipe) -> Recipe:
+    """The recipe with every model and text in it named so that it runs from any working directory."""
+    model, data = recipe.model.name if isinstance(recipe.model, Model) else recipe.model, recipe.data
+    if isinstance(data, Mapping):
+        data = {**data, "source": placed(data["source"], "corpus")}
+    elif isinstance(data, (str, Path)):
+        data = placed(data, "corpus")
+    steps = []
+    for step in recipe.steps:
+        given = {
+            need: [placed(name, INPUT) for name in value] if isinstance(value, list) else placed(value, INPUT)
+            for need, value in step.given.items()
+        }
+        steps.append(replace(step, given=given))
+    return replace(recipe, model=model if isinstance(model, Mapping) else placed(model, "starter"), data=data, steps=tuple(steps))
+
+
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, YAML text or a mapping, with `overrides` such as "steps.0.blocks=2".
 
@@ -278,7 +295,7 @@ def run(
     assert folder is not None
     with whole_folder(final, overwrite=overwrite) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
-        write_text(partial / "recipe.yaml", recipe.yaml())
+        write_text(partial / "recipe.yaml", whole_names(recipe).yaml())
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
     if not keep_steps and work is None:
