@@ -57,6 +57,7 @@ SCORED = 0.1  # of the rest is what trials are scored on
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 WHOLE = 100_000_000  # parameters up to which a fit spends all tokens of its effort; a larger model gets fewer
+JOURNAL = "study.journal"
 FEWEST = 512  # calibration tokens, however large the model is
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
 PROBES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -255,23 +256,28 @@ def fit(
     job.tell(time.perf_counter() - before)
     sensitivity = probe(job)
     job.forget()
-    found = search(job, sensitivity, started)
-    with one_at_a_time(work, folder):
-        refuse_existing(folder, overwrite=overwrite)
-        return conclude(job, sensitivity, found, started, folder)
+    with shared(work, folder):
+        found = search(job, sensitivity, started)
+        with locked(work / "lock"):  # of several processes, one at a time goes on from here
+            (work / JOURNAL).stat()
+            refuse_existing(folder, overwrite=overwrite)
+            return conclude(job, sensitivity, found, started, folder)
 
 
 @contextlib.contextmanager
-def one_at_a_time(work: Path, folder: Path) -> Iterator[None]:
-    """Of several processes that share a search, one at a time goes on from here.
+def shared(work: Path, folder: Path) -> Iterator[None]:
+    """Inside, another process that works on the same fit may finish it and remove the work folder.
 
     Raises:
-        RecipeError: another has meanwhile finished the fit and removed the work folder.
+        RecipeError: that has happened.
     """
-    with locked(work / "lock"):
-        if not (work / "lock").exists():
-            raise RecipeError(f"Another process that shared this fit has finished it; its result is {folder}.")
+    try:
         yield
+    except OSError:
+        if (work / JOURNAL).exists() or not folder.exists():
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise RecipeError(f"Another process that shared this fit has finished it. The result is {folder}.") from None
 
 
 def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[FrozenTrial], started: float, folder: Path) -> Fitted:
@@ -456,7 +462,7 @@ def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(job.work / "study.journal"), _JournalLock(job.work / "study.journal"))),
+            storage=JournalStorage(JournalFileBackend(str(job.work / JOURNAL), _JournalLock(job.work / JOURNAL))),
             study_name="fit", directions=["minimize", "minimize"], load_if_exists=True,
         )  # fmt: skip
         with bar("search", job.effort.trials) as tick:
