@@ -133,6 +133,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the recipe and predict its cost.")] = False,
     overwrite: Overwrite = False,
     keep_steps: Annotated[bool, typer.Option("--keep-steps", help="Keep the model of every step.")] = False,
+    trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -145,7 +146,9 @@ def run(
     from .core.recipe import run as run_recipe
 
     with silence(quiet):
-        done = run_recipe(str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps)
+        done = run_recipe(
+            str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps, trust_remote_code=trust_remote_code
+        )
     if as_json:
         print(json.dumps({"folder": str(done.model.folder), "account": done.account}, indent=2))
         return

@@ -239,12 +239,14 @@ def run(
     overwrite: bool = False,
     keep_steps: bool = False,
     work: Path | None = None,
+    trust_remote_code: bool = False,
     **others: Any,
 ) -> Run:
     """Run a recipe: `run("recipe.yaml")`, or `run("starter", [Wanda(), ...], data="corpus", save="small/")`.
 
     keep_steps: leave the folders of the steps; work: where they lie, by default beside the result. Runs that share
-    a folder share the steps that they have in common.
+    a folder share the steps that they have in common. trust_remote_code: let the input model's folder run code of its own;
+    a recipe cannot say so itself.
 
     Raises, before work starts, a subclass of ModelwrightError for whatever is missing or cannot be done.
     """
@@ -256,18 +258,21 @@ def run(
 
     from . import plan  # which itself reads recipes
 
+    if trust_remote_code and isinstance(recipe.model, (str, Path)):
+        recipe = replace(recipe, model=open(recipe.model, trust_remote_code=True))
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
     final = Path(recipe.save)
     refuse_existing(final, overwrite=overwrite)
     beside = work or final.absolute().with_name(final.name + ".steps")
     model, given = prepare(recipe)
-    if any(final.resolve() == Path(name).resolve() for name in [recipe.model, *_models_of(recipe)] if isinstance(name, (str, Path))):
+    own = model.folder if isinstance(recipe.model, Model) else recipe.model
+    if any(final.resolve() == Path(name).resolve() for name in [own, *_models_of(recipe)] if isinstance(name, (str, Path))):
         raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
     check_order(recipe, model)
     check_readable(model)
     predicted = plan.plan(recipe).rows
-    source = open(str(model.folder)) if model.folder is not None and not model.changed else copy.deepcopy(model)
+    source = _anew(model)
     key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
     folder: Path | None = None
@@ -404,10 +409,7 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
     """The models that a step names, opened."""
 
     def opened(name: Any) -> Model:
-        if name != INPUT:
-            return open(name)
-        # Steps change models in memory, so the input is opened, or copied, anew.
-        return open(str(source.folder)) if source.folder is not None and not source.changed else copy.deepcopy(source)
+        return open(name) if name != INPUT else _anew(source)
 
     models: dict[str, Any] = {}
     if "donors" in step.given:
@@ -416,6 +418,13 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
         if key in step.given:
             models[key] = opened(step.given[key])
     return models
+
+
+def _anew(model: Model) -> Model:
+    """The model opened, or copied, once more, because steps change models in memory."""
+    if model.folder is None or model.changed:
+        return copy.deepcopy(model)
+    return open(str(model.folder), trust_remote_code=model.trust_remote_code)
 
 
 def model_digest(model: Model) -> str:
