@@ -602,9 +602,11 @@ def candidates_of(job: Job, steps: list[Step]) -> list[tuple[float, Recipe, reci
 def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
     """The steps with distillation before the integers, where structure went, and after them; none where memory is short."""
     settings = {"tokens": job.effort.recover, "batch": 8, "length": job.score_rows.shape[1], "save_every": 50, "learning_rate": 5e-4}
-    recover = Step(find.find("distill.recover").build(settings), {"teacher": INPUT})
     empty = job.model.skeleton()
-    needed = plan.peak(empty, recover.method, job.given, stored_bytes(empty), streaming=False)
+    if sum(value.numel() for value in empty.parameters()) > WHOLE:
+        settings["accumulation"] = 8  # one sequence at a time, to save memory
+    recover = Step(find.find("distill.recover").build(settings), {"teacher": INPUT})
+    needed = training_peak(job, empty, recover.method)
     free = psutil.virtual_memory().available
     if needed > free:
         console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
@@ -615,6 +617,14 @@ def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
             made.append(recover)
         made.append(step)
     return [[*made, recover]]
+
+
+def training_peak(job: Job, empty: nn.Module, method: Any) -> int:
+    """The resident memory that recovery is expected to reach: the plan's, the teacher, and what the backward pass keeps."""
+    shapes = [empty.get_parameter(site.name).shape for site in job.model.sites() if site.depth is not None]
+    kept = sum(shape[-1] + shape[-2] for shape in shapes)  # inputs and outputs of every matrix, for each token
+    tokens = method.batch // method.accumulation * method.length
+    return plan.peak(empty, method, job.given, stored_bytes(empty), streaming=False) + stored_bytes(empty) + 4 * tokens * kept
 
 
 def prompts(job: Job) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import types
 
 import pytest
 
@@ -145,3 +146,16 @@ def test_trust_in_remote_code_reaches_every_opening_of_the_original(small, text,
     fit.fit(str(small), budget="60%", data=text, quick=True, trials=2, save=tmp_path / "out", trust_remote_code=True)
     assert said
     assert all(said)
+
+
+def test_recovery_is_left_out_where_memory_is_short(small, text, tmp_path, monkeypatch, capfd):
+    job = fit.Job(mw.open(str(small)), "small", fit.Budget(1, "1"), str(text), fit.Effort.quick(), 0, tmp_path)
+    steps = [recipe.Step(find.find("quantize.rtn").build({}))]
+    (recovered,) = fit.with_recovery(job, steps)
+    needed = fit.training_peak(job, job.model.skeleton(), recovered[-1].method)
+    parameters = sum(value.numel() for value in job.model.skeleton().parameters())
+    assert needed > 16 * parameters + 2 * measure.stored_bytes(job.model.skeleton())
+    for free, left_out in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(fit.psutil, "virtual_memory", lambda free=free: types.SimpleNamespace(available=free))
+        assert (not fit.with_recovery(job, steps)) is left_out
+    assert "recovery is left out" in " ".join(capfd.readouterr().err.split())
