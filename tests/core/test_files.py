@@ -87,7 +87,7 @@ def test_a_file_is_never_replaced(tmp_path, error):
 
 
 def test_a_writer_finds_what_a_killed_one_moved_away(tmp_path):
-    folder(tmp_path / "there.replaced", "old")
+    folder(tmp_path / ".there.replaced", "old")
     with pytest.raises(WeightsError, match="not empty"):
         Writer(tmp_path / "there")
     assert (tmp_path / "there" / "text").read_text() == "old"

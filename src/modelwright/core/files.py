@@ -2,7 +2,7 @@
 
 A folder is written beside its name, as `<name>.partial`, synced to the disk, and given its name in one step. Where a
 folder had the name, the two change places at once if the system can do that; otherwise the old one waits as
-`<name>.replaced` for a moment, and `restore` gives it its name back should the process be killed there.
+`.<name>.replaced` for a moment, and `restore` gives it its name back should the process be killed there.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def partial_of(final: Path) -> Path:
 
 def replaced_of(final: Path) -> Path:
     """Where what had the name of a folder is for the moment before it is removed."""
-    return final.with_name(final.name + ".replaced")
+    return final.with_name(f".{final.name}.replaced")
 
 
 def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightError] = RecipeError) -> None:
