@@ -4,7 +4,8 @@
     python benchmarks/fit_memory.py --blocks 2       # a dry run
 
 The weights are random, so that only the memory means something. The model is fitted to 90 % in one trial: every phase runs,
-and the most that a search holds does not depend on how many trials it has. Resident memory is read every 20 milliseconds;
+and the most that a search holds does not depend on how many trials it has. The report has
+one continuation, not three. Resident memory is read every 20 milliseconds;
 pages of files that are mapped count. Recovery trains in float32 with AdamW, so it has a limit of its own: fit leaves it
 out where it would not fit into the free memory, and here it is left out.
 """
