@@ -133,6 +133,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the recipe and predict its cost.")] = False,
     overwrite: Overwrite = False,
     keep_steps: Annotated[bool, typer.Option("--keep-steps", help="Keep the model of every step.")] = False,
+    trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
@@ -145,7 +146,9 @@ def run(
     from .core.recipe import run as run_recipe
 
     with silence(quiet):
-        done = run_recipe(str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps)
+        done = run_recipe(
+            str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps, trust_remote_code=trust_remote_code
+        )
     if as_json:
         print(json.dumps({"folder": str(done.model.folder), "account": done.account}, indent=2))
         return
@@ -164,6 +167,7 @@ def fit(
     save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("small"),
     quick: Annotated[bool, typer.Option("--quick", help="A short search.")] = False,
     trials: Annotated[int | None, typer.Option(min=1, help="How many recipes to try.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=64, help="Calibration tokens of a trial; the rest of the work follows.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     overwrite: Overwrite = False,
     trust_remote_code: Trust = False,
@@ -172,13 +176,14 @@ def fit(
 ) -> None:
     """Find the best model within a budget, recover it, and write it with a report."""
     from . import report
-    from .core.model import open as opened
     from .core.progress import silence
     from .fit import fit as fitted
 
     with silence(quiet):
-        source = opened(model, trust_remote_code=trust_remote_code)
-        found = fitted(source, budget=budget, data=data, save=save, quick=quick, trials=trials, seed=seed, overwrite=overwrite)
+        found = fitted(
+            model, budget=budget, data=data, save=save, quick=quick, trials=trials, tokens=tokens, seed=seed, overwrite=overwrite,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
     if as_json:
         print(json.dumps({"folder": str(found.folder), "table": found.table, "frontier": found.frontier}, indent=2))
         return

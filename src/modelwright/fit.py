@@ -5,15 +5,18 @@
 Every trial is a recipe: blocks removed, weights zeroed, matrices factored, integers of some bits, each allotted over
 the blocks by how much the blocks mind. Trials are scored on calibration text alone; the held-out text is read once,
 for the final table. The study lies on disk, so that a killed search goes on and several processes can share it.
+
+A trial streams from disk to disk and is scored as its files have it; the original is in memory only while it is scored,
+probed and measured. So a fit holds one model at a time and the activations of its text. Recovery trains, which takes
+more; it is left out where that does not fit into the memory that is free.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import csv
 import dataclasses
-import fcntl
+import gc
 import io
 import json
 import math
@@ -21,6 +24,7 @@ import os
 import re
 import shutil
 import socket
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -31,7 +35,7 @@ import optuna
 import psutil
 import torch
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from torch import nn
 
@@ -40,8 +44,8 @@ from modelwright.anatomy import anatomy_of, matches
 from . import __version__, report
 from .core import data as texts
 from .core import find, measure, plan, recipe, walk
-from .core.errors import DataError, ModelError, PlanError
-from .core.files import publish, refuse_existing, write_json, write_text
+from .core.errors import DataError, ModelError, PlanError, RecipeError
+from .core.files import locked, publish, refuse_existing, write_json, write_text
 from .core.given import Given
 from .core.model import Model, check_readable, open, stored_bytes, unwrapped, weight_of
 from .core.progress import bar, console, track
@@ -52,6 +56,9 @@ PROBE_EVERY = 3  # of the scored sequences serve for probing
 SCORED = 0.1  # of the rest is what trials are scored on
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
+WHOLE = 100_000_000  # parameters up to which a fit spends all tokens of its effort; a larger model gets fewer
+JOURNAL = "study.journal"
+FEWEST = 512  # calibration tokens, however large the model is
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
 PROBES: dict[str, tuple[str, dict[str, Any]]] = {
     "bits": ("quantize.rtn", {"bits": 3}),
@@ -69,10 +76,41 @@ class Effort:
     score: int = 24  # sequences that trials are scored on
     length: int = 256  # tokens in each
     recover: int = 80_000  # tokens of distillation
+    final: int = 100_000  # tokens that the final table is measured on, at most
+    probes: tuple[str, ...] = ("bits", "rank", "zeros")  # the search asks for the first alone, the report shows all
 
     @classmethod
     def quick(cls) -> Effort:
         return cls(trials=10, samples=16, score=8, recover=16_000)
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens of a trial."""
+        return self.samples * self.length
+
+    def of(self, tokens: int) -> Effort:
+        """The same search on that many calibration tokens, with scoring, recovery and the final table in proportion."""
+        share = tokens / self.tokens
+        length = max(2, min(self.length, tokens // 4))
+        return replace(
+            self,
+            samples=max(1, tokens // length),
+            score=max(2, round(self.score * self.length * share / length)),
+            length=length,
+            recover=max(8 * length, round(self.recover * share)),
+            final=max(16 * length, round(self.final * share)),
+            probes=self.probes if share >= 1 else self.probes[:1],
+        )
+
+    def for_size(self, parameters: int) -> Effort:
+        """The effort for a model of that size: above 100 M parameters, tokens fall with the root of the size.
+
+        So a model of ten times the size takes about three times as long, and its statistics still come from more than a
+        few sequences.
+        """
+        if parameters <= WHOLE:
+            return self
+        return self.of(min(self.tokens, max(FEWEST, round(self.tokens * math.sqrt(WHOLE / parameters)))))
 
 
 @dataclass(frozen=True)
@@ -137,13 +175,37 @@ class Job:
         picked = torch.linspace(0, len(rows) - 1, min(effort.score, len(rows)) + 2).round().long()[1:-1]
         self.score_rows = rows[picked]
         self.given = replace(self.given, data=self.given.batches(model))  # tokenised once for all trials
-        self.depths = len(anatomy_of(model.module).sites(model.module)) and max(s.depths for s in model.sites())
+        sites = model.sites()
+        self.depths = len(sites) and max(site.depths for site in sites)
+        self.roles = {site.role.split(".")[0] for site in sites}
 
     def score(self, module: nn.Module, every: int = 1) -> float:
         """Nats per token on the text that trials are scored on, or on every n-th sequence of it."""
         rows = self.score_rows[::every]
         losses, counts = measure.window_losses(module, rows.flatten(), rows.shape[1])
         return float(losses.sum() / counts.sum())
+
+    def source(self) -> Model:
+        """The original, not read yet; a method that cannot stream changes what it is given, so each use opens its own."""
+        return open(str(self.model.folder), trust_remote_code=self.model.trust_remote_code)
+
+    def forget(self) -> None:
+        """Give the memory of the original back; the next use reads it again."""
+        self.model.forget()
+        gc.collect()  # modules hold each other, so that they would go late
+
+    def tell(self, seconds: float) -> None:
+        """Say what the fit will spend, and how long that takes where the score of the original took these seconds."""
+        effort, scored = self.effort, self.score_rows.numel()
+        probed = self.depths * (2 * len(effort.probes) + 1) * scored / PROBE_EVERY
+        search = effort.trials * (3 * effort.tokens + scored)  # a block runs about three times for its statistics
+        minutes = (probed + search + 2 * effort.final) * seconds / scored / 60
+        time_ = f"{minutes:,.0f} minutes" if minutes < 100 else f"{minutes / 60:,.0f} hours"
+        console.print(
+            f"{effort.trials} trials, each with {effort.tokens:,} tokens of calibration and {scored:,} of scoring; up to "
+            f"{effort.recover:,} tokens of recovery and {effort.final:,} of measuring. At {scored / seconds:,.0f} tokens a second this "
+            f"takes {time_} and the solvers' time; --tokens and --trials set it."
+        )
 
 
 def fit(
@@ -154,14 +216,18 @@ def fit(
     save: str | Path = "small",
     quick: bool = False,
     trials: int | None = None,
+    tokens: int | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Fitted:
     """Find the best model within a budget, recover it by distillation, and write it with a report.
 
     model: a folder, a hub name, or "starter". budget: "40%" of the weight files, "300MB", or "2x" smaller.
     data: text for calibration and, its held-out tenth, for the final table. save: the folder to write: `model/`,
         `recipe.yaml`, `report.html`, `frontier.csv`. trials: how many recipes to try. quick: a short search.
+    tokens: of calibration in every trial; scoring, recovery and the final table change in proportion. By default 12,288
+        (quick: 4,096), and fewer for models above 100 M parameters.
 
     Raises:
         PlanError: no trial meets the budget; the text says which came nearest.
@@ -170,32 +236,47 @@ def fit(
     refuse_existing(folder, overwrite=overwrite)
     effort = Effort.quick() if quick else Effort()
     effort = replace(effort, trials=trials) if trials is not None else effort
-    source = open(model)
+    source = open(model, trust_remote_code=trust_remote_code)
     name = source.name
-    if source.folder is None or "packed" in source.marks or "adapters" in source.marks:
+    if source.folder is None or source.changed or "packed" in source.marks or "adapters" in source.marks:
         raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
+    effort = effort.of(tokens) if tokens is not None else effort.for_size(sum(value.numel() for value in source.skeleton().parameters()))
+    source = open(str(source.folder), trust_remote_code=source.trust_remote_code)  # a reader of its own, to forget
     check_readable(source)
-    limits = Budget.parse(budget, measure.disk_bytes(source.folder))
+    limits = Budget.parse(budget, measure.disk_bytes(source.folder))  # type: ignore[arg-type]
     key = recipe._hash(
         __version__, recipe.model_digest(source), texts.digest(texts.read(data)), limits.bytes, dataclasses.asdict(effort), seed
     )
     work = folder.absolute().with_name(f"{folder.name}.fit") / key
     work.mkdir(parents=True, exist_ok=True)
     job = Job(source, name, limits, data, effort, seed, work)
+    before = time.perf_counter()
     started = job.score(source.module)
+    job.tell(time.perf_counter() - before)
     sensitivity = probe(job)
-    found = search(job, sensitivity, started)
-    with one_at_a_time(work):
-        refuse_existing(folder, overwrite=overwrite)
-        return conclude(job, sensitivity, found, started, folder)
+    job.forget()
+    with shared(work, folder):
+        found = search(job, sensitivity, started)
+        with locked(work / "lock"):  # of several processes, one at a time goes on from here
+            (work / JOURNAL).stat()
+            refuse_existing(folder, overwrite=overwrite)
+            return conclude(job, sensitivity, found, started, folder)
 
 
 @contextlib.contextmanager
-def one_at_a_time(work: Path) -> Iterator[None]:
-    """Of several processes that share a search, one at a time goes on from here."""
-    with (work / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def shared(work: Path, folder: Path) -> Iterator[None]:
+    """Inside, another process that works on the same fit may finish it and remove the work folder.
+
+    Raises:
+        RecipeError: that has happened.
+    """
+    try:
         yield
+    except OSError:
+        if (work / JOURNAL).exists() or not folder.exists():
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+        raise RecipeError(f"Another process that shared this fit has finished it. The result is {folder}.") from None
 
 
 def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[FrozenTrial], started: float, folder: Path) -> Fitted:
@@ -204,22 +285,25 @@ def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[Fro
     frontier = [_row(trial) for trial in found]
     chosen, best, result, recovered = settle(job, found, sensitivity)
     console.print("measuring the original and the chosen model on held-out text")
-    table = []
-    for each, label in ((open(name), "original"), (result.model, "chosen")):
+    table, written = [], []
+    for each, label in ((job.model, "original"), (result.model, "chosen")):
         row = {
             "model": label,
             **measure.sizes(each),
-            **measure.quality(each, job.held, job.effort.length, most_tokens=100_000),
+            **measure.quality(each, job.held, job.effort.length, most_tokens=job.effort.final),
             **measure.speed(each),
         }
         table.append(row)
+        written.append([measure.continuation(each, prompt) for prompt in prompts(job)])
+        each.forget()
+        job.forget()
     with_folder = work / "out"
     shutil.rmtree(with_folder, ignore_errors=True)
     with_folder.mkdir()
     shutil.copytree(result.model.folder, with_folder / "model")  # type: ignore[arg-type]
     write_text(with_folder / "recipe.yaml", best.yaml())
     write_text(with_folder / "frontier.csv", as_csv(frontier))
-    samples = [(prompt, measure.continuation(open(name), prompt), measure.continuation(result.model, prompt)) for prompt in prompts(job)]
+    samples = list(zip(prompts(job), *written, strict=True))
     page = report.Page(
         name=name, budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
         sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started, recovered=recovered,
@@ -255,7 +339,7 @@ def probe(job: Job) -> dict[str, dict[str, float]]:
             if sites:
                 found[f"block {depth} {part}"] = {
                     name: _with_weights(job, module, sites, find.find(method).build(settings)) - original
-                    for name, (method, settings) in PROBES.items()
+                    for name, (method, settings) in ((name, PROBES[name]) for name in job.effort.probes)
                 }
         if path is not None:
             found[f"block {depth}"] = {"removed": _without_block(job, module, path, depth) - original}
@@ -346,8 +430,7 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
             zeros |= dict.fromkeys(roles, round(point[f"{part}_sparsity"], 3))
         else:
             bits |= dict.fromkeys(roles, tilted(point[f"{part}_bits"], point["tilt"], [mind.get("bits", 0.0) for mind in minds]))
-    present = {site.role.split(".")[0] for site in job.model.sites()}
-    bits, factors, zeros = ({role: value for role, value in chosen.items() if role in present} for chosen in (bits, factors, zeros))
+    bits, factors, zeros = ({role: value for role, value in chosen.items() if role in job.roles} for chosen in (bits, factors, zeros))
     if factors:
         steps.append(Step(find.find("factor.svd_llm").build({"keep": factors, "multiple": 32})))
     if zeros:
@@ -378,36 +461,72 @@ def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(job.work / "study.journal"))),
+            storage=JournalStorage(JournalFileBackend(str(job.work / JOURNAL), _JournalLock(job.work / JOURNAL))),
             study_name="fit", directions=["minimize", "minimize"], load_if_exists=True,
         )  # fmt: skip
-        _give_up_dead_trials(study)
         with bar("search", job.effort.trials) as tick:
-            while (done := len(_finished(study))) < job.effort.trials:
-                # A sampler of its own for every trial, so that a search that was killed goes on as if it had not been.
-                study.sampler = optuna.samplers.TPESampler(seed=job.seed * 100_003 + done, n_startup_trials=4)
-                fixed = next((start for number, start in enumerate(starts(job.depths)) if number == done), None)
-                if fixed is not None:
-                    study.enqueue_trial(fixed)
-                trial = study.ask()
-                trial.set_user_attr("process", f"{socket.gethostname()}/{os.getpid()}")
+            while len(_finished(study)) < job.effort.trials:
+                with locked(job.work / "asking"):
+                    trial = _next_trial(job, study)
                 point = ask(trial, job.depths)
-                size, score = try_out(job, steps_of(job, point, sensitivity))
+                steps = steps_of(job, point, sensitivity)
+                size, score = try_out(job, steps)
                 trial.set_constraint("budget", size - job.budget.bytes)
-                trial.set_user_attr("steps", ", ".join(repr(step.method) for step in steps_of(job, point, sensitivity)))
+                trial.set_user_attr("steps", ", ".join(repr(step.method) for step in steps))
                 study.tell(trial, (float(size), score))
-                tick(done=done + 1, note=f"{size / job.budget.bytes:.0%} of the budget, {score - original:+.3f} nats")
+                tick(done=len(_finished(study)), note=f"{size / job.budget.bytes:.0%} of the budget, {score - original:+.3f} nats")
         return _finished(study)
 
 
+def _next_trial(job: Job, study: optuna.Study) -> optuna.Trial:
+    """The next trial, marked as this process's own; those of processes that were killed are given up first."""
+    _give_up_dead_trials(study)
+    number = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)))
+    # A sampler of its own for every trial, so that a search that was killed goes on as if it had not been.
+    study.sampler = optuna.samplers.TPESampler(seed=job.seed * 100_003 + number, n_startup_trials=4)
+    fixed = next((start for place, start in enumerate(starts(job.depths)) if place == number), None)
+    if fixed is not None:
+        study.enqueue_trial(fixed)
+    trial = study.ask()
+    trial.set_user_attr("process", f"{socket.gethostname()}/{os.getpid()}")
+    return trial
+
+
+class _JournalLock(JournalFileOpenLock):
+    """The study's lock, held by the kernel for a process: it ends with it, where a lock of optuna's own blocks others for a while.
+
+    A line that a killed process left half written is cut off, so that the next does not join it.
+    """
+
+    def __init__(self, journal: Path):
+        self.journal = journal
+        self.held = contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        self.held.enter_context(locked(self.journal.with_suffix(".lock")))
+        with self.journal.open("ab+") as file:
+            end = file.tell()
+            file.seek(0)
+            if end and (whole := file.read().rfind(b"\n") + 1) < end:
+                file.truncate(whole)
+        return True
+
+    def release(self) -> None:
+        self.held.close()
+
+
 def try_out(job: Job, steps: list[Step]) -> tuple[int, float]:
-    """(bytes, nats per token) of the model after these steps."""
-    model = Model(name=job.name, module=copy.deepcopy(job.model.module), tokenizer=job.model.tokenizer)
-    for step in steps:
-        walk.change(model, step.method, replace(job.given, notes=[]))
-    score = job.score(model.module)
-    header = sum(len(name) + 90 for name in model.module.state_dict())
-    return stored_bytes(model.module) + header, score if math.isfinite(score) else 1e6
+    """(bytes of the weight files, nats per token) of the model after these steps."""
+    folder = job.work / f"trial-{socket.gethostname()}-{os.getpid()}"
+    shutil.rmtree(folder, ignore_errors=True)
+    model = job.source()
+    for number, step in enumerate(steps):
+        model = walk.write(model, step.method, replace(job.given, notes=[]), folder / str(number))
+    size, score = measure.disk_bytes(model.folder), job.score(model.module)  # type: ignore[arg-type]
+    model.forget()
+    gc.collect()
+    shutil.rmtree(folder)
+    return size, score if math.isfinite(score) else 1e6
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -461,8 +580,8 @@ def candidates_of(job: Job, steps: list[Step]) -> list[tuple[float, Recipe, reci
     found = []
     for number, candidate in enumerate([steps, *with_recovery(job, steps)]):
         made = Recipe(
-            model=job.name,
-            data={"source": str(job.data), "held": [HELD, SCORED]},
+            model=recipe.placed(job.name, "starter"),
+            data={"source": recipe.placed(job.data, "corpus"), "held": [HELD, SCORED]},
             samples=job.effort.samples,
             length=job.score_rows.shape[1],
             seed=job.seed,
@@ -470,17 +589,23 @@ def candidates_of(job: Job, steps: list[Step]) -> list[tuple[float, Recipe, reci
             save="again",
         )
         done = recipe.run(
-            replace(made, save=str(job.work / f"candidate{number}")), overwrite=True, keep_steps=True, work=job.work / "steps"
-        )
-        found.append((job.score(open(done.model.folder).module), made, done))  # type: ignore[arg-type]
+            replace(made, model=job.source(), save=str(job.work / f"candidate{number}")),
+            overwrite=True, keep_steps=True, work=job.work / "steps",
+        )  # fmt: skip
+        found.append((job.score(done.model.module), made, done))
+        done.model.forget()
+        gc.collect()
     return found
 
 
 def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
     """The steps with distillation before the integers, where structure went, and after them; none where memory is short."""
     settings = {"tokens": job.effort.recover, "batch": 8, "length": job.score_rows.shape[1], "save_every": 50, "learning_rate": 5e-4}
+    empty = job.model.skeleton()
+    if sum(value.numel() for value in empty.parameters()) > WHOLE:
+        settings["accumulation"] = 8  # one sequence at a time, to save memory
     recover = Step(find.find("distill.recover").build(settings), {"teacher": INPUT})
-    needed = plan.peak(job.model.module, recover.method, job.given, stored_bytes(job.model.module), streaming=False)
+    needed = training_peak(job, empty, recover.method)
     free = psutil.virtual_memory().available
     if needed > free:
         console.print(f"recovery is left out: it would take {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB are free")
@@ -491,6 +616,14 @@ def with_recovery(job: Job, steps: list[Step]) -> list[list[Step]]:
             made.append(recover)
         made.append(step)
     return [[*made, recover]]
+
+
+def training_peak(job: Job, empty: nn.Module, method: Any) -> int:
+    """The resident memory that recovery is expected to reach: the plan's, the teacher, and what the backward pass keeps."""
+    shapes = [empty.get_parameter(site.name).shape for site in job.model.sites() if site.depth is not None]
+    kept = sum(shape[-1] + shape[-2] for shape in shapes)  # inputs and outputs of every matrix, for each token
+    tokens = method.batch // method.accumulation * method.length
+    return plan.peak(empty, method, job.given, stored_bytes(empty), streaming=False) + stored_bytes(empty) + 4 * tokens * kept
 
 
 def prompts(job: Job) -> list[str]:

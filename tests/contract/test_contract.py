@@ -34,6 +34,34 @@ def test_a_method_that_breaks_its_promise_is_found(tmp_path) -> None:
     assert {"promise_is_kept [llama]", "defaults_do_something [llama]", "page_is_complete"} <= failed
 
 
+@pytest.mark.parametrize(
+    ("verb", "reason", "outcome"),
+    [
+        ("return weight", "it changes nothing", "known"),
+        ("raise SiteError('This weight is too odd.')", "too odd", "known"),
+        ("raise SiteError('This weight is too odd.')", "it changes nothing", "failed"),
+        ("raise RuntimeError('it changes nothing')", "it changes nothing", "failed"),
+        ("assert False, 'it changes nothing'", "it changes nothing", "failed"),
+        ("return weight * 0", "it changes nothing", "failed"),
+    ],
+)
+def test_a_known_failure_is_the_checks_own_or_has_the_words_of_the_reason(tmp_path, verb: str, reason: str, outcome: str) -> None:
+    file = tmp_path / "known.py"
+    file.write_text(
+        '"""Fail as it says."""\n'
+        "from dataclasses import dataclass\n"
+        "from modelwright.core.errors import SiteError\n"
+        "from modelwright.core.method import TensorMethod\n"
+        "@dataclass(frozen=True, kw_only=True)\n"
+        "class Known(TensorMethod):\n"
+        '    """Fails as it says."""\n'
+        f"    fails = {{'defaults_do_something': {reason!r}}}\n"
+        "    def tensor(self, weight):\n"
+        f"        {verb}\n"
+    )
+    assert contract.run(find.find(f"{file}:Known"), "defaults_do_something", "llama").outcome == outcome
+
+
 def test_a_file_that_cannot_be_imported_fails_by_name(tmp_path) -> None:
     file = tmp_path / "worse.py"
     file.write_text("import no_such_module\n")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import types
 
 import pytest
 
 import modelwright as mw
 from modelwright import fit
-from modelwright.core import measure, recipe
+from modelwright.core import find, measure, model, recipe
 from modelwright.core.errors import PlanError
 
 
@@ -104,3 +105,57 @@ def fitted_recipe_leaves_it_out(job) -> bool:
 def test_no_trial_within_the_budget_says_the_nearest(small, text, tmp_path):
     with pytest.raises(PlanError, match=r"None of 2 trials meets the budget of 1,000 bytes.*The nearest has [0-9,]+ bytes: Gptq"):
         fit.fit(small, budget=1000, data=text, quick=True, trials=2, save=tmp_path / "out")
+
+
+def test_effort_falls_with_the_root_of_the_size_and_follows_tokens():
+    full = fit.Effort()
+    assert full.for_size(fit.WHOLE) == full
+    large = full.for_size(16 * fit.WHOLE)
+    assert (large.trials, large.tokens, large.length, large.score) == (36, full.tokens // 4, 256, 6)
+    assert (large.recover, large.final, large.probes) == (20_000, 25_000, ("bits",))
+    assert full.for_size(10**15).tokens == fit.FEWEST
+    assert full.of(2 * full.tokens) == fit.Effort(samples=96, score=48, recover=160_000, final=200_000)
+    assert full.of(64).tokens == 64
+
+
+def test_a_search_holds_one_model_and_leaves_the_original_as_it_was(small, text, tmp_path, monkeypatch):
+    """No trial is worked on in the memory of the original, and the original is not there while trials run."""
+    loaded = []
+    job = fit.Job(mw.open(str(small)), "small", fit.Budget(1, "1"), str(text), fit.Effort.quick(), 0, tmp_path)
+    original = job.score(job.model.module)
+    job.forget()
+    score = fit.Job.score
+    monkeypatch.setattr(fit.Job, "score", lambda job, *rest: loaded.append(job.model.loaded) or score(job, *rest))
+    size, found = fit.try_out(job, [recipe.Step(find.find("quantize.rtn").build({"bits": 2}))])
+    assert loaded == [False]
+    assert 0 < size < measure.disk_bytes(small)
+    assert found != original
+    assert job.score(job.model.module) == original
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trust_in_remote_code_reaches_every_opening_of_the_original(small, text, tmp_path, monkeypatch):
+    said = []
+    read_config = model.read_config
+
+    def heard(folder, trust=False):
+        said.extend([trust] if folder == small else [])
+        return read_config(folder, trust)
+
+    monkeypatch.setattr(model, "read_config", heard)
+    fit.fit(str(small), budget="60%", data=text, quick=True, trials=2, save=tmp_path / "out", trust_remote_code=True)
+    assert said
+    assert all(said)
+
+
+def test_recovery_is_left_out_where_memory_is_short(small, text, tmp_path, monkeypatch, capfd):
+    job = fit.Job(mw.open(str(small)), "small", fit.Budget(1, "1"), str(text), fit.Effort.quick(), 0, tmp_path)
+    steps = [recipe.Step(find.find("quantize.rtn").build({}))]
+    (recovered,) = fit.with_recovery(job, steps)
+    needed = fit.training_peak(job, job.model.skeleton(), recovered[-1].method)
+    parameters = sum(value.numel() for value in job.model.skeleton().parameters())
+    assert needed > 16 * parameters + 2 * measure.stored_bytes(job.model.skeleton())
+    for free, left_out in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(fit.psutil, "virtual_memory", lambda free=free: types.SimpleNamespace(available=free))
+        assert (not fit.with_recovery(job, steps)) is left_out
+    assert "recovery is left out" in " ".join(capfd.readouterr().err.split())

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -104,6 +107,37 @@ def test_energy_is_unknown_where_no_counter_is(tmp_path, monkeypatch):
     meter = measure.Energy()
     (counter / "energy_uj").write_text("3500000")
     assert meter.joules() == 2.5
+
+
+def test_a_package_that_is_shown_twice_counts_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(measure.Energy, "folder", tmp_path)
+    counters = [tmp_path / f"intel-rapl:{number}" / "energy_uj" for number in range(3)]
+    for counter, count in zip(counters, (9_000_000, 9_000_100, 50_000_000), strict=True):
+        counter.parent.mkdir()
+        counter.write_text(str(count))
+    meter = measure.Energy()
+    for counter, count in zip(counters, (10_000_000, 10_000_100, 52_000_000), strict=True):
+        counter.write_text(str(count))
+    assert meter.joules() == 3
+
+
+def test_an_accelerators_own_counter_is_read_and_nothing_is_guessed(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(measure.Energy, "folder", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: types.SimpleNamespace(uuid="12-ab"))
+    monkeypatch.setitem(sys.modules, "codecarbon", None)  # as where it is not installed
+    assert measure.Energy("cuda").joules() is None
+    counts = iter([2000, 5500])
+
+    class Devices:
+        def get_gpu_details(self):
+            logging.getLogger("codecarbon").error("words that nobody asked for")
+            return [{"uuid": "GPU-34", "total_energy_consumption": 1}, {"uuid": "GPU-12-ab", "total_energy_consumption": next(counts)}]
+
+    for name in ("codecarbon", "codecarbon.core", "codecarbon.core.gpu"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["codecarbon.core.gpu"].AllGPUDevices = Devices
+    assert measure.Energy("cuda").joules() == 3.5
+    assert capfd.readouterr() == ("", "")
 
 
 def test_peak_memory_sees_what_is_taken_and_given_back():

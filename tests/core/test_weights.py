@@ -494,7 +494,7 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 
 def test_a_taken_folder_is_refused_and_left_alone(folder):
     before = (folder / "model.safetensors").read_bytes()
-    with pytest.raises(WeightsError, match=r"holds files.*overwrite=True"):
+    with pytest.raises(WeightsError, match=r"not empty.*overwrite=True"):
         Writer(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert not folder.with_name("model.partial").exists()
@@ -556,7 +556,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, when, keep):
     if when == "fsync":
         monkeypatch.setattr(os, "fsync", full)
     if when == "rename":
-        monkeypatch.setattr(weights, "_replace", full)
+        monkeypatch.setattr(weights, "publish", full)
     with pytest.raises(WeightsError, match="disk filled up"), Writer(tmp_path / "new", keep_partial=keep) as out:
         out.add("a", torch.ones(4))
         if when == "write":
@@ -576,18 +576,18 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
 @pytest.mark.parametrize("finished", [False, True])
 def test_a_kept_partial_folder_is_resumed(tmp_path, monkeypatch, finished):
     tensors = {f"t{n}": torch.full((10, 10), float(n)) for n in range(5)}
-    replace = weights._replace
+    publish = weights.publish
 
     def killed(*_):
         raise KeyError
 
-    monkeypatch.setattr(weights, "_replace", killed)
+    monkeypatch.setattr(weights, "publish", killed)
     with pytest.raises(KeyError), Writer(tmp_path / "new", shard_bytes=900, keep_partial=True) as out:
         for name in list(tensors)[: 5 if finished else 3]:
             out.add(name, tensors[name])
         if not finished:
             raise KeyError
-    monkeypatch.setattr(weights, "_replace", replace)
+    monkeypatch.setattr(weights, "publish", publish)
     with Writer(tmp_path / "new", shard_bytes=900, keep_partial=True) as out:
         assert out.names == (set(tensors) if finished else {"t0", "t1"})
         for name in tensors.keys() - out.names:

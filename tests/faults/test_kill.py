@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from killing import contents, killed_at
 
 import modelwright as mw
 from modelwright import fit
+from modelwright.core.errors import RecipeError
 
 STEPS = {
     "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.walk", "Resident.keep", 3)),
@@ -56,8 +59,58 @@ def test_killed_fit_resumes_to_the_same_model(moment: tuple[str, str, int], smal
     assert [name for name in one if name != "frontier.csv" and one[name] != two[name]] == []
 
 
-def test_recipe_of_a_fit_gives_the_same_bytes_again(small: Path, text: Path, tmp_path: Path) -> None:
-    fit.fit(small, budget="60%", data=text, quick=True, trials=3, save=tmp_path / "fitted")
+def test_recipe_of_a_fit_gives_the_same_bytes_again_from_another_directory(
+    small: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(small, tmp_path / "here" / "model")
+    shutil.copy(text, tmp_path / "here" / "text.txt")
+    monkeypatch.chdir(tmp_path / "here")
+    fit.fit("model", budget="60%", data="text.txt", quick=True, trials=3, save=tmp_path / "fitted")
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "there")
     mw.run(tmp_path / "fitted" / "recipe.yaml", overrides=[f"save={tmp_path / 'again'}"])
     first, second = contents(tmp_path / "fitted" / "model"), contents(tmp_path / "again")
     assert first == second
+
+
+def test_a_search_goes_on_after_a_process_was_killed_with_the_studys_lock(small: Path, text: Path, tmp_path: Path) -> None:
+    def work() -> None:
+        fit.fit(small, budget="60%", data=text, quick=True, trials=3, save=tmp_path / "out")
+
+    # Inside the lock the journal is synced for every entry; the killed process leaves a line half written, too.
+    killed_at("optuna.storages.journal._file", "os.fsync", 40, work)
+    (journal,) = tmp_path.glob("out.fit/*/study.journal")
+    journal.write_bytes(journal.read_bytes()[:-5])
+    work()
+    assert (tmp_path / "out" / "model").is_dir()
+
+
+def test_processes_that_share_a_fit_go_on_when_one_is_killed_with_the_lock(small: Path, text: Path, tmp_path: Path) -> None:
+    """The first is killed as it concludes; of two others, one finishes and the other says so."""
+
+    def work() -> None:
+        fit.fit(small, budget="60%", data=text, quick=True, trials=3, save=tmp_path / "out")
+
+    killed_at("modelwright.fit", "settle", 1, work)
+    children = []
+    for _ in range(2):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work()
+                code = 0
+            except RecipeError:
+                code = 7
+            finally:
+                os._exit(code)
+        children.append(child)
+    codes = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+    assert codes == [0, 7]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_process_finds_that_another_finished_the_fit_meanwhile(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RecipeError, match="has finished it"), fit.shared(tmp_path / "work", tmp_path / "out"):
+        os.rmdir(tmp_path / "work" / "removed with the work folder")

@@ -1,8 +1,14 @@
-"""Write files and folders so that they appear whole or not at all."""
+"""Write files and folders so that they appear whole or not at all.
+
+A folder is written beside its name, as `<name>.partial`, synced to the disk, and given its name in one step. Where a
+folder had the name, the two change places at once if the system can do that; otherwise the old one waits as
+`.<name>.replaced` for a moment, and `restore` gives it its name back should the process be killed there.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -11,7 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import RecipeError, WeightsError
+from .errors import ModelwrightError, RecipeError, WeightsError
+
+HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
 @contextlib.contextmanager
@@ -23,7 +31,7 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         WeightsError: the disk is full.
     """
     refuse_existing(final, overwrite=overwrite)
-    partial = final.with_name(final.name + ".partial")
+    partial = partial_of(final)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -31,33 +39,102 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         publish(partial, final)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise WeightsError(
-                f"The disk is full, so {final} was not written; nothing is left of it. Free some space and run again."
-            ) from error
+        explain_full_disk(error, final)
         raise
 
 
-def refuse_existing(final: Path, *, overwrite: bool) -> None:
-    """Raise when `final` holds something that would be lost."""
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise RecipeError(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
+def partial_of(final: Path) -> Path:
+    """Where a folder is written until it is whole."""
+    return final.with_name(final.name + ".partial")
+
+
+def replaced_of(final: Path) -> Path:
+    """Where what had the name of a folder is for the moment before it is removed."""
+    return final.with_name(f".{final.name}.replaced")
+
+
+def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightError] = RecipeError) -> None:
+    """Raise `error` when `final` holds something that would be lost, or is a file."""
+    restore(final)
+    if final.exists() and not final.is_dir():
+        raise error(f"{final} cannot be the folder to write: it is a file. Choose another name.")
+    if final.exists() and not overwrite and any(final.iterdir()):
+        raise error(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
+
+
+def restore(folder: Path) -> None:
+    """Give a folder its name back if a process was killed after it had moved it away and before the new one had its place."""
+    old = replaced_of(folder) if folder.name else folder
+    if old.is_dir() and not os.path.lexists(folder):
+        with contextlib.suppress(OSError):  # another process was first
+            os.rename(old, folder)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Fsync everything under `partial` and rename it to `final`; an old `final` is removed after the swap."""
+    """Fsync everything under `partial` and give it the name `final`; a folder that had the name is removed afterwards."""
     for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
+        sync(path)
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.exists():
-        old = final.with_name(final.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
+    if not os.path.lexists(final):
         os.rename(partial, final)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(partial, final)
-    _fsync(final.parent)
+        sync(final.parent)
+        return
+    old = replaced_of(final)
+    _remove(old)
+    # Under that name already, so that nobody who goes on from a partial folder finds the old one there.
+    os.rename(partial, old)
+    try:
+        if not exchange(old, final):
+            os.rename(old, partial)
+            os.rename(final, old)
+            os.rename(partial, final)
+    except OSError:
+        if not os.path.lexists(final):
+            os.rename(old, final)
+        elif not partial.exists():
+            os.rename(old, partial)
+        raise
+    sync(final.parent)
+    _remove(old)
+
+
+def exchange(one: Path, two: Path) -> bool:
+    """Let two paths change places in one step; False where the system or its disk cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if rename(HERE, os.fsencode(one), HERE, os.fsencode(two), EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+        return False
+    raise OSError(number, os.strerror(number), str(two))
+
+
+def explain_full_disk(error: BaseException | None, folder: Path) -> None:
+    """Raise WeightsError if the error says that the disk is full."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise WeightsError(
+            f"The disk filled up while {folder} was written, so that folder was not made. Make room, or write to another disk."
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[None]:
+    """Only one process at a time is inside, for this file. The system holds the lock, so it ends with a process that is killed."""
+    import fcntl  # which Windows lacks
+
+    with file.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
@@ -79,7 +156,10 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if os.name == "nt":  # Windows opens no folders
+        return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import time
@@ -39,7 +40,7 @@ def sizes(model: Model) -> dict[str, Any]:
         module = whole = skeleton
         parameters, zeros = count_on_disk(model.checkpoint, skeleton)
     else:
-        whole = model.module if model.loaded else open(str(model.folder)).module
+        whole = model.module if model.loaded else open(str(model.folder), trust_remote_code=model.trust_remote_code).module
         module = unwrapped(whole)
         parameters, zeros = count(module)
     memory = stored_bytes(whole)
@@ -156,23 +157,58 @@ def peak_memory() -> Iterator[Meter]:
 
 
 class Energy:
-    """Joules of the processor packages between `start` and `joules`, where the machine tells."""
+    """Joules between the start and `joules`, where the machine counts them.
+
+    Of work on the processor, its packages' by the counters of the system (RAPL). Of work on an accelerator, the
+    accelerator's by its own counter, which the package codecarbon reads where it is installed (the extra `energy`), and the
+    packages' where they can be read. Only counters are used: codecarbon's tracker reads the same ones of the processor,
+    and where there are none it guesses from the processor's name and the memory's size, which is no measurement.
+    """
 
     folder = Path("/sys/class/powercap")
 
-    def __init__(self) -> None:
-        self.counters = [path for path in self.folder.glob("intel-rapl:?/energy_uj") if os.access(path, os.R_OK)]
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.counters = [path for path in sorted(self.folder.glob("intel-rapl:?/energy_uj")) if os.access(path, os.R_OK)]
+        first = self._read()
+        # Some processors show one package's counter once for each of its dies: alike to the joule.
+        self.counters = [
+            path for place, path in enumerate(self.counters) if all(abs(first[place] - other) > 1e6 for other in first[:place])
+        ]
         self.before = self._read()
+        self.spent = accelerator_joules(self.device)
 
     def _read(self) -> list[int]:
         return [int(path.read_text()) for path in self.counters]
 
     def joules(self) -> float | None:
         """None where no counter can be read."""
-        if not self.counters:
-            return None
         used = [after - before for before, after in zip(self.before, self._read(), strict=True)]
-        return sum(used) / 1e6 if min(used) >= 0 else None  # a counter that began again tells nothing
+        processor = sum(used) / 1e6 if used and min(used) >= 0 else None  # a counter that began again tells nothing
+        if self.device.type == "cpu":
+            return processor
+        now = accelerator_joules(self.device)
+        if now is None or self.spent is None or now < self.spent:
+            return None
+        return now - self.spent + (processor or 0.0)
+
+
+def accelerator_joules(device: torch.device) -> float | None:
+    """What an accelerator has used since its driver started, by its own counter; None where nothing reads it."""
+    if device.type != "cuda":
+        return None
+    logger = logging.getLogger("codecarbon")
+    before, logger.disabled = logger.disabled, True  # it would write to the terminal
+    try:
+        from codecarbon.core.gpu import AllGPUDevices
+
+        own = str(torch.cuda.get_device_properties(device).uuid)
+        found = [row for row in AllGPUDevices().get_gpu_details() if str(row["uuid"]).removeprefix("GPU-") == own.removeprefix("GPU-")]
+        return float(found[0]["total_energy_consumption"]) / 1000
+    except Exception:  # not installed, no driver, or a card without a counter: whatever it is, the energy is unknown
+        return None
+    finally:
+        logger.disabled = before
 
 
 # Quality
@@ -242,7 +278,7 @@ def speed(model: Model, prompt: int = 256, new: int = 32, repeats: int = 3) -> d
     ids = torch.randint(0, config.vocab_size, (1, texts.within(config, prompt + new) - new), generator=torch.Generator().manual_seed(0))
     ids = ids.to(next(module.parameters()).device)
     prefill, decode = [], []
-    energy = Energy()
+    energy = Energy(ids.device)
 
     def now() -> float:
         if ids.is_cuda:

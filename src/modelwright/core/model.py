@@ -24,7 +24,7 @@ from modelwright.blocks.packed import PackedLinear
 
 from . import loading
 from .errors import ModelError, WeightsError, nearest
-from .files import whole_folder, write_json
+from .files import restore, whole_folder, write_json
 from .weights import Checkpoint, check_finite
 
 if TYPE_CHECKING:
@@ -187,6 +187,7 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
         return source
     if isinstance(source, nn.Module):
         return Model(name=type(source).__name__, module=source, tokenizer=tokenizer)
+    restore(Path(source).absolute())
     if str(source) == "starter":
         from modelwright.starter import path
 

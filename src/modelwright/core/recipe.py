@@ -81,6 +81,28 @@ def _plain_name(model: Any) -> Any:
     return str(model) if isinstance(model, Path) else model
 
 
+def placed(name: Any, own: str = "") -> str:
+    """A name in a recipe so that it means the same from any working directory: what lies here gets its whole path."""
+    return str(name) if str(name) == own or not Path(name).exists() else str(Path(name).resolve())
+
+
+def whole_names(recipe: Recipe) -> Recipe:
+    """The recipe with every model and text in it named so that it runs from any working directory."""
+    model, data = recipe.model.name if isinstance(recipe.model, Model) else recipe.model, recipe.data
+    if isinstance(data, Mapping):
+        data = {**data, "source": placed(data["source"], "corpus")}
+    elif isinstance(data, (str, Path)):
+        data = placed(data, "corpus")
+    steps = []
+    for step in recipe.steps:
+        given = {
+            need: [placed(name, INPUT) for name in value] if isinstance(value, list) else placed(value, INPUT)
+            for need, value in step.given.items()
+        }
+        steps.append(replace(step, given=given))
+    return replace(recipe, model=model if isinstance(model, Mapping) else placed(model, "starter"), data=data, steps=tuple(steps))
+
+
 def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a YAML file, YAML text or a mapping, with `overrides` such as "steps.0.blocks=2".
 
@@ -217,12 +239,14 @@ def run(
     overwrite: bool = False,
     keep_steps: bool = False,
     work: Path | None = None,
+    trust_remote_code: bool = False,
     **others: Any,
 ) -> Run:
     """Run a recipe: `run("recipe.yaml")`, or `run("starter", [Wanda(), ...], data="corpus", save="small/")`.
 
     keep_steps: leave the folders of the steps; work: where they lie, by default beside the result. Runs that share
-    a folder share the steps that they have in common.
+    a folder share the steps that they have in common. trust_remote_code: let the input model's folder run code of its own;
+    a recipe cannot say so itself.
 
     Raises, before work starts, a subclass of ModelwrightError for whatever is missing or cannot be done.
     """
@@ -234,18 +258,21 @@ def run(
 
     from . import plan  # which itself reads recipes
 
+    if trust_remote_code and isinstance(recipe.model, (str, Path)):
+        recipe = replace(recipe, model=open(recipe.model, trust_remote_code=True))
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
     final = Path(recipe.save)
     refuse_existing(final, overwrite=overwrite)
     beside = work or final.absolute().with_name(final.name + ".steps")
     model, given = prepare(recipe)
-    if any(final.resolve() == Path(name).resolve() for name in [recipe.model, *_models_of(recipe)] if isinstance(name, (str, Path))):
+    own = model.folder if isinstance(recipe.model, Model) else recipe.model
+    if any(final.resolve() == Path(name).resolve() for name in [own, *_models_of(recipe)] if isinstance(name, (str, Path))):
         raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
     check_order(recipe, model)
     check_readable(model)
     predicted = plan.plan(recipe).rows
-    source = open(str(model.folder)) if model.folder is not None and not model.changed else copy.deepcopy(model)
+    source = _anew(model)
     key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
     folder: Path | None = None
@@ -273,7 +300,7 @@ def run(
     assert folder is not None
     with whole_folder(final, overwrite=overwrite) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
-        write_text(partial / "recipe.yaml", recipe.yaml())
+        write_text(partial / "recipe.yaml", whole_names(recipe).yaml())
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
     if not keep_steps and work is None:
@@ -382,10 +409,7 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
     """The models that a step names, opened."""
 
     def opened(name: Any) -> Model:
-        if name != INPUT:
-            return open(name)
-        # Steps change models in memory, so the input is opened, or copied, anew.
-        return open(str(source.folder)) if source.folder is not None and not source.changed else copy.deepcopy(source)
+        return open(name) if name != INPUT else _anew(source)
 
     models: dict[str, Any] = {}
     if "donors" in step.given:
@@ -394,6 +418,13 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
         if key in step.given:
             models[key] = opened(step.given[key])
     return models
+
+
+def _anew(model: Model) -> Model:
+    """The model opened, or copied, once more, because steps change models in memory."""
+    if model.folder is None or model.changed:
+        return copy.deepcopy(model)
+    return open(str(model.folder), trust_remote_code=model.trust_remote_code)
 
 
 def model_digest(model: Model) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import WeightsError, nearest, refuse
+from modelwright.core.files import explain_full_disk, partial_of, publish, refuse_existing, restore
 from modelwright.maths.slices import Sliced
 
 DTYPES = {
@@ -256,8 +257,8 @@ class Writer:
     folder is removed. With `keep_partial` it stays instead, and the next Writer on the same folder with `keep_partial`
     goes on from the shards that were whole: `names` says what is stored.
 
-    folder: where to write. It must be absent or empty, unless `overwrite`; then the old folder is renamed away, the
-        new one takes its name, and the old one is removed.
+    folder: where to write. It must be absent or empty, unless `overwrite`; then the new folder takes its name, and the
+        old one is removed (see `core.files`).
     shard_bytes: a file grows to at most this size, unless one tensor is larger.
     metadata: text values for the files' headers.
 
@@ -274,7 +275,7 @@ class Writer:
         keep_partial: bool = False,
     ):
         self.folder = Path(folder).absolute()
-        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.partial = partial_of(self.folder)
         self.shard_bytes = shard_bytes
         self.metadata = {"format": "pt"} if metadata is None else dict(metadata)
         self.overwrite = overwrite
@@ -283,7 +284,7 @@ class Writer:
         self.ties: dict[str, str] = {}
         self._shards: list[dict[str, int]] = []  # of each whole shard: {name: bytes}
         self._shard: _Shard | None = None
-        self._check_target()
+        refuse_existing(self.folder, overwrite=overwrite, error=WeightsError)
         if self.partial.exists():
             if keep_partial:
                 self._adopt()
@@ -301,10 +302,10 @@ class Writer:
                 return
         except BaseException as late:
             self._abandon()
-            _explain_full_disk(late, self.folder)
+            explain_full_disk(late, self.folder)
             raise
         self._abandon()
-        _explain_full_disk(error, self.folder)
+        explain_full_disk(error, self.folder)
 
     def add(self, name: str, tensor: Tensor | Sliced) -> None:
         """Store `tensor` under `name`; a sliced one is computed as it is written.
@@ -346,15 +347,6 @@ class Writer:
         """Copy a file, such as a tokenizer's, under its own name."""
         shutil.copyfile(path, self.partial / Path(path).name)
 
-    def _check_target(self) -> None:
-        if self.folder.exists() and not self.folder.is_dir():
-            raise WeightsError(f"{self.folder} was asked for as the folder to write, but it is a file. Name another.")
-        if not self.overwrite and self.folder.is_dir() and any(self.folder.iterdir()):
-            raise WeightsError(
-                f"{self.folder} was asked for as the folder to write, but it holds files. "
-                "Name another folder, or allow it to be replaced with overwrite=True."
-            )
-
     def _adopt(self) -> None:
         for file in [*self.partial.glob("*.moved"), *self.partial.glob("*.index.json")]:
             file.unlink()
@@ -392,11 +384,8 @@ class Writer:
             self._shard = _Shard(self._shard_path(len(self._shards)))
         self._close_shard(self.ties)
         self._name_shards()
-        for file in self.partial.rglob("*"):
-            _sync(file)
-        _sync(self.partial)
-        self._check_target()
-        _replace(self.partial, self.folder)
+        refuse_existing(self.folder, overwrite=self.overwrite, error=WeightsError)
+        publish(self.partial, self.folder)
 
     def _name_shards(self) -> None:
         count = len(self._shards)
@@ -482,6 +471,8 @@ class _Shard:
 
 def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     path = Path(source).expanduser()
+    restore(path.absolute())
+    restore(path.absolute().parent)  # a fit's folder has the model inside
     if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
         return path.absolute()
     local = not isinstance(source, str) or path.exists() or path.suffix == ".safetensors"
@@ -641,39 +632,3 @@ def _copy_bytes(source, start: int, target, count: int) -> None:
 
 def _shortened(file: Path | str) -> WeightsError:
     return WeightsError(f"{file} became shorter after it was opened. Nothing may write to it meanwhile.")
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    if os.name == "nt":  # Windows opens no folders
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(new: Path, folder: Path) -> None:
-    """Give `new` the name `folder`; what had that name is removed afterwards."""
-    old = folder.with_name(folder.name + ".replaced")
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        if old.exists():
-            old.rename(folder)
-        raise
-    _sync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _explain_full_disk(error: BaseException, folder: Path) -> None:
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise WeightsError(
-            f"The disk filled up while {folder} was written, so that folder was not made. Make room, or write to another disk."
-        ) from error
