@@ -125,7 +125,7 @@ def test_plan_says_all_that_is_wrong_at_once(call, starter):
         ("stpes:\n  - merge.ties\n", "A recipe has no key 'stpes'. Did you mean 'steps'?"),
         ("steps:\n  - prune.magnitude: {where: mlq}\n", "'mlq' names no part of any model. Did you mean 'mlp'?"),
         ("steps:\n  - prune.magnitude: {where: router}\n", "chooses no weight"),
-        ("steps: [\n", "The recipe is not valid YAML"),
+        ("steps: [\n", "r.yaml is not valid YAML"),
     ],
 )  # fmt: skip
 def test_plan_refuses_what_cannot_work(call, starter, text, wanted):
@@ -140,7 +140,7 @@ def test_a_missing_recipe_and_a_bad_override_are_named(call, starter):
     assert "There is no recipe nowhere.yaml" in one_line(call("plan", "nowhere.yaml")[2])
     Path("r.yaml").write_text("model: starter\nsteps:\n  - quantize.rtn\n", "utf-8")
     assert "An override is written path=value" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits")[2])
-    assert "the recipe has no '7' there" in one_line(call("plan", "r.yaml", "--set", "steps.7.bits=4")[2])
+    assert "the recipe has 1 step, numbered 0; there is no step 7" in one_line(call("plan", "r.yaml", "--set", "steps.7.bits=4")[2])
     assert "bits must be a whole number from 2 to 8" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits=9")[2])
 
 

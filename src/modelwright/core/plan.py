@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy import anatomy_of, removal
+from modelwright.anatomy import anatomy_of, matches, removal
 
 from . import recipe as recipes
 from . import stream, walk
+from .errors import Faults, PlanError
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, SiteMethod, TensorMethod, TrainMethod
-from .model import emptied, put, quiet, stored_bytes, unwrapped, weight_of
+from .model import Model, emptied, put, quiet, stored_bytes, unwrapped, weight_of
+from .settings import ByRole
 
 PROGRAM = 450_000_000  # bytes of a process that has imported torch and transformers
 RATE = 3e10  # float operations per second that a small machine reaches; decides the time class alone
@@ -51,15 +54,29 @@ def plan(recipe: Any, *, overrides: Any = ()) -> Plan:
     Raises, with all reasons at once, what a run would refuse before its work starts.
     """
     recipe = recipe if isinstance(recipe, recipes.Recipe) else recipes.read(recipe, overrides)
-    model, given = recipes.prepare(recipe)
-    warnings = recipes.check_order(recipe, model)
-    skeleton = emptied(model.module) if model.loaded else stream.split_skeleton(model)
+    faults = Faults()
+    found = predicted(recipe, *recipes.prepare(recipe, faults), faults)
+    faults.refuse()
+    return found
+
+
+def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults: Faults) -> Plan:
+    """The plan of a prepared recipe; what cannot be done goes to `faults`, and the plan goes on without that step."""
+    strange = [number for number, step in enumerate(recipe.steps) if not check_patterns(number, step.method, faults)]
+    if model is None:
+        return Plan([], [])
+    unordered, warnings = recipes.check_order(recipe, model)
+    skeleton = emptied(model.module) if model.loaded else copy.deepcopy(stream.split_skeleton(model))  # steps change its config
     rows = [_row("input", skeleton, 0)]
     streaming = not model.loaded
-    for step in recipe.steps:
+    for number, step in enumerate(recipe.steps):
         before = _row("", skeleton, 0)
         streaming = streaming and isinstance(step.method, (TensorMethod, LayerMethod, BlockMethod))
-        with torch.no_grad():
+        faults += [PlanError(text) for text in unordered.get(number, ())]
+        if number in strange or number in unordered:
+            continue
+        zeros = None
+        with torch.no_grad(), faults.collected(f"step {number}: {step.method.name()}: "):
             skeleton, zeros = predict(skeleton, step.method, given)
         row = _row(step.method.name(), skeleton, zeros if zeros is not None else rows[-1].zeros)
         row.peak_bytes = peak(skeleton, step.method, given, before.bytes, streaming, donors=len(step.given.get("donors", ())))
@@ -68,6 +85,17 @@ def plan(recipe: Any, *, overrides: Any = ()) -> Plan:
         given.notes.clear()
         rows.append(row)
     return Plan(rows, warnings)
+
+
+def check_patterns(number: int, method: Method, faults: Faults) -> bool:
+    """Whether `where`, `skip` and maps by role name parts of models; every word that does not goes to `faults`."""
+    before = len(faults)
+    for name, value in vars(method).items():
+        patterns = [key for key in value if key != "*"] if isinstance(value, ByRole) else value if name in ("where", "skip") else None
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            with faults.collected(f"step {number}: {method.name()}: {name}: "):
+                matches("", None, pattern)
+    return len(faults) == before
 
 
 def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module, float | None]:
