@@ -237,7 +237,7 @@ def run(
         recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
     elif not isinstance(recipe, Recipe):
         recipe = read(str(recipe), overrides)
-    from modelwright import __version__
+    from modelwright import __version__, report
 
     from . import plan  # which itself reads recipes
 
@@ -282,6 +282,7 @@ def run(
         write_text(partial / "recipe.yaml", recipe.yaml())
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
+        write_text(partial / "README.md", report.run_card(recipe.plain()["model"], recipe.yaml(), account, partial))
     if not keep_steps and work is None:
         shutil.rmtree(beside)
     return Run(open(final), account)
