@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.maths.masks import SLICE
 
 from . import recipe as recipes
 from . import stream, walk
@@ -22,7 +23,7 @@ from .data import Text
 from .errors import Faults, PlanError, SiteError
 from .given import Given
 from .measure import count, flops_per_token
-from .method import AdapterMethod, BlockMethod, LayerMethod, Method, SiteMethod, TensorMethod, TrainMethod
+from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, emptied, put, quiet, stored_bytes, unwrapped, weight_of
 from .settings import ByRole
 
@@ -221,11 +222,16 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
     largest = max((value.numel() for _, value in places), default=0)
     if isinstance(method, TensorMethod):
         others = len(given.donors) + (given.base is not None)
-        if method.in_parts:
-            largest = min(largest, stream.LARGE // shape.bytes)
+        result = 0
+        if method.in_parts and streams and largest * shape.bytes > stream.LARGE:  # read in parts, and put together whole
+            result, largest = largest * shape.bytes, SLICE
         if not streams:
             held += others * shape.size
-        return held + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest)
+        return held + result + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest)
+    if isinstance(method, AdapterMethod):
+        return program + (0 if streaming else shape.size)  # the weights stay in their files, mapped and not touched
+    if isinstance(method, ModelMethod):
+        return held + shape.size * (len(given.donors) + 1)
     held += FIRST_RUN + PER_CHARACTER * shape.characters
     states = shape.tokens * shape.width
     batch = BATCH * shape.length
@@ -242,9 +248,8 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
     if isinstance(method, BlockMethod):
         scoring = states * (2 * shape.bytes + 4 * BLOCK_FLOATS)
         return held + 2 * states * shape.bytes + (shape.block if streams else 0) + max(running, scoring)
-    if isinstance(method, TrainMethod):
-        return held + _training(module, method, shape, given)
-    return held + shape.size * (len(given.donors) + 1)
+    assert isinstance(method, TrainMethod), method
+    return held + _training(module, method, shape, given)
 
 
 def _training(module: nn.Module, method: TrainMethod, shape: Shape, given: Given) -> int:
