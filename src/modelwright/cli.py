@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,7 +83,7 @@ def show(
     name: Annotated[str | None, typer.Argument(help="A method or a family.")] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")] = False,
 ) -> None:
-    """Show what a method does, what it needs, its settings and its source."""
+    """Show what a method does, what it needs, and its settings."""
     from .core import find
 
     if name is not None and name in find.families():
@@ -113,9 +115,9 @@ def _print_plan(recipe: Any, overrides: list[str], as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(found), indent=2))
         return
-    table = Table()
+    table = report.plain_table()
     for column in ("step", "parameters", "zeros", "stored", "FLOPs per token", "peak memory", "time"):
-        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=column == "step")
+        table.add_column(report.heading(column), justify="left" if column == "step" else "right", no_wrap=column in ("step", "time"))
     for row in found.rows:
         table.add_row(
             row.step, report.short(row.parameters), report.short(row.zeros), report.size(row.bytes), report.short(row.flops_per_token),
@@ -123,7 +125,14 @@ def _print_plan(recipe: Any, overrides: list[str], as_json: bool) -> None:
         )  # fmt: skip
     out.print(table)
     for text in [*found.warnings, *(note for row in found.rows for note in row.notes)]:
-        out.print(f"note: {_escape(text)}")
+        _note(text)
+
+
+def _note(text: str) -> None:
+    """A note, wrapped between words on a terminal and on one line elsewhere."""
+    width = out.width if out.is_terminal else 1_000_000
+    lines = textwrap.wrap(f"note: {text}", width, subsequent_indent="      ", break_long_words=False, break_on_hyphens=False)
+    out.print(_escape("\n".join(lines)), soft_wrap=True)
 
 
 @app.command()
@@ -137,7 +146,7 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run a recipe; a run that was killed goes on from its last finished step or block."""
+    """Run a recipe. A run that was killed goes on from its last finished step or block."""
     if dry_run:
         _print_plan(recipe, set_ or [], as_json)
         return
@@ -155,7 +164,7 @@ def run(
     out.print(report.table(done.account))
     for row in done.account:
         for note in row.get("notes", []):
-            out.print(f"note: {_escape(note)}", soft_wrap=True)
+            _note(note)
     out.print(f"saved to {done.model.folder}", soft_wrap=True)
 
 
@@ -174,7 +183,7 @@ def fit(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Find the best model within a budget, recover it, and write it with a report."""
+    """Find the best model within a budget, and write a report."""
     from . import report
     from .core.progress import silence
     from .fit import fit as fitted
@@ -201,7 +210,7 @@ def measure(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure models side by side: size, quality on held-out text, speed, memory, energy."""
+    """Measure models side by side. Size, quality on held-out text, speed, memory, energy."""
     from . import report
     from .core.measure import measure as measured
     from .core.model import open as opened
@@ -229,7 +238,7 @@ def merge(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Merge models that were fine-tuned from one; tensors stream from disk to disk."""
+    """Merge models that were fine-tuned from one. Tensors stream from disk to disk."""
     from .core import recipe
     from .core.progress import silence
 
@@ -244,7 +253,7 @@ def merge(
 
 @app.command()
 def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:Class.")], as_json: Json = False) -> None:
-    """Check that a method keeps the contract; each failing check is named with its reason."""
+    """Check that a method keeps the contract. Each failing check is named with its reason."""
     from .core.contract import check as checked
 
     results = checked(method)
@@ -257,6 +266,9 @@ def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:
                 f"[{colour}]{result.outcome:8}[/] {_escape(result.check)}{': ' + _escape(result.reason) if result.reason else ''}",
                 soft_wrap=True,
             )
+        words = {"passed": "passed", "skipped": "not applicable", "known": "known to fail", "failed": "failed"}
+        counts = Counter(result.outcome for result in results)
+        out.print(", ".join(f"{counts[outcome]} {word}" for outcome, word in words.items() if counts[outcome] or outcome != "known"))
     if any(result.outcome == "failed" for result in results):
         sys.exit(1)
 

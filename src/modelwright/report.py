@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import textwrap
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jinja2
+from rich import box
 from rich.table import Table
 
 from . import __version__
@@ -101,9 +105,19 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
     return [column for column in COLUMNS if any(column in row for row in rows)]
 
 
+def plain_table(title: str = "") -> Table:
+    """An empty table for the terminal, narrow enough for 80 columns."""
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def heading(text: str) -> str:
+    """A column's name on several lines, so that the column is no wider than what stands in it."""
+    return textwrap.fill(text, 10, break_long_words=False)
+
+
 def table(rows: list[dict[str, Any]], title: str = "") -> Table:
     """Rows as a table for the terminal: models side by side, steps one below the other."""
-    made = Table(title=title or None, title_justify="left")
+    made = plain_table(title)
     columns = columns_of(rows)
     if "step" in columns:
         columns = [column for column in columns if column not in ("bytes_memory", "flops_per_token")]  # they stay in the account
@@ -115,7 +129,7 @@ def table(rows: list[dict[str, Any]], title: str = "") -> Table:
             made.add_row(COLUMNS[column], *(shown(column, row) for row in rows))
         return made
     for column in columns:
-        made.add_column(COLUMNS[column], justify="left" if column == "step" else "right", no_wrap=column == "step")
+        made.add_column(heading(COLUMNS[column]), justify="left" if column == "step" else "right", no_wrap=column == "step")
     for row in rows:
         made.add_row(*(shown(column, row) for column in columns))
     return made
@@ -271,19 +285,39 @@ def html(page: Page) -> str:
     )  # fmt: skip
 
 
+LOADS = {
+    "dense": "It loads with plain transformers.",
+    "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
+    "adapter": "It is an adapter beside its base model, and loads with peft.",
+    loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form. "
+    "**Without that import transformers warns and fills those layers with random numbers.**",
+}
+
+
+def how_to_load(form: str, folder: str, architecture: str = "ForCausalLM") -> str:
+    """The lines of Python that load a model of one of the forms `LOADS`, and a sentence about it."""
+    auto = "AutoModelForCausalLM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
+    first = "import modelwright\n" if form == loading.METHOD else ""
+    package = "transformers"
+    if form == "adapter":
+        first, auto, package = "from transformers import AutoTokenizer\n", "AutoPeftModelForCausalLM", "peft"
+    also = "" if form == "adapter" else ", AutoTokenizer"
+    return f"""```python
+{first}from {package} import {auto}{also}
+
+model = {auto}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+{LOADS[form]}"""
+
+
 def card(page: Page, model: Model) -> str:
-    """The model card, as README.md beside the weights."""
+    """The model card of a fit, as README.md beside the weights."""
     descriptions = loading.described(model.module)
     stated = loading.quantization_config(model.module) or {"quant_method": "dense"}
-    how = {
-        "dense": "It loads with plain transformers.",
-        "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
-        loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form. "
-        "**Without that import transformers warns and fills those layers with random numbers.**",
-    }[stated["quant_method"]]
     before, after = page.table
     rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, before)} | {shown(column, after)} |" for column in columns_of(page.table)[1:])
-    first = "import modelwright\n" if stated["quant_method"] == loading.METHOD else ""
     kinds = ", ".join(sorted({text["kind"].replace("_", " ") for text in descriptions.values()})) or "dense"
     return f"""---
 library_name: transformers
@@ -295,14 +329,7 @@ base_model: {page.name}
 
 {lead(page)} Layers are stored as: {kinds}.
 
-```python
-{first}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("model/")
-tokenizer = AutoTokenizer.from_pretrained("model/")
-```
-
-{how}
+{how_to_load(stated["quant_method"], "model/")}
 
 | | original | this model |
 |---|---|---|
@@ -312,4 +339,34 @@ Made by Modelwright {__version__} with this recipe:
 
 ```yaml
 {page.recipe}```
+"""
+
+
+def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path) -> str:
+    """The model card of a run, as README.md beside the weights in `folder`; no weight is read."""
+    name = name if isinstance(name, str) else f"new {name['new']}"
+    file = folder / "config.json"
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    form = (config.get("quantization_config") or {"quant_method": "dense"})["quant_method"]
+    form = "adapter" if (folder / "adapter_config.json").is_file() else form
+    columns = ("parameters", "zeros", "bytes_disk", "bits_per_weight", "flops_per_token")
+    rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, account[0])} | {shown(column, account[-1])} |" for column in columns)
+    return f"""---
+library_name: {"peft" if form == "adapter" else "transformers"}
+tags: [modelwright]
+base_model: {name}
+---
+
+# {name}, after {", ".join(row["step"] for row in account[1:])}
+
+{how_to_load(form, "./", next(iter(config.get("architectures") or ["ForCausalLM"])))}
+
+| | original | this model |
+|---|---|---|
+{rows}
+
+`account.json` has the same after every step. Made by Modelwright {__version__} with this recipe:
+
+```yaml
+{recipe}```
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import standin
 
-from modelwright import cli
+from modelwright import cli, report
 from modelwright.core import find
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,7 @@ def test_plan_says_all_that_is_wrong_at_once(call, starter):
         ("stpes:\n  - merge.ties\n", "A recipe has no key 'stpes'. Did you mean 'steps'?"),
         ("steps:\n  - prune.magnitude: {where: mlq}\n", "'mlq' names no part of any model. Did you mean 'mlp'?"),
         ("steps:\n  - prune.magnitude: {where: router}\n", "chooses no weight"),
-        ("steps: [\n", "The recipe is not valid YAML"),
+        ("steps: [\n", "r.yaml is not valid YAML"),
     ],
 )  # fmt: skip
 def test_plan_refuses_what_cannot_work(call, starter, text, wanted):
@@ -140,7 +141,7 @@ def test_a_missing_recipe_and_a_bad_override_are_named(call, starter):
     assert "There is no recipe nowhere.yaml" in one_line(call("plan", "nowhere.yaml")[2])
     Path("r.yaml").write_text("model: starter\nsteps:\n  - quantize.rtn\n", "utf-8")
     assert "An override is written path=value" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits")[2])
-    assert "the recipe has no '7' there" in one_line(call("plan", "r.yaml", "--set", "steps.7.bits=4")[2])
+    assert "the recipe has 1 step, numbered 0; there is no step 7" in one_line(call("plan", "r.yaml", "--set", "steps.7.bits=4")[2])
     assert "bits must be a whole number from 2 to 8" in one_line(call("plan", "r.yaml", "--set", "steps.0.bits=9")[2])
 
 
@@ -202,3 +203,52 @@ def test_check_ends_with_one_when_something_fails(call):
     assert code == 1
     assert "failed" in printed
     assert "bad.py" in printed
+
+
+# What fits a terminal of 80 columns
+
+
+def wide(table) -> list[str]:
+    """The lines of a table on such a terminal."""
+    from rich.console import Console
+
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(table)
+    return console.export_text().splitlines()
+
+
+def test_tables_of_steps_fit_80_columns_with_whole_headings():
+    row = {"parameters": 2_830_000, "zeros": 604_000, "bytes_disk": 5_660_000, "bits_per_weight": 5.34, "peak_bytes": 433e6, "seconds": 6.8}
+    lines = wide(report.table([{"step": "distill.recover", **row}]))
+    assert "parameters" in " ".join(lines)
+    assert "…" not in " ".join(lines)
+    assert max(map(len, lines)) <= 80
+
+
+def test_summaries_in_the_help_are_whole_at_80_columns(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, printed, _ = call("--help")
+    assert code == 0
+    assert "..." not in printed.partition("Commands:")[2]
+
+
+def test_notes_break_between_words_on_a_terminal(monkeypatch, capsys):
+    from rich.console import Console
+
+    file = io.StringIO()
+    monkeypatch.setattr(cli, "out", Console(file=file, width=40, force_terminal=True, highlight=False, no_color=True))
+    cli._note("prune.shortgpt: blocks removed [2] (from 0); scores of all blocks 1.0313, 0.0983, 0.0596")
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 40
+    assert all(line.startswith("      ") for line in lines[1:])
+    assert "[2]" in file.getvalue()
+
+
+def test_check_ends_with_a_line_of_counts(call, monkeypatch):
+    from modelwright.core import contract
+
+    made = [contract.Result(f"c{n}", outcome, "") for n, outcome in enumerate(("passed", "passed", "skipped", "failed"))]
+    monkeypatch.setattr(contract, "check", lambda _: made)
+    code, printed, _ = call("check", "prune.wanda")
+    assert code == 1
+    assert printed.splitlines()[-1] == "2 passed, 1 not applicable, 1 failed"

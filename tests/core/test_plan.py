@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from transformers import LlamaConfig
 
 import modelwright as mw
 from modelwright.core import find, recipe
+from modelwright.core.data import Text
 from modelwright.core.errors import PlanError
-from modelwright.core.plan import plan
+from modelwright.core.given import Given
+from modelwright.core.model import empty_module
+from modelwright.core.plan import LOGITS, MOMENTS, TRAINED, peak, plan, seconds, time_class
 from modelwright.core.weights import Checkpoint
 
 STEPS = [
@@ -63,3 +67,59 @@ def test_every_method_can_be_planned(small, text):
         steps = ["adapt.lora"] if "adapters" in cls.wants else []
         found = plan(recipe.read({"model": str(small), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]}))
         assert found.rows[-1].step == name
+
+
+# Memory and time, by arithmetic
+
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 1000, "tie_word_embeddings": False}
+
+
+def module_of(**changes):
+    return empty_module(LlamaConfig(**WIDTHS | {"num_attention_heads": 4, "num_key_value_heads": 2, "dtype": "float32"} | changes))
+
+
+def given_of(tokens=0, length=128):
+    return Given(data=Text(("a" * 100_000,), "text"), samples=tokens // length, length=length)
+
+
+def peak_of(name, module, tokens=1024, settings=None, **others):
+    return peak(module, find.find(name)(**settings or {}), given_of(tokens), 0, **others)
+
+
+def test_steps_on_tensors_hold_one_tensor_whatever_the_number_of_blocks():
+    assert peak_of("prune.magnitude", module_of()) == peak_of("prune.magnitude", module_of(num_hidden_layers=40))
+    assert peak_of("prune.magnitude", module_of()) == 64 * 128 * 4 * (1 + find.find("prune.magnitude").holds)
+
+
+def test_steps_on_layers_hold_what_enters_and_what_leaves_a_block():
+    more = peak_of("prune.wanda", module_of(), 4096) - peak_of("prune.wanda", module_of(), 2048)
+    assert more == 2 * 2048 * 64 * 4
+
+
+def test_moments_take_the_squares_of_the_inputs():
+    found = peak_of("quantize.gptq", module_of(intermediate_size=4096))
+    wanda = peak_of("prune.wanda", module_of(intermediate_size=4096))
+    assert found - wanda > 4 * 4096**2 * (MOMENTS - 1)
+
+
+def test_training_holds_four_floats_for_a_weight_and_the_logits():
+    settings = {"tokens": 256, "batch": 2, "length": 64}
+    small_, large = (peak_of("train", module_of(vocab_size=size), settings=settings) for size in (1000, 2000))
+    weights = 2 * 1000 * 64
+    assert large - small_ == weights * (TRAINED + 1) + 4 * LOGITS * 2 * 64 * 1000
+    parts = peak_of("train", module_of(), settings=settings | {"accumulation": 2})
+    assert parts < small_
+
+
+def test_time_grows_with_the_text_and_falls_with_the_rate():
+    def lasts(tokens, rate):
+        return seconds(module_of(), find.find("quantize.gptq")(), given_of(tokens), 10**9, lambda _: rate)
+
+    assert lasts(2048, 1e9) > 1.9 * lasts(1024, 1e9)
+    assert lasts(1024, 1e9) > 5 * lasts(1024, 1e10)
+
+
+@pytest.mark.parametrize(("lasts", "words"), [(0.1, "a second"), (5, "seconds"), (60, "a minute"), (600, "minutes"), (1e6, "days")])
+def test_classes_of_time(lasts, words):
+    assert time_class(lasts) == words

@@ -130,3 +130,21 @@ def test_account_says_where_a_prediction_was_wrong(small, tmp_path):
     row = {"step": "x", "bytes_memory": 1000, "zeros": 0, "parameters": 1000}
     expected = type("Row", (), {"bytes": 500, "zeros": 500})()
     assert len(recipe._surprises(expected, row)) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "line"),
+    [
+        ({"quantize.rtn": {"group": 32, "symmetric": False}}, "import modelwright"),
+        ({"quantize.rtn": {"group": 32}}, "compressed-tensors"),
+        ("prune.magnitude", "loads with plain transformers"),
+        ("adapt.lora", "AutoPeftModelForCausalLM"),
+    ],
+)
+def test_every_run_writes_a_card_that_says_how_to_load(step, line, small, tmp_path):
+    made = recipe.read({"model": str(small), "steps": [step], "save": str(tmp_path / "out")})
+    mw.run(made)
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert line in card
+    assert made.yaml() in card
+    assert "| on disk |" in card

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import modelwright as mw
 from modelwright import cli
-from modelwright.core import stream, walk, weights
+from modelwright.core import recipe, stream, walk, weights
 from modelwright.core.contract import LETTERS, letters
 from modelwright.core.errors import (
     DataError,
@@ -75,8 +75,6 @@ def test_recipe_that_is_no_yaml(capsys, monkeypatch, tmp_path) -> None:
 
 @pytest.mark.parametrize("override", ["steps.0", "steps.9.bits=2", "nonsense", "steps.0=3"])
 def test_override_that_fits_nowhere(override: str, tmp_path, small) -> None:
-    from modelwright.core import recipe
-
     with pytest.raises(RecipeError, match="override|--set"):
         recipe.read({"model": str(small), "steps": ["prune.magnitude"]}, [override])
 
@@ -238,3 +236,83 @@ def test_broken_outside_method_is_an_error(tmp_path) -> None:
 
 def test_texts_of_the_fixtures_are_in_the_tokenizer() -> None:
     assert set(TEXT) - {"\n"} <= set(LETTERS)
+
+
+# All reasons at once
+
+
+def reasons(small, steps: list, **others: object) -> ModelwrightError:
+    """What a plan says of a recipe that cannot be run."""
+    from modelwright.core.plan import plan
+
+    with pytest.raises(ModelwrightError) as caught:
+        plan({"model": str(small), "steps": steps, **others})
+    return caught.value
+
+
+def test_reasons_of_every_kind_are_said_at_once_in_the_order_of_the_steps(small, tmp_path) -> None:
+    steps = [
+        {"prune.wanda": {"where": ["attn", "attnn"], "skip": "mpl"}},
+        {"merge.ties": {"donors": [str(tmp_path / "none"), str(small)]}},
+        {"prune.magnitude": {"where": "experts"}},
+        {"quantize.rtn": {"bits": {"mlpp": 3}}},
+        "prune.magnitude",
+        "distill.recover",
+    ]
+    error = reasons(small, steps)
+    assert type(error) is ModelwrightError
+    said = [
+        "step 0: prune.wanda needs calibration text",
+        "step 0: prune.wanda: where: 'attnn' names no part of any model. Did you mean 'attn'?",
+        "step 0: prune.wanda: skip: 'mpl' names no part of any model. Did you mean 'mlp'?",
+        "step 1: merge.ties: donors: A checkpoint at",
+        "step 2: prune.magnitude: where='experts' skip=None chooses no weight",
+        "step 3: quantize.rtn: bits: 'mlpp' names no part of any model. Did you mean 'mlp'?",
+        "step 4: prune.magnitude wants a model that is float, but step 3 (quantize.rtn)",
+        "step 5: distill.recover needs training text",
+        "step 5: distill.recover needs a teacher",
+    ]
+    found = {start: [text for text in error.reasons if text.startswith(start)] for start in said}
+    assert all(len(texts) == 1 for texts in found.values()), error.reasons
+    steps_said = [int(text.split()[1].rstrip(":")) for text in error.reasons]
+    assert steps_said == sorted(steps_said)
+    assert str(error).startswith(f"{len(error.reasons)} problems:\n")
+
+
+def test_run_says_the_same_and_where_it_cannot_save(small, tmp_path) -> None:
+    recipe_ = {"model": str(small), "steps": [{"prune.magnitude": {"where": "attnn"}}], "save": str(small)}
+    with pytest.raises(ModelwrightError, match=r"(?s)one of the recipe's own inputs.*step 0: prune.magnitude: where: 'attnn'"):
+        mw.run(recipe.read(recipe_))
+
+
+def test_reasons_of_one_kind_keep_their_class(small) -> None:
+    error = reasons(small, [{"prune.magnitude": {"where": "attnn"}}, {"factor.svd": {"skip": "mpl"}}])
+    assert type(error) is SiteError
+    assert len(error.reasons) == 2
+
+
+def test_weights_that_cannot_take_a_setting_are_said_with_the_step(tmp_path, text) -> None:
+    Model(name="odd", module=tiny("llama", hidden_size=36, num_attention_heads=2, num_key_value_heads=1), tokenizer=letters()).save(
+        tmp_path / "odd"
+    )
+    error = reasons(tmp_path / "odd", [{"prune.wanda": {"pattern": "4:8"}}, "distill.recover"])
+    assert any(line.startswith("step 0: prune.wanda needs calibration text") for line in error.reasons)
+    assert any(line.startswith("step 0: prune.wanda: ") and "cannot take it" in line for line in error.reasons), error.reasons
+    assert any(line.startswith("step 1: distill.recover needs a teacher") for line in error.reasons)
+
+
+def test_model_and_text_that_are_not_there_are_said_together(tmp_path) -> None:
+    error = reasons(tmp_path / "none", ["prune.wanda"], data=str(tmp_path / "none.txt"))
+    assert [text.split(":")[0] for text in error.reasons] == ["data", "model"]
+
+
+def test_override_says_how_many_steps_there_are(small) -> None:
+    with pytest.raises(RecipeError, match="steps.9.bits=2: the recipe has 2 steps, numbered 0 to 1; there is no step 9"):
+        recipe.read({"model": str(small), "steps": ["prune.magnitude", "quantize.rtn"]}, ["steps.9.bits=2"])
+
+
+def test_yaml_that_cannot_be_read_is_named(tmp_path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: [unclosed\n")
+    with pytest.raises(RecipeError, match="mine.yaml is not valid YAML"):
+        recipe.read(file)

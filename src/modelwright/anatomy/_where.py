@@ -45,8 +45,8 @@ def _parse(pattern: str) -> tuple[tuple[str, ...], tuple[int, int] | None]:
     for glob in globs:
         if not any(_names(role, (glob,)) for role in roles()):
             words = [*roles(), *{role.split(".")[0] for role in roles()}, "block 0", "blocks 0-3"]
-            near = nearest(glob, words)
-            raise SiteError(f"{pattern!r} names no part of any model.{near} Parts are {', '.join(roles())}.")
+            hint = nearest(glob, words) or f" Parts are {', '.join(roles())}."
+            raise SiteError(f"{pattern!r} names no part of any model.{hint}")
     return globs, None
 
 

@@ -11,17 +11,25 @@ ModelwrightError
 ├── DataError       text or other data is empty, too short or not readable
 └── RecipeError     a recipe cannot be read
 
-Only a user's mistakes are errors of these classes; our own are assertions.
+A plan says all that is wrong with a recipe at once: as the class that all its reasons share, or as the root when they
+are of several kinds. `reasons` has them one by one. Only a user's mistakes are errors of these classes; our own are
+assertions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
 
 class ModelwrightError(Exception):
-    """The root of all errors that a user can act on."""
+    """The root of all errors that a user can act on. `reasons`: the sentences of which the message is made."""
+
+    def __init__(self, message: str, reasons: Sequence[str] = ()):
+        super().__init__(message)
+        self.reasons = tuple(reasons) or (message,)
 
 
 class SettingError(ModelwrightError, ValueError):
@@ -71,4 +79,29 @@ def refuse(error: type[ModelwrightError], reasons: Sequence[str]) -> None:
     if len(reasons) == 1:
         raise error(reasons[0])
     if reasons:
-        raise error(f"{len(reasons)} problems:\n" + "\n".join(f"  {n}. {text}" for n, text in enumerate(reasons, 1)))
+        raise error(f"{len(reasons)} problems:\n" + "\n".join(f"  {n}. {text}" for n, text in enumerate(reasons, 1)), reasons)
+
+
+class Faults(list[ModelwrightError]):
+    """Errors that are collected, to be raised together."""
+
+    @contextlib.contextmanager
+    def collected(self, place: str = "") -> Iterator[None]:
+        """Take the errors of this block; before each reason stands `place`, such as "step 0: prune.wanda: ", whose last
+        part it may begin with itself."""
+        try:
+            yield
+        except ModelwrightError as error:
+            last = f"{place.removesuffix(': ').rpartition(': ')[2]}: "
+            self.extend(type(error)(place + text.removeprefix(last)) for text in error.reasons)
+
+    def refuse(self) -> None:
+        """Raise all of them as one, in the order of the steps: of the class that they share, else of the root."""
+        kinds = {type(error) for error in self}
+        sentences = sorted(dict.fromkeys(map(str, self)), key=_step_of)
+        refuse(kinds.pop() if len(kinds) == 1 else ModelwrightError, sentences)
+
+
+def _step_of(sentence: str) -> int:
+    found = re.match(r"step (\d+): ", sentence)
+    return int(found[1]) if found else -1

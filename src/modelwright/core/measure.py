@@ -142,8 +142,12 @@ class Meter:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[Meter]:
-    """The largest resident memory of this process while the block runs, in bytes; 0 where the system does not tell."""
+    """The largest resident memory of this process while the block runs, in bytes; 0 where the system does not tell.
+
+    What the process holds when the block begins counts; what was freed before it, and the high-water mark until then, do not.
+    """
     meter = Meter()
+    stream._give_back()
     reset = Path("/proc/self/clear_refs")
     with contextlib.suppress(OSError):
         reset.write_text("5")

@@ -136,6 +136,8 @@ class SiteMethod(Method):
     by_place: ClassVar[bool] = True
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
     every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
+    holds: ClassVar[float] = 3  # float32 copies of a weight that the verb has in memory at once, for the plan
+    solves: ClassVar[bool] = False  # the verb's work grows with a weight's values times its inputs, for the plan
 
     where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default the matrices of the blocks
     skip: Places = None  # roles to leave alone

@@ -23,7 +23,7 @@ import torch
 
 from . import data as texts
 from . import find, walk
-from .errors import ModelwrightError, NeedError, RecipeError, nearest, refuse
+from .errors import Faults, ModelwrightError, NeedError, RecipeError, nearest, refuse
 from .files import refuse_existing, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
@@ -114,9 +114,13 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if not isinstance(stated, Mapping):
         raise RecipeError(f"A recipe is a mapping with the keys {', '.join(KEYS)}; found {type(stated).__name__}.")
     stated = json.loads(json.dumps(stated, default=str))
+    problems = []
     for override in overrides:
-        _override(stated, override)
-    problems = [f"A recipe has no key {key!r}.{nearest(key, KEYS)} Its keys are {', '.join(KEYS)}." for key in stated if key not in KEYS]
+        try:
+            _override(stated, override)
+        except RecipeError as error:
+            problems.append(str(error))
+    problems += [f"A recipe has no key {key!r}.{nearest(key, KEYS)} Its keys are {', '.join(KEYS)}." for key in stated if key not in KEYS]
     steps = stated.get("steps")
     if not isinstance(steps, list) or not steps:
         problems.append("A recipe needs `steps:`, a list of methods with their settings, such as `- quantize.rtn: {bits: 4}`.")
@@ -144,9 +148,9 @@ def parse(source: str | Path) -> Any:
     """The contents of a YAML file, or of YAML text."""
     from ruamel.yaml.error import YAMLError
 
-    text = str(source)
+    text, name = str(source), "The recipe"
     if "\n" not in text:
-        path = Path(text)
+        path, name = Path(text), text
         if not path.is_file():
             raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
         try:
@@ -156,7 +160,7 @@ def parse(source: str | Path) -> Any:
     try:
         return _yaml().load(text)
     except YAMLError as error:
-        raise RecipeError(f"The recipe is not valid YAML: {error}") from error
+        raise RecipeError(f"{name} is not valid YAML: {error}") from error
 
 
 def _yaml() -> Any:
@@ -201,7 +205,10 @@ def _override(stated: Any, text: str) -> None:
         steps = stated.get("steps") or []
         if int(way[1]) < len(steps) and isinstance(steps[int(way[1])], str):
             steps[int(way[1])] = {steps[int(way[1])]: {}}  # a step that is its bare name
-    for part in way:
+    for place, part in enumerate(way):
+        if place == 1 and way[0] == "steps" and isinstance(here, list) and not (part.isdigit() and int(part) < len(here)):
+            known = f"{len(here)} steps, numbered 0 to {len(here) - 1}" if len(here) > 1 else f"{len(here)} step, numbered 0"
+            raise RecipeError(f"--set {text}: the recipe has {known}; there is no step {part}.")
         here = (
             here[int(part)]
             if isinstance(here, list) and part.isdigit() and int(part) < len(here)
@@ -254,24 +261,22 @@ def run(
         recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
     elif not isinstance(recipe, Recipe):
         recipe = read(str(recipe), overrides)
-    from modelwright import __version__
+    from modelwright import __version__, report
 
     from . import plan  # which itself reads recipes
 
     if trust_remote_code and isinstance(recipe.model, (str, Path)):
         recipe = replace(recipe, model=open(recipe.model, trust_remote_code=True))
-    if recipe.save is None:
-        raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
-    final = Path(recipe.save)
-    refuse_existing(final, overwrite=overwrite)
-    beside = work or final.absolute().with_name(final.name + ".steps")
-    model, given = prepare(recipe)
-    own = model.folder if isinstance(recipe.model, Model) else recipe.model
-    if any(final.resolve() == Path(name).resolve() for name in [own, *_models_of(recipe)] if isinstance(name, (str, Path))):
-        raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
-    check_order(recipe, model)
+    faults = Faults()
+    with faults.collected():
+        _refuse_target(recipe, overwrite)
+    model, given = prepare(recipe, faults)
+    predicted = plan.predicted(recipe, model, given, faults).rows
+    faults.refuse()
+    assert model is not None and recipe.save is not None
     check_readable(model)
-    predicted = plan.plan(recipe).rows
+    final = Path(recipe.save)
+    beside = work or final.absolute().with_name(final.name + ".steps")
     source = _anew(model)
     key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
@@ -303,9 +308,21 @@ def run(
         write_text(partial / "recipe.yaml", whole_names(recipe).yaml())
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
+        write_text(partial / "README.md", report.run_card(recipe.plain()["model"], whole_names(recipe).yaml(), account, partial))
     if not keep_steps and work is None:
         shutil.rmtree(beside)
     return Run(open(final), account)
+
+
+def _refuse_target(recipe: Recipe, overwrite: bool) -> None:
+    """Raise RecipeError when the result has no place to go."""
+    if recipe.save is None:
+        raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
+    final = Path(recipe.save)
+    own = recipe.model.folder if isinstance(recipe.model, Model) else recipe.model
+    if any(final.resolve() == Path(name).resolve() for name in [own, *_models_of(recipe)] if isinstance(name, (str, Path))):
+        raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
+    refuse_existing(final, overwrite=overwrite)
 
 
 def _surprises(expected: Any, found: Mapping[str, Any]) -> list[str]:
@@ -343,22 +360,32 @@ def _code_digest(method: Method) -> str:
     return hashlib.sha256(Path(inspect.getfile(type(method))).read_bytes()).hexdigest()
 
 
-def prepare(recipe: Recipe) -> tuple[Model, Given]:
-    """The input model and what all steps are given; every need is checked, all reasons at once."""
-    text = read_data(recipe.data)
+def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
+    """The input model and what all steps are given. What is missing or cannot be opened goes to `faults`."""
+    text = None
+    with faults.collected("data: "):
+        text = read_data(recipe.data)
     given = Given(data=text, seed=recipe.seed, samples=recipe.samples, length=recipe.length)
-    problems = []
-    for name in _models_of(recipe):
-        open(name)  # those that are not there are said now
+    present = replace(given, data=() if recipe.data is not None else None)
     for number, step in enumerate(recipe.steps):
-        local = replace(given, donors=step.given.get("donors", ()), base=step.given.get("base"), teacher=step.given.get("teacher"))
-        problems += [f"step {number}: {sentence}" for sentence in local.lacking(step.method)]
-    refuse(NeedError, problems)
-    if isinstance(recipe.model, Mapping):
-        from modelwright.starter import new
+        named = {key: step.given[key] for key in GIVEN if key in step.given}
+        for key in named:
+            for name in _names({key: named[key]}):
+                if name != INPUT:
+                    with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
+                        open(name)
+        lacking = replace(present, **named).lacking(step.method)
+        faults += [NeedError(f"step {number}: {sentence}") for sentence in lacking]
+    model = None
+    with faults.collected("model: "):
+        if isinstance(recipe.model, Mapping):
+            from modelwright.starter import new
 
-        return new.model(recipe.model, text, recipe.seed), given
-    return open(recipe.model), given
+            if recipe.data is None or text is not None:
+                model = new.model(recipe.model, text, recipe.seed)
+        else:
+            model = open(recipe.model)
+    return model, given
 
 
 def read_data(stated: Any) -> texts.Text | None:
@@ -382,18 +409,18 @@ def read_data(stated: Any) -> texts.Text | None:
     return text
 
 
-def check_order(recipe: Recipe, model: Model) -> list[str]:
-    """Refuse steps that cannot follow each other; return warnings."""
-    from .errors import PlanError
-
-    marks, problems, warnings = set(model.marks), [], []
+def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], list[str]]:
+    """(why steps cannot follow those before them, by number; warnings)."""
+    marks, warnings = set(model.marks), []
+    problems: dict[int, list[str]] = {}
     makers: dict[str, str] = {}
     for number, step in enumerate(recipe.steps):
         method = step.method
         for mark in sorted(method.wants - marks):
             maker = makers.get(f"-{mark}")
             because = f"step {maker} leaves it without" if maker else f"the model is {', '.join(sorted(marks))}"
-            problems.append(f"step {number}: {method.name()} wants a model that is {mark}, but {because}. Put it earlier.")
+            sentence = f"step {number}: {method.name()} wants a model that is {mark}, but {because}. Put it earlier."
+            problems.setdefault(number, []).append(sentence)
         for mark in sorted(method.drops & marks):
             if mark == "sparse":
                 warnings.append(f"step {number} ({method.name()}) fills in the zeros of step {makers.get(mark, 'input')}.")
@@ -401,8 +428,7 @@ def check_order(recipe: Recipe, model: Model) -> list[str]:
         for mark in method.leaves:
             makers[mark] = f"{number} ({method.name()})"
         marks = (marks | method.leaves) - method.drops
-    refuse(PlanError, problems)
-    return warnings
+    return problems, warnings
 
 
 def step_models(step: Step, source: Model) -> dict[str, Any]:

@@ -20,6 +20,8 @@ class Factoriser(SiteMethod):
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear")
     leaves: ClassVar[frozenset[str]] = frozenset({"low-rank"})
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    holds: ClassVar[float] = 10  # in float64: the weight, a copy that LAPACK overwrites, both factors, its working space
+    solves: ClassVar[bool] = True
 
     keep: float = fraction(0.5)  # of each matrix's parameters, in both factors together; 1 leaves it as it is
     rank: int | None = count(None)  # of the product; overrides keep

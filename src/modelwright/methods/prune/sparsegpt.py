@@ -24,6 +24,7 @@ class SparseGpt(LayerPruner):
 
     status: ClassVar[str] = "checked"
     gathers: ClassVar[tuple[str, ...]] = ("moment",)
+    solves: ClassVar[bool] = True
     neutral = dict(sparsity=0.0)
 
     damp: float = number(0.01, low=0)  # added to the moment's diagonal, as a share of its mean

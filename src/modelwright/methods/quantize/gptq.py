@@ -27,6 +27,7 @@ class Gptq(IntegerQuantizer, LayerMethod):
 
     status: ClassVar[str] = "checked"
     gathers: ClassVar[tuple[str, ...]] = ("moment",)
+    solves: ClassVar[bool] = True
     small = dict(group=32)
 
     order: bool = False  # columns with large inputs first; costs nothing at inference
