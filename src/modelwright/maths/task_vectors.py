@@ -42,13 +42,14 @@ def least_of_largest(values: Values, count: int, keep: float) -> float:
 
 def without_below(values: Values, count: int, least: float) -> Values:
     """Values smaller in size than `least` become 0."""
-    return lambda at: hardshrink(values(at), math.nextafter(least, 0.0))
+    below = _below(least)
+    return lambda at: hardshrink(values(at), below)
 
 
 def without_lowest(values: Values, count: int, removed: int) -> Values:
     """The `removed` smallest in size become 0."""
     cut = find_cut(lambda at: values(at).abs(), count, removed)
-    below = torch.nextafter(torch.tensor(cut.value), torch.tensor(0.0)).item()
+    below = _below(cut.value)
 
     def kept(at: slice) -> Tensor:
         part = values(at)
@@ -57,6 +58,11 @@ def without_lowest(values: Values, count: int, removed: int) -> Values:
         return hardshrink(part, cut.value if at.start < cut.last else below)  # one pass: 0 where not larger
 
     return kept
+
+
+def _below(size: float) -> float:
+    """The next smaller float32 size: what is larger than it is at least `size`."""
+    return torch.nextafter(torch.tensor(size), torch.tensor(0.0)).item()
 
 
 def without_outliers(values: Values, count: int, keep: float, top: float) -> Values:
