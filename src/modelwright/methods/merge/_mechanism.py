@@ -57,15 +57,12 @@ class Spherical(Merger):
 
     from_base: bool = False  # the mean is of the donors' changes, and is added to the model
 
-    def shares(self, donors: int) -> list[float]:
-        """The weights over their sum.
+    def problems(self) -> list[str]:
+        return ["the weights sum to 0, so there is no mean. Change one."] if self.weights and sum(self.weights) == 0 else []
 
-        Raises:
-            SettingError: the weights sum to 0.
-        """
+    def shares(self, donors: int) -> list[float]:
+        """The weights over their sum."""
         weights = self.weights_for(donors)
-        if sum(weights) == 0:
-            raise SettingError(f"{self.name()}: the weights sum to 0, so there is no mean. Change one.")
         return [weight / sum(weights) for weight in weights]
 
 

@@ -24,6 +24,9 @@ class Nuslerp(Spherical):
 
     by_row: bool = False  # each row of a matrix has an angle of its own
 
+    def problems(self) -> list[str]:
+        return []  # weights that cancel mean the middle
+
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
         first, second = self.weights_for(len(donors))
         t = second / (first + second) if abs(first + second) > 1e-6 else 0.5
