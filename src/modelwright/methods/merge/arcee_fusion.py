@@ -2,7 +2,8 @@
 
 As mergekit's `arcee_fusion`: the importance of an entry is |Δ| times the divergence KL(softmax(donor's row) ‖
 softmax(model's row)); what is above the median plus 1.5 interquartile ranges of its tensor is taken over.
-Differs: quantiles are exact in tensors of any size.
+Differs: divergences are float64, because in float32, as mergekit has them, those of a fine-tuned model's rows are mostly
+rounding; quantiles are exact in tensors of any size.
 """
 
 from __future__ import annotations
@@ -44,6 +45,6 @@ class ArceeFusion(PointWise):
 
 def importance(before: Tensor, after: Tensor) -> Tensor:
     """|Δ| times KL(softmax(after) ‖ softmax(before)) of its row [rows, width]."""
-    old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
-    divergence = (new.exp() * (new - old)).sum(-1, keepdim=True)
-    return (after.float() - before.float()).abs() * divergence
+    before, after = before.double(), after.double()  # in float32 the divergence of nearby rows is lost in its own rounding
+    old, new = before.log_softmax(-1), after.log_softmax(-1)
+    return (after - before).abs() * (new.exp() * (new - old)).sum(-1, keepdim=True)
