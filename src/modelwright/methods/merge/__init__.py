@@ -3,6 +3,9 @@
 Mechanism: θ0 + λ·norm(Σ wᵢ·agree(sparsify(θᵢ − θ0))), tensor by tensor. The model of the recipe is the base θ0; the
 donors are the fine-tuned ones.
 
-How to choose: `merge.linear` is the average and hard to beat with strong bases; `merge.ties` keeps donors that
-changed different things from cancelling each other.
+Between few models as they are: `merge.linear`, `merge.slerp` and the other spherical means, `merge.passthrough`.
+
+How to choose: `merge.linear` is the average and hard to beat with strong bases; `merge.model_stock` finds by itself how far
+to go towards it; `merge.ties` keeps donors that changed different things from cancelling each other, `merge.consensus` adds
+only what several need, and `merge.lines` spares the first blocks. `merge.slerp` is for two models that differ much.
 """
