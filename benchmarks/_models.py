@@ -1,4 +1,4 @@
-"""Random models for the benchmarks: Llama layout, bfloat16, from a seed; written tensor by tensor."""
+"""Random models for the benchmarks: Llama layout, bfloat16 or another dtype, from a seed; written tensor by tensor."""
 
 from __future__ import annotations
 
@@ -28,11 +28,15 @@ def config_of(gigabytes: float) -> dict[str, Any]:
     return sizes | {"num_hidden_layers": max(layers, 1)}
 
 
-def random_llama(folder: str, config: dict[str, Any], seed: int = 0, base: str | None = None) -> int:
-    """Write a random Llama; with `base`, that model and a little noise, as a fine-tuned one. Returns its bytes."""
-    full = LlamaConfig(
-        **config, tie_word_embeddings=False, max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype="bfloat16"
-    )
+def random_llama(
+    folder: str, config: dict[str, Any], seed: int = 0, base: str | None = None, dtype: str = "bfloat16", norms: float = 0.0
+) -> int:
+    """Write a random Llama; with `base`, that model and a little noise, as a fine-tuned one. Returns its bytes.
+
+    norms: standard deviation of what is added to the weights of norms.
+    """
+    full = LlamaConfig(**config, tie_word_embeddings=False, max_position_embeddings=2048, architectures=["LlamaForCausalLM"], dtype=dtype)
+    stored = getattr(torch, dtype)
     module = empty_module(full)
     random = torch.Generator().manual_seed(seed)
     start = Checkpoint(base) if base else None
@@ -41,12 +45,13 @@ def random_llama(folder: str, config: dict[str, Any], seed: int = 0, base: str |
         for name, value in module.state_dict().items():
             if value.ndim < 2:
                 tensor = torch.ones(value.shape) if start is None else start.read(name).float()
+                tensor = tensor + torch.randn(value.shape, generator=random) * norms if norms else tensor
             else:
                 tensor = torch.empty(value.shape).normal_(0, SPREAD if start is None else CHANGE, generator=random)
                 if start is not None:
                     tensor += start.read(name)
-            out.add(name, tensor.bfloat16())
-            total += 2 * tensor.numel()
+            out.add(name, tensor.to(stored))
+            total += stored.itemsize * tensor.numel()
         out.write_json("config.json", json.loads(full.to_json_string(use_diff=False)))
     return total
 
