@@ -392,6 +392,8 @@ class Planner:
             return None
         shape, kept = self.fitted(name, shape, base, donors, role)
         donors, owners = [donors[i] for i in kept], [owners[i] for i in kept]
+        if not donors and base:
+            return Made(name, shape, self.out or dtype, None, None, (base,), role, base.name)
         method = self.method(tower, part, name, t, owners, based=base is not None)
         return Made(name, shape, self.out or dtype, method, base, tuple(donors), role, leader.name) if method else None
 

@@ -161,7 +161,7 @@ def read(source: str | Path | Mapping[str, Any]) -> list[Config | Experts]:
     """
     from modelwright.core import recipe
 
-    documents = [source] if isinstance(source, Mapping) else [part for part in recipe.parse_all(source) if part is not None]
+    documents = [plain(source)] if isinstance(source, Mapping) else [part for part in recipe.parse_all(source) if part is not None]
     if not documents:
         raise RecipeError("The configuration is empty. Write `merge_method:` and `models:`.")
     found, problems = [], []

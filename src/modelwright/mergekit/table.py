@@ -50,6 +50,7 @@ WEIGHT = {"weight": ("weights", REQUIRED)}
 DENSITY = {"density": ("keep_each", 1.0)}
 GAMMA = {"gamma": ("top_each", 0.01)}
 EPSILON = {"epsilon": ("spread", 0.15)}
+SHARES = {"density", "gamma", "epsilon"}
 METHODS: dict[str, Entry] = {
     "linear": Entry("merge.linear", "unused", each=WEIGHT, once={"normalize": ("normalize", True)}),
     "task_arithmetic": vectors("task_arithmetic", rescale=("", False)),  # nothing is dropped, so there is nothing to make up for
@@ -106,6 +107,9 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
         MethodError: a parameter has a value that our method has nothing for.
     """
     entry = METHODS[method]
+    for theirs in SHARES & set(each):
+        if any(isinstance(value, str) or not 0 <= value <= 1 for value in each[theirs]):
+            raise MethodError(f"{theirs} must be a number from 0 to 1; got {', '.join(map(str, each[theirs]))}.")
     found: dict[str, Any] = {ours: tuple(each[theirs]) for theirs, (ours, _) in entry.each.items()}
     if "spread" in found:
         if len(set(found["spread"])) > 1:

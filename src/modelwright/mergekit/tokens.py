@@ -123,11 +123,12 @@ def plan(config: Config, models: Mapping[Reference, Input], template: Input, not
     made = union(stated, known, leader, list(merged.values())) if asked.source == "union" else copy.deepcopy(stated[leader])
     result = {token: i for token, i in vocabulary(made).items() if asked.source == "union" or i < heights[leader]}
     problems = [
-        f"tokenizer.tokens: {token!r} is in none of the tokenizers.{nearest(token, result)}"
+        f"tokenizer.tokens: {token!r} is not in the result's tokenizer.{nearest(token, result)}"
         for token in asked.tokens
         if token not in result
     ]
-    problems += [text for token, row in asked.tokens.items() if (text := row_problem(token, row, models, known, heights))]
+    listed = [(token, row) for token, row in asked.tokens.items() if token in result]
+    problems += [text for token, row in listed if (text := row_problem(token, row, models, known, heights))]
     refuse(RecipeError, problems)
     forced = {token for token, row in asked.tokens.items() if row.force}
     same = all(known[model] == result for model in merged.values()) and len({heights[model] for model in merged.values()}) == 1
