@@ -10,7 +10,7 @@ from typing import Any
 from modelwright.core import find
 from modelwright.core.errors import MethodError, nearest
 from modelwright.core.method import TensorMethod
-from modelwright.methods.merge._mechanism import Merger, TaskVectors
+from modelwright.methods.merge._mechanism import TaskVectors
 
 REQUIRED: Any = object()
 
@@ -144,7 +144,7 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
 def made(name: str, stated: tuple[tuple[str, Any], ...]) -> TensorMethod:
     """Our method with these settings."""
     built = find.find(name).build(dict(stated))
-    assert isinstance(built, Merger), built
+    assert isinstance(built, TensorMethod), built
     return built
 
 
