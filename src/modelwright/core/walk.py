@@ -273,6 +273,8 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
             extras[need] = read(given.base)
         elif need == "survey":
             extras[need] = surveyed
+        elif need == "notes":
+            extras[need] = given.notes
     return extras
 
 
