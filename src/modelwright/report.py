@@ -107,7 +107,7 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def plain_table(title: str = "") -> Table:
     """An empty table for the terminal, narrow enough for 80 columns."""
-    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def heading(text: str) -> str:
