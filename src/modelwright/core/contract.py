@@ -94,7 +94,7 @@ class Case:
         needs = self.cls.needs()
         made: dict[str, Any] = {"data": data}
         if "donors" in needs:
-            made["donors"] = [self.model(seed=5), self.model(seed=6)]
+            made["donors"] = [self.model(seed=5), self.model(seed=6)][: self.cls.takes[1]]
         if "teacher" in needs:
             made["teacher"] = self.model(seed=0)
         if "base" in needs:

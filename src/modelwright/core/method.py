@@ -59,6 +59,7 @@ class Method(ABC):
     verb: ClassVar[str] = ""
     subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
+    takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
 
     status: ClassVar[str] = "sketch"
     causal: ClassVar[bool] = False  # needs a model that predicts the next token
