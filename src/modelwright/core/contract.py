@@ -94,7 +94,7 @@ class Case:
         needs = self.cls.needs()
         made: dict[str, Any] = {"data": data}
         if "donors" in needs:
-            made["donors"] = [self.model(seed=5), self.model(seed=6)]
+            made["donors"] = [self.model(seed=5), self.model(seed=6)][: self.cls.takes[1]]
         if "teacher" in needs:
             made["teacher"] = self.model(seed=0)
         if "base" in needs:
@@ -103,7 +103,7 @@ class Case:
 
     def applied(self, method: Method | None = None, model: Model | None = None, given: Given | None = None) -> Model:
         """A model after the method. Raises NotApplicable where the architecture has no place for it."""
-        if issubclass(self.cls, TrainMethod) and self.kind not in tiny.CAUSAL:
+        if self.cls.causal and self.kind not in tiny.CAUSAL:
             raise NotApplicable(f"{self.kind} predicts no tokens")
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())

@@ -36,7 +36,13 @@ class Given:
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
+        least, most = method.takes
+        named = len(self.donors)
+        wrong = "donors" in method.needs() and named and (named < least or most is not None and named > most)
+        number = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         return [
+            f"{method.name()} takes {number} donor{'s' * (number != '1')}; the step gives {named}. Name that many under `donors:`."
+        ] * bool(wrong) + [
             f"{method.name()} needs {NEEDS[need]}."
             for need in method.needs()
             if (need in ("statistics", "calibration", "gradients", "train") and self.data is None)

@@ -116,7 +116,10 @@ def change(model: Model, method: Method, given: Given) -> Model:
             _train(model, method, given)
         else:
             assert isinstance(method, ModelMethod), method
-            extras = {"rng": given.rng(), "teacher": given.teacher, "base": given.base, "donors": given.donors}
+            extras: dict[str, Any] = {
+                "rng": given.rng(), "teacher": given.teacher, "base": given.base, "donors": given.donors, "notes": given.notes,
+                **({"calibration": given.batches(model)} if "calibration" in method.needs() else {}),
+            }  # fmt: skip
             model = method.model(model, **{need: extras[need] for need in method.needs()})  # type: ignore[attr-defined]
     record(model, method, given)
     return model
@@ -270,6 +273,8 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
             extras[need] = read(given.base)
         elif need == "survey":
             extras[need] = surveyed
+        elif need == "notes":
+            extras[need] = given.notes
     return extras
 
 

@@ -22,12 +22,17 @@ from modelwright.maths.task_vectors import Sparsify
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(TensorMethod):
+class PointWise(TensorMethod):
     """Merges donors into the model, which is their base; norms, biases and embeddings too."""
 
     every: ClassVar[bool] = True
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(PointWise):
+    """Merges donors that count by weights."""
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
 
@@ -44,6 +49,21 @@ class Merger(TensorMethod):
         if values is not None and len(values) != donors:
             raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
         return list(values or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spherical(Merger):
+    """Takes a mean of the donors' directions (`maths.spherical`)."""
+
+    from_base: bool = False  # the mean is of the donors' changes, and is added to the model
+
+    def problems(self) -> list[str]:
+        return ["the weights sum to 0, so there is no mean. Change one."] if self.weights and sum(self.weights) == 0 else []
+
+    def shares(self, donors: int) -> list[float]:
+        """The weights over their sum."""
+        weights = self.weights_for(donors)
+        return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True, kw_only=True)
