@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from modelwright.anatomy import Site
-from modelwright.core import find, model, stream
+from modelwright.core import model, stream
 from modelwright.core.errors import Faults, ModelError, RecipeError, WeightsError
 from modelwright.core.files import refuse_existing
 from modelwright.core.given import Given
@@ -27,6 +27,7 @@ from modelwright.maths.slices import Entries, Sliced, flat
 from modelwright.methods.merge.linear import Linear
 
 from . import table, tokens
+from .experts import assemble, prepared
 from .plan import Input, Made, Piece, Plan, Planner
 from .schema import Config, Experts, Reference, read
 
@@ -57,16 +58,28 @@ def merge(
     final.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.absolute().parent) as folder:
         between = Path(folder)
-        if any(isinstance(document, Experts) for document in documents):
-            return _with_experts(documents, final, between, overwrite=overwrite, as_mergekit=as_mergekit, seed=seed)
+        experts = [document for document in documents if isinstance(document, Experts)]
+        if experts and experts != documents[-1:]:
+            raise RecipeError("A mixture of experts (`experts:`) is the final document, the one without a name.")
         plans = _plans([document for document in documents if isinstance(document, Config)], between, as_mergekit=as_mergekit)
+        made = [prepared(document, [plan.config.name for plan in plans]) for document in experts]
         _refuse_own_input(final, plans)
         _check_values(plans)
-        for plan in plans[:-1]:
+        for plan in plans if experts else plans[:-1]:
             write(plan, between / str(plan.config.name), seed=seed)
             _reopen(plans, str(plan.config.name), between / str(plan.config.name))
-        write(plans[-1], final, seed=seed, overwrite=overwrite)
+        if made:
+            assemble(made[0], lambda model: _place(model, plans, between), final, seed=seed, overwrite=overwrite)
+        else:
+            write(plans[-1], final, seed=seed, overwrite=overwrite)
         return model.open(final)
+
+
+def _place(reference: Reference, plans: list[Plan], between: Path) -> Path:
+    """Where a model lies, one of an earlier document among them."""
+    if reference.path in [plan.config.name for plan in plans]:
+        return between / reference.path
+    return _folder(reference, between, len(list(between.iterdir())))
 
 
 def _plans(documents: list[Config], between: Path, *, as_mergekit: bool) -> list[Plan]:
@@ -322,16 +335,3 @@ def _tokenizer_source(plan: Plan) -> Input:
     """The model whose tokenizer is copied."""
     asked = plan.config.vocabulary
     return plan.models[asked.source] if asked and isinstance(asked.source, Reference) else plan.template
-
-
-# Mixtures of experts
-
-
-def _with_experts(documents: list[Config | Experts], final: Path, between: Path, *, overwrite: bool, as_mergekit: bool, seed: int) -> Model:
-    """Assemble a mixture of experts."""
-    if "merge.moe" not in find.names():
-        raise RecipeError(
-            "The configuration asks for a mixture of experts (`experts:`), which needs merge.moe; this version of modelwright does not "
-            "have it. Merge the dense models, or use mergekit-moe."
-        )
-    raise RecipeError("A mixture of experts cannot be assembled from a configuration yet. Use merge.moe in a recipe.")
