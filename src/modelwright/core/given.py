@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as texts
-from .errors import NeedError, refuse
+from .errors import NeedError, SettingError, refuse
 from .method import NEEDS, Method
 from .model import Model
 
@@ -36,14 +36,18 @@ class Given:
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
-        return [
+        untold = self.data is None and getattr(method, "texts", None) is None
+        lacking = [
             f"{method.name()} needs {NEEDS[need]}."
             for need in method.needs()
-            if (need in ("statistics", "calibration", "gradients", "train") and self.data is None)
+            if (need in ("statistics", "calibration", "gradients", "train") and untold)
             or (need == "donors" and not self.donors)
             or (need == "teacher" and self.teacher is None)
             or (need == "base" and self.base is None)
         ]
+        if method.one_donor and len(self.donors) > 1:
+            lacking.append(f"{method.name()} takes one donor; it was given {len(self.donors)}. Name one.")
+        return lacking
 
     def refuse_lacking(self, method: Method) -> None:
         """Raise NeedError with all that is missing."""
@@ -62,6 +66,19 @@ class Given:
         if len(rows) > self.samples:
             rows = rows[torch.linspace(0, len(rows) - 1, self.samples).round().long()]
         return [{"input_ids": part} for part in rows.split(8)]
+
+    def calibration(self, method: Method, models: Sequence[Model]) -> list[list[Batch]]:
+        """Calibration batches for each of these models: from its own text where the method names `texts`, else from the data.
+
+        Raises:
+            SettingError: another number of texts than of models.
+        """
+        sources = getattr(method, "texts", None)
+        if sources is None:
+            return [self.batches(model) for model in models]
+        if len(sources) != len(models):
+            raise SettingError(f"{method.name()}: {len(sources)} texts for {len(models)} donors. Give one for each donor.")
+        return [replace(self, data=texts.read(source)).batches(model) for source, model in zip(sources, models, strict=True)]
 
     def ids(self, model: Model) -> Tensor:
         """All of the text as token ids [n]."""

@@ -43,8 +43,9 @@ NEEDS: dict[str, str] = {
     "requests": "edit requests. Add `requests:` to the step",
     "rng": "a random generator",
     "survey": "what `survey` found over all tensors",
+    "notes": "a list for sentences on what the user should know of the result",
 }
-DRIVEN = frozenset({"rng", "survey"})  # needs that the driver meets by itself
+DRIVEN = frozenset({"rng", "survey", "notes"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
@@ -64,6 +65,8 @@ class Method(ABC):
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
+    donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
+    one_donor: ClassVar[bool] = False  # takes exactly one donor
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
 

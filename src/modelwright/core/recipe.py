@@ -99,7 +99,10 @@ def whole_names(recipe: Recipe) -> Recipe:
             need: [placed(name, INPUT) for name in value] if isinstance(value, list) else placed(value, INPUT)
             for need, value in step.given.items()
         }
-        steps.append(replace(step, given=given))
+        method = step.method
+        if sources := getattr(method, "texts", None):
+            method = replace(method, texts=tuple(placed(source, "corpus") for source in sources))  # type: ignore[call-arg]
+        steps.append(Step(method, given))
     return replace(recipe, model=model if isinstance(model, Mapping) else placed(model, "starter"), data=data, steps=tuple(steps))
 
 
@@ -283,8 +286,9 @@ def run(
     folder: Path | None = None
     for number, step in enumerate(recipe.steps):
         key = _hash(
-            key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT]
-        )
+            key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT],
+            [texts.digest(texts.read(source)) for source in getattr(step.method, "texts", None) or ()],
+        )  # fmt: skip
         folder = beside / f"{number:02d}-{step.method.name().replace('/', '_')}-{key}"
         if folder.is_dir():
             console.print(f"step {number} {step.method.name()}: done before, taken from {folder.name}")

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from modelwright.core.errors import SettingError
-from modelwright.core.method import TensorMethod
+from modelwright.core.method import Method, ModelMethod, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
@@ -22,11 +22,9 @@ from modelwright.maths.task_vectors import Sparsify
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(TensorMethod):
-    """Merges donors into the model, which is their base; norms, biases and embeddings too."""
+class Weighted(Method):
+    """Gives each donor its weight."""
 
-    every: ClassVar[bool] = True
-    in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
@@ -44,6 +42,26 @@ class Merger(TensorMethod):
         if values is not None and len(values) != donors:
             raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
         return list(values or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(Weighted, TensorMethod):
+    """Merges donors into the model, which is their base; norms, biases and embeddings too."""
+
+    every: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Weighted, ModelMethod):
+    """Merges donors by what text says of them; holds them in memory."""
+
+    texts: tuple[str, ...] | None = None  # one for each donor; by default the recipe's data for all
+
+    def problems(self) -> list[str]:
+        if self.weights and min(self.weights) <= 0:
+            return [f"weights must be above 0, since every donor's text counts; got {list(self.weights)}."]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
