@@ -60,9 +60,10 @@ def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tens
             if labels is not None:
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), labels[number].flatten().to(logits.device))
             else:
-                ids = batch["input_ids"].to(logits.device)
-                mask = batch.get("attention_mask", torch.ones_like(ids)).to(logits.device)
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100).flatten())
+                ids = batch.get("decoder_input_ids", batch["input_ids"]).to(logits.device)
+                mask = batch.get("attention_mask")
+                real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids)
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].masked_fill(real[:, 1:] == 0, -100).flatten())
             for total, gradient in zip(sums.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
                 if gradient is not None:
                     total.add_(gradient, alpha=1 / len(batches))
