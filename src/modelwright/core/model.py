@@ -146,7 +146,7 @@ class Model:
             self._marks |= {"sparse"} if "sparse" in kinds else set()
             if kinds & {"packed", "embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
-            if self.folder is not None and (self.folder / "adapter_config.json").is_file():
+            if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
                 self._marks.add("adapters")
         return self._marks
 

@@ -113,15 +113,21 @@ class RandomTaskVectors(SparseTaskVectors):
         return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
 
     def _one(self, keep: float, seed: int) -> Sparsify:
-        def sparse(values: Values, shape: tuple[int, ...]) -> Values:
-            if keep >= 1:
-                return values
-            kept = self.drop(values, shape, keep, seed)
-            if self.rescale == "none":
-                return kept
-            return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if self.rescale == "inverse" else None)
+        return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
 
-        return sparse
+
+def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify:
+    """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+
+    def sparse(values: Values, shape: tuple[int, ...]) -> Values:
+        if keep >= 1:
+            return values
+        kept = drop(values, shape)
+        if rescale == "none":
+            return kept
+        return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)
+
+    return sparse
 
 
 def counted(function: Callable[..., Values], **settings: float) -> Sparsify:
