@@ -100,3 +100,11 @@ def test_masks_leave_the_global_generator_alone():
     torch.manual_seed(3)
     lowest(torch.rand(200, 200, generator=torch.Generator().manual_seed(0)), 0.5)
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.25, 0.5, 0.999, 1])
+@pytest.mark.parametrize("count", [1, 2, 7, 1000])
+def test_quantiles_lie_between_their_neighbours(share, count, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 300)
+    score = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    assert masks.quantile(slices.flat(score), count, share) == pytest.approx(score.double().quantile(share).item())

@@ -104,11 +104,11 @@ class Case:
     def donors(self, seeds: Iterable[int], **config: Any) -> list[Model]:
         """Small random models for the method to take in, no more than it takes."""
         made = [self.model(seed=seed, wants=self.cls.donors_want, **config) for seed in seeds]
-        return made[:1] if self.cls.one_donor else made
+        return made[: self.cls.takes[1]]
 
     def applied(self, method: Method | None = None, model: Model | None = None, given: Given | None = None) -> Model:
         """A model after the method. Raises NotApplicable where the architecture has no place for it."""
-        if issubclass(self.cls, TrainMethod) and self.kind not in tiny.CAUSAL:
+        if self.cls.causal and self.kind not in tiny.CAUSAL:
             raise NotApplicable(f"{self.kind} predicts no tokens")
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())

@@ -36,8 +36,14 @@ class Given:
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
+        least, most = method.takes
+        named = len(self.donors)
+        wrong = "donors" in method.needs() and named and (named < least or most is not None and named > most)
+        number = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
         untold = self.data is None and getattr(method, "texts", None) is None
-        lacking = [
+        return [
+            f"{method.name()} takes {number} donor{'s' * (number != '1')}; the step gives {named}. Name that many under `donors:`."
+        ] * bool(wrong) + [
             f"{method.name()} needs {NEEDS[need]}."
             for need in method.needs()
             if (need in ("statistics", "calibration", "gradients", "train") and untold)
@@ -45,9 +51,6 @@ class Given:
             or (need == "teacher" and self.teacher is None)
             or (need == "base" and self.base is None)
         ]
-        if method.one_donor and len(self.donors) > 1:
-            lacking.append(f"{method.name()} takes one donor; it was given {len(self.donors)}. Name one.")
-        return lacking
 
     def refuse_lacking(self, method: Method) -> None:
         """Raise NeedError with all that is missing."""

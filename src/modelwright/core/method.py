@@ -43,7 +43,7 @@ NEEDS: dict[str, str] = {
     "requests": "edit requests. Add `requests:` to the step",
     "rng": "a random generator",
     "survey": "what `survey` found over all tensors",
-    "notes": "a list for sentences on what the user should know of the result",
+    "notes": "a list for sentences that the user should read",
 }
 DRIVEN = frozenset({"rng", "survey", "notes"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
@@ -59,14 +59,15 @@ class Method(ABC):
     verb: ClassVar[str] = ""
     subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
+    takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
 
     status: ClassVar[str] = "sketch"
+    causal: ClassVar[bool] = False  # needs a model that predicts the next token
     neutral: ClassVar[Mapping[str, Any] | None] = None  # settings under which no output may change
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
-    one_donor: ClassVar[bool] = False  # takes exactly one donor
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
 
@@ -224,6 +225,7 @@ class TrainMethod(Method):
     """Trains all parameters that may change: `loss(module, ids, mask, ...)` returns a scalar and its named parts."""
 
     level: ClassVar[str] = "train"
+    causal: ClassVar[bool] = True
     verb: ClassVar[str] = "loss"
     subjects: ClassVar[int] = 3
 

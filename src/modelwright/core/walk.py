@@ -122,13 +122,13 @@ def change(model: Model, method: Method, given: Given) -> Model:
 
 
 def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, Any]:
-    """What a verb that works on whole models asks for; `calibration` has a list of batches for each donor, or for the model."""
+    """What a verb that works on whole models asks for; `calibration`: batches for the model; for methods with `texts`, for each donor."""
     extras: dict[str, Callable[[], Any]] = {
         "rng": given.rng,
         "teacher": lambda: given.teacher,
         "base": lambda: given.base,
         "donors": lambda: given.donors,
-        "calibration": lambda: given.calibration(method, given.donors if "donors" in method.needs() else [model]),
+        "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
         "tokenizer": lambda: model.tokenizer,
         "notes": lambda: given.notes,
     }
@@ -289,6 +289,8 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
             extras[need] = read(given.base)
         elif need == "survey":
             extras[need] = surveyed
+        elif need == "notes":
+            extras[need] = given.notes
     return extras
 
 

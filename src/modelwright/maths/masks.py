@@ -92,6 +92,13 @@ def find_cut(values: Values, count: int, lowest: int, *, spread: float = 10.0) -
     return find_cut(values, count, lowest, spread=8 * spread)
 
 
+def quantile(values: Values, count: int, share: float) -> float:
+    """The value below which that share of `count` values lies, on a straight line between its two neighbours."""
+    spot = share * (count - 1)
+    below = find_cut(values, count, int(spot) + 1).value
+    return below if spot == int(spot) else below + (spot - int(spot)) * (find_cut(values, count, int(spot) + 2).value - below)
+
+
 def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
     """The cut at `value` before which `ties` come of the entries that equal it, `equals` of them in each slice."""
     for at, equal in zip(slices(count), equals, strict=True):

@@ -36,7 +36,7 @@ def test_a_case_by_hand():
     # 2 · [1; 0][1 2] - 1 · [0; 1][3 4] = [[2, 4], [-3, -4]].
     one = Update(torch.tensor([[1.0], [0]]), torch.tensor([[1.0, 2]]))
     two = Update(torch.tensor([[0.0], [1]]), torch.tensor([[3.0, 4]]))
-    for method in (Adapters(), Adapters(form="svd")):
+    for method in (Adapters(), Adapters(kind="svd")):
         found = method.together([(2.0, one), (-1.0, two)], RNG)
         assert found.rank == 2
         assert torch.allclose(found.up @ found.down, torch.tensor([[2.0, 4], [-3, -4]]), atol=1e-6)
@@ -63,7 +63,7 @@ def test_svd_at_the_sum_of_the_ranks_is_cat_and_below_it_the_nearest():
     parts = [next(iter(read(adapted(seed=seed, rank=seed + 1))[0].values())) for seed in (1, 2)]
     pairs = list(zip([0.7, -0.2], parts, strict=True))
     exact = change([0.7, -0.2], parts)
-    cat, svd, low = (Adapters(**settings).together(pairs, RNG) for settings in ({}, {"form": "svd"}, {"form": "svd", "rank": 2}))
+    cat, svd, low = (Adapters(**settings).together(pairs, RNG) for settings in ({}, {"kind": "svd"}, {"kind": "svd", "rank": 2}))
     assert (cat.rank, svd.rank, low.rank) == (5, 5, 2)
     assert torch.allclose(cat.up @ cat.down, exact, atol=1e-6)
     assert torch.allclose(svd.up @ svd.down, exact, atol=1e-6)
@@ -71,19 +71,19 @@ def test_svd_at_the_sum_of_the_ranks_is_cat_and_below_it_the_nearest():
     assert (exact - low.up @ low.down).square().sum().item() == pytest.approx(lost, rel=1e-3)
 
 
-@pytest.mark.parametrize("form", ["cat", "svd", "ties", "dare"])
-def test_one_adapter_of_weight_one_is_itself(form):
+@pytest.mark.parametrize("kind", ["cat", "svd", "ties", "dare"])
+def test_one_adapter_of_weight_one_is_itself(kind):
     donor = adapted(alpha=12.0)  # scale 6: multiplied in once
     expected = outputs(donor.module)
-    settings = {"keep": 1.0} if form in ("ties", "dare") else {}
-    merged = mw.apply(open(tiny()), Adapters(form=form, **settings), donors=[donor])
+    settings = {"keep": 1.0} if kind in ("ties", "dare") else {}
+    merged = mw.apply(open(tiny()), Adapters(kind=kind, **settings), donors=[donor])
     assert torch.allclose(outputs(merged.module), expected, atol=1e-5)
     assert torch.equal(outputs(donor.module), expected)
 
 
 def test_ties_works_on_the_changes():
     parts = [next(iter(read(adapted(seed=seed))[0].values())) for seed in (1, 2)]
-    found = Adapters(form="ties", keep=0.3, rank=64).together(list(zip([1.0, 2.0], parts, strict=True)), RNG)
+    found = Adapters(kind="ties", keep=0.3, rank=64).together(list(zip([1.0, 2.0], parts, strict=True)), RNG)
     changes = [part.up @ part.down for part in parts]
     sparse = [lambda values, shape: trimmed(values, shape[0] * shape[1], 0.3)] * 2
     expected = merge(torch.zeros_like(changes[0]), changes, [1.0, 2.0], sparsify=sparse).whole()
@@ -92,7 +92,7 @@ def test_ties_works_on_the_changes():
 
 def test_dare_is_right_on_average_and_the_same_for_the_same_seed():
     part = next(iter(read(adapted())[0].values()))
-    draws = [Adapters(form="dare", rank=64).together([(1.0, part)], torch.Generator().manual_seed(seed)) for seed in [*range(200), 0]]
+    draws = [Adapters(kind="dare", rank=64).together([(1.0, part)], torch.Generator().manual_seed(seed)) for seed in [*range(200), 0]]
     mean = sum(one.up @ one.down for one in draws[:-1]) / 200
     exact = part.up @ part.down
     assert (mean - exact).norm() < 0.15 * exact.norm()

@@ -127,7 +127,7 @@ def test_a_model_that_does_not_differ_gives_an_adapter_that_adds_nothing(tmp_pat
 
 
 def test_one_donor_of_the_models_shapes_is_needed():
-    with pytest.raises(NeedError, match=r"merge\.extract takes one donor; it was given 2"):
+    with pytest.raises(NeedError, match=r"merge\.extract takes 1 donor; the step gives 2"):
         mw.apply(tiny(), Extract(), donors=[tiny(), tiny()])
     with pytest.raises(ModelError, match="other shapes"):
         mw.apply(tiny(), Extract(), donors=[tiny(intermediate_size=96)])

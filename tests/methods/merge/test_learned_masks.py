@@ -37,7 +37,7 @@ def test_what_each_entry_costs_lowers_every_score():
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 def test_without_steps_it_is_localize_and_stitch(kind):
     donors = [tiny(kind, seed=1), tiny(kind, seed=2)]
-    ours = mw.apply(tiny(kind), LearnedMasks(steps=0), donors=donors, data=batches(donors[0]))
+    ours = mw.apply(tiny(kind), LearnedMasks(iterations=0), donors=donors, data=batches(donors[0]))
     other = mw.apply(tiny(kind), LocalizeAndStitch(), donors=donors)
     for name, value in other.named_parameters():
         assert torch.equal(ours.get_parameter(name), value), name
@@ -45,7 +45,7 @@ def test_without_steps_it_is_localize_and_stitch(kind):
 
 def test_every_entry_is_the_models_or_a_donors_or_their_mean():
     base, donors = tiny(), [tiny(seed=1), tiny(seed=2)]
-    model = mw.apply(tiny(), LearnedMasks(steps=2, weights=[1, 3]), donors=donors, data=batches(base))
+    model = mw.apply(tiny(), LearnedMasks(iterations=2, weights=[1, 3]), donors=donors, data=batches(base))
     for name, value in model.named_parameters():
         zero, one, two = (each.get_parameter(name) for each in (base, *donors))
         near = torch.stack([(value - other).abs() for other in (zero, one, two, (one + 3 * two) / 4)]).amin(0)
@@ -67,8 +67,8 @@ def test_learning_lowers_the_loss_on_the_donors_text():
         with torch.no_grad():
             return sum(cross_entropy(model(**batch).logits, batch["input_ids"], batch["attention_mask"].bool()).item() for batch in data)
 
-    plain = mw.apply(tiny(), LearnedMasks(steps=0), donors=[donor], data=data)
-    learned = mw.apply(tiny(), LearnedMasks(steps=1), donors=[donor], data=data)
+    plain = mw.apply(tiny(), LearnedMasks(iterations=0), donors=[donor], data=data)
+    learned = mw.apply(tiny(), LearnedMasks(iterations=1), donors=[donor], data=data)
     assert loss(learned) < loss(plain)
 
 

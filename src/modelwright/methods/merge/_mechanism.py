@@ -22,10 +22,17 @@ from modelwright.maths.task_vectors import Sparsify
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weighted(Method):
-    """Gives each donor its weight."""
+class PointWise(TensorMethod):
+    """Merges donors into the model, which is their base; norms, biases and embeddings too."""
 
+    every: ClassVar[bool] = True
+    in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighted(Method):
+    """Merges donors that count by weights."""
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
 
@@ -45,16 +52,15 @@ class Weighted(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(Weighted, TensorMethod):
-    """Merges donors into the model, which is their base; norms, biases and embeddings too."""
-
-    every: ClassVar[bool] = True
-    in_parts: ClassVar[bool] = True
+class Merger(Weighted, PointWise):
+    """Merges donors that count by weights, point by point."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reader(Weighted, ModelMethod):
     """Merges donors by what text says of them; holds them in memory."""
+
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     texts: tuple[str, ...] | None = None  # one for each donor; by default the recipe's data for all
 
@@ -62,6 +68,21 @@ class Reader(Weighted, ModelMethod):
         if self.weights and min(self.weights) <= 0:
             return [f"weights must be above 0, since every donor's text counts; got {list(self.weights)}."]
         return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spherical(Merger):
+    """Takes a mean of the donors' directions (`maths.spherical`)."""
+
+    from_base: bool = False  # the mean is of the donors' changes, and is added to the model
+
+    def problems(self) -> list[str]:
+        return ["the weights sum to 0, so there is no mean. Change one."] if self.weights and sum(self.weights) == 0 else []
+
+    def shares(self, donors: int) -> list[float]:
+        """The weights over their sum."""
+        weights = self.weights_for(donors)
+        return [weight / sum(weights) for weight in weights]
 
 
 @dataclass(frozen=True, kw_only=True)

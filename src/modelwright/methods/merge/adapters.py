@@ -32,16 +32,15 @@ class Adapters(Weighted, ModelMethod):
     status: ClassVar[str] = "checked"
     donors_want: ClassVar[frozenset[str]] = frozenset({"adapters"})
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
-    drops: ClassVar[frozenset[str]] = frozenset()
     fails = dict(bytes_are_as_predicted="ranks are those of the donors, which no plan has read")
 
-    form: Literal["cat", "svd", "ties", "dare"] = "cat"  # cat is exact; the others have at most `rank`
+    kind: Literal["cat", "svd", "ties", "dare"] = "cat"  # cat is exact; the others have at most `rank`
     rank: int | None = count(None)  # of a layer's update, at most; by default the sum of the donors'
     keep: float = fraction(0.5, low=1e-6)  # of each donor's changes, in ties and dare
     consensus: bool = False  # in dare: only changes that have the elected sign count, as they always do in ties
 
     def problems(self) -> list[str]:
-        return ["form: cat is exact at the sum of the ranks. Choose svd for a lower rank."] if self.form == "cat" and self.rank else []
+        return ["kind: cat is exact at the sum of the ranks. Choose svd for a lower rank."] if self.kind == "cat" and self.rank else []
 
     @torch.no_grad()
     def model(self, model: Model, donors: Sequence[Model], rng: torch.Generator) -> Model:
@@ -71,12 +70,12 @@ class Adapters(Weighted, ModelMethod):
         tall = torch.cat([weight * part.up for weight, part in parts], 1)
         wide = torch.cat([part.down for _, part in parts])
         highest = self.rank or wide.shape[0]
-        if self.form == "cat":
+        if self.kind == "cat":
             return Update(tall, wide)
-        if self.form == "svd":
+        if self.kind == "svd":
             return Update(*product_factors(tall, wide, highest))
         changes = [part.up @ part.down for _, part in parts]
-        shares, ties = [weight for weight, _ in parts], self.form == "ties"
+        shares, ties = [weight for weight, _ in parts], self.kind == "ties"
         sparse = [counted(trimmed, keep=self.keep) if ties else self._dare(rng) for _ in changes]
         total = merge(torch.zeros_like(changes[0]), changes, shares, sparsify=sparse, consensus=ties or self.consensus, normalize=ties)
         return Update(*change_factors(total.whole(), highest)[:2])

@@ -37,7 +37,7 @@ class LearnedMasks(Reader):
     status: ClassVar[str] = "checked"
 
     keep: float = fraction(0.1)  # of each donor's changes, at the start
-    steps: int = count(1, low=0)  # over all of a donor's text, each
+    iterations: int = count(1, low=0)  # over all of a donor's text, each
     learning_rate: float = number(1e8, low=0)  # of the scores, whose gradients are tiny
     start: float = number(3.0, low=1e-3)  # size of the scores at first
     l1: float = number(0.0, low=0)  # what every entry that is taken over costs
@@ -65,7 +65,7 @@ class LearnedMasks(Reader):
         least = least_of_largest(every.__getitem__, every.shape[0], self.keep)
         score = {name: torch.where(one.abs() >= least, self.start, -self.start) for name, one in change.items()}
         labels = None if batches and "input_ids" in batches[0] else [_likeliest(donor, batch) for batch in batches]
-        for _ in range(self.steps):
+        for _ in range(self.iterations):
             for name, start in base.items():
                 own[name].data.copy_(start.float() + score[name].sigmoid() * change[name])
             gradients = mean_gradients(model, batches, labels)

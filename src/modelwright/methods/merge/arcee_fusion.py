@@ -1,0 +1,49 @@
+"""Take over only those of one donor's changes that stand out: Arcee Fusion.
+
+As mergekit's `arcee_fusion`: the importance of an entry is |Δ| times the divergence KL(softmax(donor's row) ‖
+softmax(model's row)); what is above the median plus 1.5 interquartile ranges of its tensor is taken over.
+Differs: quantiles are exact in tensors of any size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from modelwright.maths.masks import quantile
+from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.task_vectors import by_rows
+from modelwright.methods.merge._mechanism import PointWise
+
+FAR = 1.5  # interquartile ranges above the median, from which an entry stands out
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArceeFusion(PointWise):
+    """Replace the weights whose change stands out in size and in its row's distribution; all others stay the model's."""
+
+    status: ClassVar[str] = "checked"
+    takes: ClassVar[tuple[int, int | None]] = (1, 1)
+
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
+        shape, count = tuple(weight.shape), math.prod(weight.shape)
+        start, donor = flat(weight), flat(donors[0])
+        scores = by_rows([start, donor], shape[-1] if shape else 1, count, importance)
+        low, middle, high = (quantile(scores, count, share) for share in (0.25, 0.5, 0.75))
+        least = middle + FAR * (high - low)
+
+        def values(at: slice) -> Tensor:
+            return torch.where(scores(at) >= least, donor(at), start(at))
+
+        return Sliced(shape, weight.dtype, values)
+
+
+def importance(before: Tensor, after: Tensor) -> Tensor:
+    """|Δ| times KL(softmax(after) ‖ softmax(before)) of its row [rows, width]."""
+    old, new = before.float().log_softmax(-1), after.float().log_softmax(-1)
+    divergence = (new.exp() * (new - old)).sum(-1, keepdim=True)
+    return (after.float() - before.float()).abs() * divergence

@@ -1,0 +1,38 @@
+"""Take over one donor's weights where they are near the model's, and step towards them elsewhere.
+
+As mergekit's `nearswap`: the donor counts min(1, t/|b - a|) at each entry, so that no entry moves by more than t:
+a + max(-t, min(t, b - a)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from modelwright.core.settings import number
+from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.task_vectors import delta
+from modelwright.methods.merge._mechanism import PointWise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nearswap(PointWise):
+    """Move every weight towards the donor's by at most `t`: small differences are adopted, large ones hardly."""
+
+    status: ClassVar[str] = "checked"
+    takes: ClassVar[tuple[int, int | None]] = (1, 1)
+    neutral = dict(t=0.0)
+
+    t: float = number(1e-3, low=0)  # the largest step of a weight
+
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
+        start, donor = flat(weight), flat(donors[0])
+        change = delta(start, donor)
+
+        def values(at: slice) -> torch.Tensor:
+            step = change(at)
+            return torch.where(step.abs() <= self.t, donor(at).float(), step.clamp_(-self.t, self.t).add_(start(at)))
+
+        return Sliced(tuple(weight.shape), weight.dtype, values)

@@ -1,0 +1,58 @@
+"""Select entries on which donors differ, weigh donors by the size of their changes, erase minorities: SCE.
+
+Wan et al. 2024 (FuseChat), arXiv:2408.07990, section 3.3; the shares and ties as in mergekit's `sce`. Of the entries whose variance
+over the donors is not 0, the int(keep · n) with the largest stay; a donor's weight in a tensor is the mean square of what
+stays of its changes, over the sum of all donors'; only changes with the sign of the unweighted sum count.
+Differs: of entries that tie in variance the last stay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from modelwright.core.settings import fraction
+from modelwright.maths.masks import find_cut
+from modelwright.maths.slices import Entries, Sliced, each, flat
+from modelwright.maths.task_vectors import combined, delta, elect
+from modelwright.methods.merge._mechanism import PointWise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sce(PointWise):
+    """Merge the changes on which donors differ most, each donor weighted, tensor by tensor, by how much it changed."""
+
+    status: ClassVar[str] = "checked"
+    neutral = dict(keep=0.0)
+
+    keep: float = fraction(1.0)  # of the entries on which donors differ
+
+    def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
+        start, count = flat(weight), math.prod(weight.shape)
+        changes = [delta(start, flat(donor)) for donor in donors]
+
+        def variance(at: slice) -> Tensor:
+            return torch.stack([change(at) for change in changes]).var(0, correction=0)
+
+        differ = sum(each(lambda at: int(variance(at).count_nonzero()), count)) if self.keep < 1 else 0
+        cut = find_cut(variance, count, count - int(self.keep * differ)) if self.keep < 1 else None
+
+        def selected(at: slice) -> Tensor:  # [donors, n]
+            stacked = torch.stack([change(at) for change in changes])
+            return stacked if cut is None else stacked.masked_fill(cut.mark(stacked.var(0, correction=0), at), 0)
+
+        sizes = torch.stack([torch.zeros(len(donors)).double(), *each(lambda at: selected(at).double().square().sum(1).cpu(), count)]).sum(
+            0
+        )
+        weights = (sizes / sizes.sum().clamp(min=1e-300)).tolist()
+
+        def values(at: slice) -> Tensor:
+            parts = list(selected(at).unbind())
+            sign = elect(parts)
+            return combined([part * share for part, share in zip(parts, weights, strict=True)], weights, sign, True).add_(start(at))
+
+        return Sliced(tuple(weight.shape), weight.dtype, values)

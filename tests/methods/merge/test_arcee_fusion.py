@@ -1,0 +1,58 @@
+import math
+
+import pytest
+import torch
+from calibration import normal
+from merging import merged
+from tiny import tiny
+
+import modelwright as mw
+from modelwright.core.errors import NeedError
+from modelwright.maths import slices
+from modelwright.methods.merge.arcee_fusion import ArceeFusion, importance
+
+BASE = normal(30, 50)
+DONOR = BASE + 0.1 * normal(30, 50, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 400)
+
+
+def test_importance_by_hand():
+    # Rows (0, 0) and (0, ln 3): softmax (½, ½) and (¼, ¾). KL(new ‖ old) = ¼ ln ½ + ¾ ln 3/2; |Δ| = 0 and ln 3.
+    found = importance(torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]]))
+    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert found.tolist()[0] == pytest.approx([0.0, math.log(3) * divergence])
+
+
+def test_a_case_by_hand():
+    # In one row scores go with |Δ|: quartiles .125, .25, .375, so that what reaches .25 + 1.5·.25 = .625 stands out.
+    base = torch.zeros(1, 6)
+    donor = torch.tensor([[3.0, 0.1, -0.2, 0.3, -0.4, 0.0]])
+    assert merged(ArceeFusion(), base, [donor]).tolist() == [[3.0, 0.0, 0.0, 0.0, 0.0, 0.0]]
+
+
+def test_it_is_the_published_threshold():
+    before, after = BASE.softmax(-1), DONOR.softmax(-1)
+    score = (DONOR - BASE).abs() * (after * (after / before).log()).sum(-1, keepdim=True)
+    low, middle, high = (score.quantile(share) for share in (0.25, 0.5, 0.75))
+    expected = torch.where(score >= middle + 1.5 * (high - low), DONOR, BASE)
+    found = merged(ArceeFusion(), BASE, [DONOR])
+    assert torch.equal(found, expected)
+    assert 0 < (found != BASE).float().mean() < 0.3
+
+
+def test_a_donor_that_is_the_model_changes_nothing():
+    assert torch.equal(merged(ArceeFusion(), BASE, [BASE]), BASE)
+
+
+def test_odd_shapes_are_merged():
+    assert merged(ArceeFusion(), torch.tensor(1.0), [torch.tensor(2.0)]).shape == ()
+    assert merged(ArceeFusion(), normal(2, 3, 5), [normal(2, 3, 5, seed=1)]).shape == (2, 3, 5)
+
+
+def test_two_donors_are_refused():
+    with pytest.raises(NeedError, match=r"merge\.arcee_fusion takes 1 donor; the step gives 2"):
+        mw.apply(tiny(), ArceeFusion(), donors=[tiny(), tiny()])
