@@ -84,6 +84,8 @@ class Model:
     @module.setter
     def module(self, module: nn.Module) -> None:
         self._module = module
+        if hasattr(config := getattr(module, "config", None), "to_dict"):
+            self._config = config
 
     def forget(self) -> None:
         """Give the weights' memory back; they are read again when next asked for."""
