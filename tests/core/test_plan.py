@@ -63,7 +63,7 @@ def test_steps_out_of_order_are_all_said(small, text):
 def test_every_method_can_be_planned(small, text):
     for name in find.names():
         cls = find.find(name)
-        given = {need: [str(small)] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
+        given = {need: [str(small)] * cls.takes[0] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
         steps = ["adapt.lora"] if "adapters" in cls.wants else []
         found = plan(recipe.read({"model": str(small), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]}))
         assert found.rows[-1].step == name

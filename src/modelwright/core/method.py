@@ -67,6 +67,7 @@ class Method(ABC):
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
+    donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
 

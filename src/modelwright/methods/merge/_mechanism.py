@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from modelwright.core.errors import SettingError
-from modelwright.core.method import TensorMethod
+from modelwright.core.method import Method, ModelMethod, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
@@ -29,9 +29,17 @@ class PointWise(TensorMethod):
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
+    def everywhere(self, *names: str) -> list[str]:
+        """The problems with settings that must be one number, because all tensors are surveyed together."""
+        return [
+            f"{name} differs by role or depth, but all tensors compete, so that it must be one number."
+            for name in names
+            if not isinstance(getattr(self, name), (int, float))
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(PointWise):
+class Weighted(Method):
     """Merges donors that count by weights."""
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
@@ -49,6 +57,25 @@ class Merger(PointWise):
         if values is not None and len(values) != donors:
             raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
         return list(values or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(Weighted, PointWise):
+    """Merges donors that count by weights, point by point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Weighted, ModelMethod):
+    """Merges donors by what text says of them; holds them in memory."""
+
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    texts: tuple[str, ...] | None = None  # one for each donor; by default the recipe's data for all
+
+    def problems(self) -> list[str]:
+        if self.weights and min(self.weights) <= 0:
+            return [f"weights must be above 0, since every donor's text counts; got {list(self.weights)}."]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +102,16 @@ class TaskVectors(Merger):
     consensus: bool = False  # at each entry, only donors whose change has the elected sign count
     raw_votes: bool = False  # elect signs on the changes without their weights
 
-    def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
-        """The formula, with one way to make sparse for each donor, or none."""
-        return task_vectors.merge(
-            weight, donors, self.weights_for(len(donors)), sparsify=sparsify, scale=self.scale,
+    def change(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Values:
+        """The merged change, with one way to make sparse for each donor, or none."""
+        return task_vectors.added(
+            weight, donors, self.weights_for(len(donors)), sparsify=sparsify,
             normalize=self.normalize, consensus=self.consensus, raw_votes=self.raw_votes,
         )  # fmt: skip
+
+    def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
+        """The formula: the model plus `scale` times the merged change."""
+        return task_vectors.onto(weight, self.change(weight, donors, sparsify), self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,15 +146,21 @@ class RandomTaskVectors(SparseTaskVectors):
         return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
 
     def _one(self, keep: float, seed: int) -> Sparsify:
-        def sparse(values: Values, shape: tuple[int, ...]) -> Values:
-            if keep >= 1:
-                return values
-            kept = self.drop(values, shape, keep, seed)
-            if self.rescale == "none":
-                return kept
-            return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if self.rescale == "inverse" else None)
+        return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
 
-        return sparse
+
+def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify:
+    """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+
+    def sparse(values: Values, shape: tuple[int, ...]) -> Values:
+        if keep >= 1:
+            return values
+        kept = drop(values, shape)
+        if rescale == "none":
+            return kept
+        return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)
+
+    return sparse
 
 
 def counted(function: Callable[..., Values], **settings: float) -> Sparsify:
