@@ -3,7 +3,10 @@
 import json
 
 import pytest
+import torch
 from tiny import outputs
+
+from modelwright.core.errors import ModelwrightError, RecipeError
 
 CONFIGS = {
     "the sides of a slerp": """
@@ -220,11 +223,52 @@ def test_the_command_line_takes_a_configuration(folders, tmp_path, monkeypatch, 
     assert call(tmp_path / "nowhere.yaml", tmp_path / "other")[0] == 2
 
 
-def test_a_mixture_of_experts_is_recognised(merge):
-    from modelwright.core import find
-    from modelwright.core.errors import ModelwrightError
+EXPERTS = """
+base_model: a
+gate_mode: hidden
+dtype: bfloat16
+experts_per_token: 1
+experts:
+  - {source_model: mean, positive_prompts: ["write code"], negative_prompts: ["story"]}
+  - {source_model: b, positive_prompts: ["tell a story"]}
+---
+name: mean
+merge_method: linear
+models: [{model: b, parameters: {weight: 1}}, {model: c, parameters: {weight: 1}}]
+"""
 
-    if "merge.moe" in find.names():
-        pytest.skip("merge.moe is here")
-    with pytest.raises(ModelwrightError, match="mixture of experts .* which needs merge.moe"):
-        merge("base_model: a\ngate_mode: random\nexperts: [{source_model: b}, {source_model: c}]\n")
+
+def test_a_mixture_of_experts_is_assembled_from_models_and_earlier_documents(merge, read):
+    merged = merge(EXPERTS)
+    assert merged.config["model_type"] == "mixtral"
+    assert merged.dtype("model.norm.weight") == torch.bfloat16
+    down = merged.read("model.layers.0.block_sparse_moe.experts.1.w2.weight")
+    assert torch.equal(down, read("b", "model.layers.0.mlp.down_proj.weight").bfloat16())
+    assert outputs(merged.model.module.float()).isfinite().all()
+
+
+def test_where_there_is_no_moe_method_a_mixture_is_refused(merge, monkeypatch):
+    from modelwright.core import find
+
+    names = [name for name in find.names() if name != "merge.moe"]
+    monkeypatch.setattr(find, "names", lambda: names)
+    with pytest.raises(RecipeError, match="mixture of experts .* which needs merge.moe"):
+        merge(EXPERTS)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        (("gate_mode: hidden", "gate_mode: hiden"), "Did you mean 'hidden'?"),
+        (("experts_per_token: 1", "shared_experts: [1]"), "experts that every token is sent to are not here"),
+        (("source_model: b", "source_modl: b"), "experts.1.source_model must be a model"),
+        (("source_model: b", "noise_scale: 0.1, source_model: b"), "experts.1.noise_scale is not here"),
+        (("base_model: a", "base_model: a\nname: mixed"), "one has no `name`"),
+        (("bfloat16", "float8"), "dtype is one of"),
+    ],
+)
+def test_what_a_mixture_cannot_be_is_said(merge, tmp_path, change, wanted):
+    with pytest.raises(ModelwrightError) as error:
+        merge(EXPERTS.replace(*change))
+    assert wanted in str(error.value)
+    assert not list(tmp_path.iterdir())

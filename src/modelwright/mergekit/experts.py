@@ -57,6 +57,7 @@ def prepared(document: Experts, names: Sequence[str | None] = ()) -> Mixture:
         reader.wrong("shared_experts: experts that every token is sent to are not here. Remove them, or use mergekit-moe.")
     if stated.get("architecture") not in (None, "mixtral"):
         reader.wrong(f"architecture: {stated['architecture']} is not here; what is made is a mixtral.")
+    dtype = reader.dtype(stated, "dtype")
     faults += map(RecipeError, reader.problems)
     settings: dict[str, Any] = {"gates": gates, "experts_per_token": stated.get("experts_per_token") or 2}
     prompts, against = ([list(entry.get(key) or ()) for entry in entries if isinstance(entry, Mapping)]
@@ -65,7 +66,6 @@ def prepared(document: Experts, names: Sequence[str | None] = ()) -> Mixture:
         settings |= {"prompts": prompts} | ({"against": against} if any(against) else {})
     elif any(prompts) or any(against):
         reader.notes.append(f"gate_mode: {gates} reads no prompts; they are left out")
-    dtype = reader.dtype(stated, "dtype")
     method = None
     if not reader.problems:
         with faults.collected():

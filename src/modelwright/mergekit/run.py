@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelwright.anatomy import Site
 from modelwright.core import model, stream
-from modelwright.core.errors import Faults, ModelError, RecipeError, WeightsError
+from modelwright.core.errors import Faults, RecipeError, WeightsError
 from modelwright.core.files import refuse_existing
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
@@ -120,19 +120,9 @@ def _folder(reference: Reference, between: Path, number: int) -> Path:
     folder = Checkpoint(reference.path, reference.revision).path
     if reference.adapter is None:
         return folder
-    from peft import PeftModel
-
     merged = between / f"adapter-{number}"
-    place = _adapter(reference)
-    with model.quiet():
-        base = model.load_module(folder, model.read_config(folder))
-        try:
-            whole = PeftModel.from_pretrained(base, str(place)).merge_and_unload(safe_merge=True)  # type: ignore[arg-type, operator]
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{reference}: the adapter does not fit the model ({error}). Name the model that it was made for.") from error
-        whole.save_pretrained(merged)
-    for file in tokenizer_files(folder):
-        shutil.copyfile(file, merged / file.name)
+    folded = model.Folded(model.open(folder), _adapter(reference))  # its own folder goes with it
+    shutil.move(folded.folder, merged)
     return merged
 
 
