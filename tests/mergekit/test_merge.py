@@ -378,6 +378,12 @@ bogus: 1
     assert "int8_mask" not in said
 
 
+def test_weights_that_are_all_zero_are_noted_and_leave_the_base(merge, folders):
+    merged = merge("merge_method: task_arithmetic\nbase_model: c\nmodels: [{model: a, parameters: {weight: 0}}]")
+    assert same(merged, folders["c"])
+    assert any("all weights are 0, so it stays the base's" in note for note in merged.notes)
+
+
 def test_the_output_is_no_input_and_is_not_overwritten_unasked(merge, folders, tmp_path):
     text = "merge_method: passthrough\nmodels: [{model: a}]\n"
     merge(text)

@@ -453,6 +453,8 @@ class Planner:
             if once[parameter] is table.REQUIRED:
                 self.say("setting", f"{self.config.method} needs `{parameter}`; no scope gives it here", name)
                 return None
+        if based and each.get("weight") and not any(each["weight"]):
+            self.say("note", "all weights are 0, so it stays the base's", name)
         try:
             stated = table.settings(self.config.method, each, once, based=based, as_mergekit=self.as_mergekit)
             return table.made(self.entry.name, tuple(stated.items()))

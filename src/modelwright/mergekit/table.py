@@ -150,4 +150,4 @@ def made(name: str, stated: tuple[tuple[str, Any], ...]) -> TensorMethod:
 
 def on_deltas(method: TensorMethod) -> bool:
     """Whether it adds up what donors learned, so that it works on differences alone."""
-    return isinstance(method, TaskVectors)
+    return isinstance(method, TaskVectors) or method.name() == "merge.sce"

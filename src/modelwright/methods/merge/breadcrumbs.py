@@ -2,7 +2,7 @@
 
 Davari, Belilovsky 2023, arXiv:2312.06795, section 3. With `consensus: true` signs are elected as in TIES.
 Differs: trims tensor by tensor, as mergekit does; where `top` of a small tensor is no whole entry, none of its largest
-goes, where mergekit loses its whole change.
+goes, where mergekit once lost its whole change (no longer in 0.1.5).
 """
 
 from __future__ import annotations
