@@ -13,6 +13,7 @@ import modelwright as mw
 from modelwright.core.errors import MethodError, ModelError, ModelwrightError, RecipeError, SettingError, WeightsError
 from modelwright.core.model import Model, quiet
 from modelwright.core.weights import Checkpoint
+from modelwright.mergekit.plan import belongs
 from modelwright.methods.merge.ties import Ties
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -150,6 +151,29 @@ parameters: {weight: 1}
     assert torch.equal(merged.read(inside.format(4)), two.read(inside.format(3)))
     assert torch.equal(merged.read("shared.weight"), two.read("shared.weight"))
     assert (merged.config["num_layers"], merged.config["num_decoder_layers"]) == (4, 5)
+
+
+PARTS = ["text_decoder", "multi_modal_projector", "vision_tower"]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", 0),
+        ("lm_head.weight", 0),
+        ("model.language_model.layers.0.mlp.up_proj.weight", 0),
+        ("language_model.model.embed_tokens.weight", 0),
+        ("multi_modal_projector.linear_1.weight", 1),
+        ("model.multi_modal_projector.linear_1.weight", 1),
+        ("visual.merger.mlp.0.weight", 1),
+        ("visual.blocks.0.attn.qkv.weight", 2),
+        ("model.visual.patch_embed.proj.weight", 2),
+        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight", 2),
+    ],
+)
+def test_each_tensor_of_a_model_that_sees_belongs_to_one_module(name, part):
+    assert [belongs(name, word, PARTS) for word in PARTS] == [number == part for number in range(3)]
+    assert belongs(name, "vision_tower", ["text_decoder", "vision_tower"]) == (part == 2 or name.startswith("visual."))
 
 
 def test_slices_of_a_model_with_two_stacks_ask_for_modules(merge):

@@ -23,6 +23,7 @@ from .schema import Config, Parameters, Reference, Slice, Source, Tower
 BLOCK = re.compile(r"(.*?\.)??(\d+)\.(.*)")
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers", "depth")
 TEXT = ("text_decoder", "language_model", "text_model")
+BETWEEN = ("multi_modal_projector", "mm_projector", "projector", "merger", "connector")  # of sight and text
 SIGHT = ("vision_tower", "vision_model", "visual", "image_encoder")
 
 
@@ -515,11 +516,15 @@ def resolved(parameter: str, scopes: Sequence[Parameters], name: str, t: float) 
 def belongs(name: str, word: str, words: Sequence[str]) -> bool:
     """Whether a tensor is in the part of the model that mergekit calls `word`."""
     parts = name.removeprefix("model.").split(".")[:-1]
-    if word in parts[:2] or word in SIGHT and set(SIGHT) & set(parts[:2]):
-        return True
+    between = any(part.startswith(BETWEEN) for part in parts[:3])
+    sees = bool(set(SIGHT) & set(parts[:2])) and not (between and BETWEEN[0] in words)
+    if word in SIGHT:
+        return sees
+    if word in BETWEEN:
+        return between
     if word in TEXT:
-        return not set(SIGHT) & set(parts[:2]) and not any("projector" in part or "merger" in part for part in parts[:2])
-    return word == "decoder" and "decoder" in words and parts[0] in ("lm_head", "proj_out")
+        return not sees and not between
+    return word in parts[:2] or word == "decoder" and parts[0] in ("lm_head", "proj_out")
 
 
 def renumber(result: dict[str, Any], template: Input, path: str, total: int, kinds: list[tuple[Input, int]]) -> None:
