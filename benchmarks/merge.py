@@ -1,41 +1,74 @@
-"""merge.linear and merge.ties against mergekit: three bfloat16 checkpoints in, one out.
+"""Merges against mergekit: three bfloat16 checkpoints in, one out.
 
 python benchmarks/merge.py --peer-python PATH       # PATH: a Python with mergekit; by default this one
+python benchmarks/merge.py --methods dare della ... # others than linear and ties
 python benchmarks/merge.py --gigabytes 0.05         # a dry run
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import _run
 
-KEEP = 0.2
 LARGEST = 1 << 24  # values compared at a time
-MERGED = dict(linear=("base", "first", "second"), ties=("first", "second"))  # what each method is given; ties: on base
+BOTH, ALL = ("first", "second"), ("base", "first", "second")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A merge: what ours and mergekit's are given. `donors` are ours beside the model `base`; `models` are mergekit's."""
+
+    method: str
+    settings: dict[str, Any]
+    donors: tuple[str, ...]
+    theirs: str
+    models: tuple[str, ...]
+    parameters: dict[str, Any] = field(default_factory=dict)  # of each model
+    shared: dict[str, Any] = field(default_factory=dict)
+    base: bool = True
+
+
+CASES = {
+    "linear": Case("merge.linear", {}, ALL, "linear", ALL, {"weight": 1.0}, base=False),
+    "ties": Case("merge.ties", {"keep": 0.2}, BOTH, "ties", BOTH, {"weight": 1.0, "density": 0.2}, {"normalize": True}),
+    "task_arithmetic": Case("merge.task_arithmetic", {"scale": 0.5}, BOTH, "task_arithmetic", BOTH, {"weight": 1.0}, {"lambda": 0.5}),
+    "dare": Case("merge.dare", {"keep": 0.5}, BOTH, "dare_linear", BOTH, {"weight": 1.0, "density": 0.5}),
+    "della": Case("merge.della", {"keep": 0.5}, BOTH, "della", BOTH, {"weight": 1.0, "density": 0.5, "epsilon": 0.15}),
+    "breadcrumbs": Case("merge.breadcrumbs", {"keep": 0.9}, BOTH, "breadcrumbs", BOTH, {"weight": 1.0, "density": 0.9, "gamma": 0.01}),
+    "slerp": Case("merge.slerp", {"t": 0.5}, ("first",), "slerp", ("base", "first"), {}, {"t": 0.5}),
+    "nuslerp": Case("merge.nuslerp", {}, BOTH, "nuslerp", BOTH, {"weight": 1.0}, base=False),
+    "model_stock": Case("merge.model_stock", {}, BOTH, "model_stock", BOTH),
+    "sce": Case("merge.sce", {"keep": 0.5}, BOTH, "sce", BOTH, {}, {"select_topk": 0.5}),
+    "karcher": Case("merge.karcher", {}, ALL, "karcher", ALL, base=False),
+    "arcee_fusion": Case("merge.arcee_fusion", {}, ("first",), "arcee_fusion", ("first",)),
+    "nearswap": Case("merge.nearswap", {"t": 0.001}, ("first",), "nearswap", ("first",), {}, {"t": 0.001}),
+    "passthrough": Case("merge.passthrough", {}, ("first",), "passthrough", ("first",), base=False),
+}
 
 
 def ours(method: str, work: str, save: str) -> None:
     """Merge with Modelwright, from folder to folder."""
     import modelwright as mw
-    from modelwright.methods.merge.linear import Linear
-    from modelwright.methods.merge.ties import Ties
 
-    donors = [f"{work}/{name}" for name in MERGED[method]]
-    mw.apply(f"{work}/base", Linear() if method == "linear" else Ties(keep=KEEP), donors=donors, save=save)
+    case = CASES[method]
+    made = mw.find(case.method).build(case.settings)
+    mw.apply(f"{work}/base", made, donors=[f"{work}/{name}" for name in case.donors], save=save)
 
 
 def peer_recipe(method: str, work: Path, dtype: str) -> str:
-    """The same merge for mergekit, as YAML."""
-    weights = "{weight: 1.0}" if method == "linear" else f"{{weight: 1.0, density: {KEEP}}}"
-    models = [f"  - model: {work / name}\n    parameters: {weights}" for name in MERGED[method]]
-    base = [] if method == "linear" else [f"base_model: {work / 'base'}", "parameters: {normalize: true}"]
-    return "\n".join([f"merge_method: {method}", "models:", *models, *base, f"dtype: {dtype}", "out_dtype: bfloat16", ""])
+    """The same merge for mergekit, as YAML (JSON is YAML)."""
+    case = CASES[method]
+    models = [{"model": str(work / name), **({"parameters": case.parameters} if case.parameters else {})} for name in case.models]
+    config = {"merge_method": case.theirs, "models": models, "parameters": case.shared, "dtype": dtype, "out_dtype": "bfloat16"}
+    return json.dumps(config | ({"base_model": str(work / "base")} if case.base else {}))
 
 
 def compare(left: str, right: str, work: str) -> dict[str, float]:
@@ -100,7 +133,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with mergekit")
     parser.add_argument("--gigabytes", type=float, default=1.6, help="size of each checkpoint")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=list(MERGED), choices=list(MERGED))
+    parser.add_argument("--methods", nargs="+", default=["linear", "ties"], choices=list(CASES))
     parser.add_argument("--peer-dtype", default="bfloat16", help="what mergekit computes in")
     parser.add_argument("--work", help="where the models go; by default a temporary folder")
     parser.add_argument("--name", default="merge", help="the result is docs/results/NAME.json")
@@ -118,7 +151,7 @@ def main() -> None:
     _run.save(
         asked.name, f"Merging checkpoints of {nbytes / 1e9:.2f} GB each; mergekit computes in {asked.peer_dtype}",
         f"python benchmarks/merge.py --gigabytes {asked.gigabytes:g} --rounds {asked.rounds} --peer-dtype {asked.peer_dtype}"
-        " --peer-python PATH", rows, peer=asked.peer_python,
+        f" --methods {' '.join(asked.methods)} --peer-python PATH", rows, peer=asked.peer_python,
     )  # fmt: skip
 
 

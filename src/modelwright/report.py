@@ -107,7 +107,7 @@ def columns_of(rows: list[dict[str, Any]]) -> list[str]:
 
 def plain_table(title: str = "") -> Table:
     """An empty table for the terminal, narrow enough for 80 columns."""
-    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    return Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
 
 
 def heading(text: str) -> str:
@@ -149,7 +149,7 @@ def best_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def frontier_plot(page: Page) -> str:
     """Size against quality: the original, every trial, the chosen one, the budget. SVG."""
-    figure, axes = _figure(7.2, 4.2)
+    figure, axes = figure_of(7.2, 4.2)
     original = page.table[0]["bytes_disk"]
     worst = page.score + 3.0
     trials = [row for row in page.frontier if row["nats_per_token"] < worst]
@@ -174,13 +174,13 @@ def frontier_plot(page: Page) -> str:
     if left_out:
         axes.annotate(f"{left_out} trials lie above", (0.99, 0.99), xycoords="axes fraction", ha="right", va="top", color=SOFT, fontsize=8)
     axes.legend(frameon=False, fontsize=9, loc="upper right", bbox_to_anchor=(1, 0.93))
-    return _svg(figure)
+    return svg_of(figure)
 
 
 def sensitivity_plot(page: Page) -> str:
     """How much each block minds rounding, low rank, zeros and removal. SVG."""
     depths = sorted({int(place.split()[1]) for place in page.sensitivity})
-    figure, all_axes = _figure(7.2, 4.6, 2, 2)
+    figure, all_axes = figure_of(7.2, 4.6, 2, 2)
     titles = {
         "bits": "rounded to 3 bits",
         "rank": "half the rank's parameters",
@@ -199,10 +199,11 @@ def sensitivity_plot(page: Page) -> str:
     all_axes[0, 0].legend(frameon=False, fontsize=8)
     figure.supxlabel("block", fontsize=10)
     figure.supylabel("nats per token lost", fontsize=10)
-    return _svg(figure)
+    return svg_of(figure)
 
 
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+def figure_of(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
+    """A figure of so many inches in the reports' style, and its axes."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -213,7 +214,8 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
         return figure, figure.subplots(rows, columns, squeeze=True)
 
 
-def _svg(figure: Any) -> str:
+def svg_of(figure: Any) -> str:
+    """A figure as SVG to stand inside HTML."""
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()[stream.getvalue().index("<svg") :]
@@ -221,19 +223,20 @@ def _svg(figure: Any) -> str:
 
 # Pages
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Modelwright: {{ page.name }} within {{ page.budget }}</title>
-<style>
- body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+STYLE = """ body { font: 16px/1.5 system-ui, sans-serif; color: #1f2933; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
  h1 { font-size: 1.6rem; margin-bottom: .2rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
  .lead { color: #52606d } svg { max-width: 100%; height: auto }
  table { border-collapse: collapse; font-size: .92rem } td, th { padding: .3rem .8rem; border-bottom: 1px solid #e4e7eb; text-align: right }
  td:first-child, th:first-child { text-align: left } .wide { overflow-x: auto }
  pre { background: #f5f7fa; padding: .8rem 1rem; overflow-x: auto; font-size: .86rem } details summary { cursor: pointer; color: #0b6e99 }
  .prompt { color: #829ab1 } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem; margin-bottom: 1rem }
- .pair div { background: #f5f7fa; padding: .6rem .8rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere }
-</style></head><body>
+ .pair div { background: #f5f7fa; padding: .6rem .8rem; font-size: .9rem; white-space: pre-wrap; overflow-wrap: anywhere }"""
+
+TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Modelwright: {{ page.name }} within {{ page.budget }}</title>
+<style>
+{{ style }}</style></head><body>
 <h1>{{ page.name }} within {{ page.budget }}</h1>
 <p class="lead">{{ lead }}</p>
 <h2>Before and after, on text that nothing has seen</h2>
@@ -281,7 +284,7 @@ def html(page: Page) -> str:
     steps = [column for column in columns_of(page.account) if column not in ("flops_per_token",)]
     return made.render(
         page=page, lead=lead(page), columns=columns_of(page.table), steps=steps, names=COLUMNS, shown=shown, size=size, version=__version__,
-        frontier=Markup(frontier_plot(page)), sensitivity=Markup(sensitivity_plot(page)),
+        frontier=Markup(frontier_plot(page)), sensitivity=Markup(sensitivity_plot(page)), style=Markup(STYLE),
     )  # fmt: skip
 
 

@@ -214,3 +214,10 @@ def test_a_merge_reads_its_inputs_by_slices_and_each_at_most_three_times(models)
     result = task_vectors.merge(watched[0], watched[1:], [1.0] * 3, sparsify=[trimming(0.2)] * 3)
     assert torch.equal(torch.cat(list(result)).view(base.shape), merge_ties(base, donors, [1.0] * 3))
     assert all(2 * 1500 <= one.read <= 3 * 1500 for one in watched[1:])
+
+
+def test_the_order_of_rows_is_the_stable_one():
+    sizes = torch.randn(20, 333, generator=torch.Generator().manual_seed(0)).abs().mul(8).round() / 8
+    sizes[0] = 0
+    sizes[1, ::7] = float("inf")
+    assert torch.equal(task_vectors._order(sizes), sizes.argsort(dim=-1, stable=True))

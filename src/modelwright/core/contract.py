@@ -14,7 +14,7 @@ import dataclasses
 import inspect
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,10 @@ class Case:
         """The method with its small settings."""
         return self.cls(**{**self.cls.small, **settings})
 
-    def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, **config: Any) -> Model:
-        """A small random model, with adapters if the method wants them."""
+    def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, wants: Set[str] | None = None, **config: Any) -> Model:
+        """A small random model, with adapters if the method, or `wants`, asks for them."""
         model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
-        if "adapters" in self.cls.wants:
+        if "adapters" in (self.cls.wants if wants is None else wants):
             walk.change(model, find.find("adapt.lora").build({"rank": 2}), Given())
             generator = torch.Generator().manual_seed(seed)
             for name, value in model.module.named_parameters():
@@ -94,21 +94,26 @@ class Case:
         needs = self.cls.needs()
         made: dict[str, Any] = {"data": data}
         if "donors" in needs:
-            made["donors"] = [self.model(seed=5), self.model(seed=6)][: self.cls.takes[1]]
+            made["donors"] = self.donors((5, 6))
         if "teacher" in needs:
             made["teacher"] = self.model(seed=0)
         if "base" in needs:
             made["base"] = self.model(seed=7)
         return Given(**(made | others))
 
+    def donors(self, seeds: Iterable[int], **config: Any) -> list[Model]:
+        """Small random models for the method to take in, no more than it takes."""
+        made = [self.model(seed=seed, wants=self.cls.donors_want, **config) for seed in seeds]
+        return made[: self.cls.takes[1]]
+
     def applied(self, method: Method | None = None, model: Model | None = None, given: Given | None = None) -> Model:
         """A model after the method. Raises NotApplicable where the architecture has no place for it."""
-        if issubclass(self.cls, TrainMethod) and self.kind not in tiny.CAUSAL:
+        if self.cls.causal and self.kind not in tiny.CAUSAL:
             raise NotApplicable(f"{self.kind} predicts no tokens")
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())
         except SiteError as error:
-            if any(words in str(error) for words in ("chooses no weight", "no single row")):
+            if any(words in str(error) for words in ("chooses no weight", "no single row", "laid out otherwise")):
                 raise NotApplicable(str(error)) from None
             raise
 
@@ -310,7 +315,7 @@ def check_ties_survive(case: Case) -> None:
     if case.kind != "llama":
         raise NotApplicable("checked on one architecture")
     given = case.given()
-    given.donors = [case.model(seed=number, tie_word_embeddings=True) for number, _ in enumerate(given.donors, 3)]
+    given.donors = case.donors(range(3, 3 + len(given.donors)), tie_word_embeddings=True)
     module = case.applied(model=case.model(tie_word_embeddings=True), given=given).module
     base = unwrapped(module)
     assert base.lm_head.weight is base.model.embed_tokens.weight, "head and embedding came apart"  # type: ignore[union-attr]
@@ -342,7 +347,7 @@ def check_odd_shapes_work(case: Case) -> None:
     for need in ("teacher", "base"):
         if getattr(given, need) is not None:
             setattr(given, need, case.model(**odd))
-    given.donors = [case.model(seed=number, **odd) for number, _ in enumerate(given.donors, 3)]
+    given.donors = case.donors(range(3, 3 + len(given.donors)), **odd)
     outputs = tiny.outputs(case.applied(model=case.model(**odd), given=given).module)
     assert outputs.isfinite().all()
 

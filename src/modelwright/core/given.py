@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import data as texts
-from .errors import NeedError, refuse
+from .errors import NeedError, SettingError, refuse
 from .method import NEEDS, Method
 from .model import Model
 
@@ -40,12 +40,13 @@ class Given:
         named = len(self.donors)
         wrong = "donors" in method.needs() and named and (named < least or most is not None and named > most)
         number = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
+        untold = self.data is None and getattr(method, "texts", None) is None
         return [
             f"{method.name()} takes {number} donor{'s' * (number != '1')}; the step gives {named}. Name that many under `donors:`."
         ] * bool(wrong) + [
             f"{method.name()} needs {NEEDS[need]}."
             for need in method.needs()
-            if (need in ("statistics", "calibration", "gradients", "train") and self.data is None)
+            if (need in ("statistics", "calibration", "gradients", "train") and untold)
             or (need == "donors" and not self.donors)
             or (need == "teacher" and self.teacher is None)
             or (need == "base" and self.base is None)
@@ -68,6 +69,19 @@ class Given:
         if len(rows) > self.samples:
             rows = rows[torch.linspace(0, len(rows) - 1, self.samples).round().long()]
         return [{"input_ids": part} for part in rows.split(8)]
+
+    def calibration(self, method: Method, models: Sequence[Model]) -> list[list[Batch]]:
+        """Calibration batches for each of these models: from its own text where the method names `texts`, else from the data.
+
+        Raises:
+            SettingError: another number of texts than of models.
+        """
+        sources = getattr(method, "texts", None)
+        if sources is None:
+            return [self.batches(model) for model in models]
+        if len(sources) != len(models):
+            raise SettingError(f"{method.name()}: {len(sources)} texts for {len(models)} donors. Give one for each donor.")
+        return [replace(self, data=texts.read(source)).batches(model) for source, model in zip(sources, models, strict=True)]
 
     def ids(self, model: Model) -> Tensor:
         """All of the text as token ids [n]."""

@@ -43,8 +43,9 @@ NEEDS: dict[str, str] = {
     "requests": "edit requests. Add `requests:` to the step",
     "rng": "a random generator",
     "survey": "what `survey` found over all tensors",
+    "notes": "a list for sentences that the user should read",
 }
-DRIVEN = frozenset({"rng", "survey"})  # needs that the driver meets by itself
+DRIVEN = frozenset({"rng", "survey", "notes"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
@@ -61,10 +62,12 @@ class Method(ABC):
     takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
 
     status: ClassVar[str] = "sketch"
+    causal: ClassVar[bool] = False  # needs a model that predicts the next token
     neutral: ClassVar[Mapping[str, Any] | None] = None  # settings under which no output may change
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
+    donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
 
@@ -222,6 +225,7 @@ class TrainMethod(Method):
     """Trains all parameters that may change: `loss(module, ids, mask, ...)` returns a scalar and its named parts."""
 
     level: ClassVar[str] = "train"
+    causal: ClassVar[bool] = True
     verb: ClassVar[str] = "loss"
     subjects: ClassVar[int] = 3
 

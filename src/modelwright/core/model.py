@@ -9,7 +9,9 @@ import contextlib
 import copy
 import json
 import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,11 +84,18 @@ class Model:
     @module.setter
     def module(self, module: nn.Module) -> None:
         self._module = module
+        if hasattr(config := getattr(module, "config", None), "to_dict"):
+            self._config = config
 
     def forget(self) -> None:
         """Give the weights' memory back; they are read again when next asked for."""
         if self.folder is not None and not self.changed:
             self._module = None
+
+    @property
+    def sources(self) -> list[Path]:
+        """The folders whose files it is made of; none for a model that came as a module."""
+        return [] if self.folder is None else [self.folder]
 
     @property
     def loaded(self) -> bool:
@@ -146,7 +155,7 @@ class Model:
             self._marks |= {"sparse"} if "sparse" in kinds else set()
             if kinds & {"packed", "embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
-            if self.folder is not None and (self.folder / "adapter_config.json").is_file():
+            if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
                 self._marks.add("adapters")
         return self._marks
 
@@ -176,18 +185,82 @@ class Model:
         write_json(folder / RECORD, {"steps": self.history, "marks": sorted(self.marks)})
 
 
+class Folded(Model):
+    """A model with a peft adapter put into its weights: "folder+adapter".
+
+    When its folder is first asked for, the result is written to a temporary one, which goes with the object.
+    """
+
+    def __init__(self, base: Model, adapter: Path):
+        self.base, self.adapter = base, adapter
+        self._made: Path | None = None
+        super().__init__(name=f"{base.name}+{adapter}", tokenizer=base._tokenizer, trust_remote_code=base.trust_remote_code)
+
+    @property
+    def folder(self) -> Path:  # type: ignore[override]
+        """Where the result lies.
+
+        Raises:
+            ModelError: the base is no dense model, or the adapter is not one of it.
+        """
+        if self._made is None:
+            made = Path(tempfile.mkdtemp(prefix="modelwright-"))
+            weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+            base = (
+                open(self.base)
+                if isinstance(self.base, Folded)
+                else open(self.base.folder or self.base, trust_remote_code=self.trust_remote_code)
+            )
+            base.marks -= {"sparse"}  # an update fills zeros in
+            save_module(self._folded(base), made)
+            base.save_beside(made)
+            self._made = made
+        return self._made
+
+    @folder.setter
+    def folder(self, _: Path | None) -> None:
+        """It has none of its own."""
+
+    @property
+    def sources(self) -> list[Path]:
+        return [*self.base.sources, self.adapter]
+
+    def _folded(self, base: Model) -> nn.Module:
+        from peft import PeftModel
+
+        if not base.dense or "adapters" in base.marks:
+            raise ModelError(f"{self.name}: only a dense model can take an adapter into its weights, and {base.name} is none.")
+        assert base.folder is not None
+        with quiet():
+            try:
+                borne = PeftModel.from_pretrained(load_module(base.folder, base.config, base.trust_remote_code), str(self.adapter))
+                return borne.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+            except (ValueError, RuntimeError, KeyError) as error:
+                first = str(error).strip().splitlines()[0]
+                raise ModelError(
+                    f"{self.adapter} is no adapter of {base.name} ({first}). Name the model that it was trained on."
+                ) from error
+
+
 def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust_remote_code: bool = False) -> Model:
     """Open a model: a folder, a hub name, "starter", or a module that is already in memory. Nothing large is read.
 
+    "model+adapter" is the model with the peft adapter in that folder put into its weights.
+
     Raises:
         WeightsError: no checkpoint there, or one that is damaged.
-        ModelError: the model's type is unknown.
+        ModelError: the model's type is unknown, or what stands behind a + is no adapter.
     """
     if isinstance(source, Model):
         return source
     if isinstance(source, nn.Module):
         return Model(name=type(source).__name__, module=source, tokenizer=tokenizer)
     restore(Path(source).absolute())
+    if "+" in str(source) and not Path(source).exists():
+        base, _, adapter = str(source).rpartition("+")
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ModelError(f"{source}: {adapter} is no folder with a peft adapter. Name one behind the +, after the model.")
+        return Folded(open(base, tokenizer=tokenizer, trust_remote_code=trust_remote_code), Path(adapter))
     if str(source) == "starter":
         from modelwright.starter import path
 

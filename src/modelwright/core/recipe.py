@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .files import refuse_existing, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
 from .method import Method
-from .model import RECORD, Model, base_of, check_readable, open
+from .model import RECORD, Folded, Model, base_of, check_readable, open
 from .progress import console
 
 INPUT = "$input"  # the model that the recipe starts from
@@ -83,6 +83,8 @@ def _plain_name(model: Any) -> Any:
 
 def placed(name: Any, own: str = "") -> str:
     """A name in a recipe so that it means the same from any working directory: what lies here gets its whole path."""
+    if "+" in str(name) and not Path(name).exists():  # a model and its adapters
+        return "+".join(placed(part, own) for part in str(name).split("+"))
     return str(name) if str(name) == own or not Path(name).exists() else str(Path(name).resolve())
 
 
@@ -99,7 +101,10 @@ def whole_names(recipe: Recipe) -> Recipe:
             need: [placed(name, INPUT) for name in value] if isinstance(value, list) else placed(value, INPUT)
             for need, value in step.given.items()
         }
-        steps.append(replace(step, given=given))
+        method = step.method
+        if sources := getattr(method, "texts", None):
+            method = replace(method, texts=tuple(placed(source, "corpus") for source in sources))  # type: ignore[call-arg]
+        steps.append(Step(method, given))
     return replace(recipe, model=model if isinstance(model, Mapping) else placed(model, "starter"), data=data, steps=tuple(steps))
 
 
@@ -146,6 +151,15 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 def parse(source: str | Path) -> Any:
     """The contents of a YAML file, or of YAML text."""
+    return _loaded(source, lambda text: _yaml().load(text))
+
+
+def parse_all(source: str | Path) -> list[Any]:
+    """The documents of a YAML file, or of YAML text."""
+    return _loaded(source, lambda text: list(_yaml().load_all(text)))
+
+
+def _loaded(source: str | Path, load: Callable[[str], Any]) -> Any:
     from ruamel.yaml.error import YAMLError
 
     text, name = str(source), "The recipe"
@@ -158,7 +172,7 @@ def parse(source: str | Path) -> Any:
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     try:
-        return _yaml().load(text)
+        return load(text)
     except YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {error}") from error
 
@@ -283,8 +297,9 @@ def run(
     folder: Path | None = None
     for number, step in enumerate(recipe.steps):
         key = _hash(
-            key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT]
-        )
+            key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT],
+            [texts.digest(texts.read(source)) for source in getattr(step.method, "texts", None) or ()],
+        )  # fmt: skip
         folder = beside / f"{number:02d}-{step.method.name().replace('/', '_')}-{key}"
         if folder.is_dir():
             console.print(f"step {number} {step.method.name()}: done before, taken from {folder.name}")
@@ -448,6 +463,8 @@ def step_models(step: Step, source: Model) -> dict[str, Any]:
 
 def _anew(model: Model) -> Model:
     """The model opened, or copied, once more, because steps change models in memory."""
+    if isinstance(model, Folded) and not model.changed:
+        return Folded(model.base, model.adapter)
     if model.folder is None or model.changed:
         return copy.deepcopy(model)
     return open(str(model.folder), trust_remote_code=model.trust_remote_code)
@@ -456,18 +473,19 @@ def _anew(model: Model) -> Model:
 def model_digest(model: Model) -> str:
     """A hash of everything that a model is: all its files, and an adapter's base; or its tensors, if they changed in memory."""
     digest = hashlib.blake2b(digest_size=16)
-    if model.folder is None or model.changed:
+    if not model.sources or model.changed:
         for name, value in model.module.state_dict().items():
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-    for file in sorted(path for path in model.folder.iterdir() if path.is_file() and path.name not in (RECORD, "account.json")):
+    listed = [path for folder in model.sources for path in sorted(folder.iterdir())]
+    for file in (path for path in listed if path.is_file() and path.name not in (RECORD, "account.json")):
         digest.update(file.name.encode())
         with file.open("rb") as handle:
             while block := handle.read(1 << 24):
                 digest.update(block)
-    base = model.folder / "adapter_config.json"
-    if base.is_file():
+    base = model.sources[-1] / "adapter_config.json"
+    if len(model.sources) == 1 and base.is_file():
         digest.update(model_digest(open(base_of(base))).encode())
     return digest.hexdigest()
 

@@ -101,7 +101,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
 def change(model: Model, method: Method, given: Given) -> Model:
     """Apply a method to a model in memory, in place."""
     given.refuse_lacking(method)
-    refuse_marks(model, method)
+    refuse_marks(model, method, given.donors)
     with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
         if isinstance(method, TensorMethod):
             _change_tensors(model, method, given)
@@ -116,10 +116,23 @@ def change(model: Model, method: Method, given: Given) -> Model:
             _train(model, method, given)
         else:
             assert isinstance(method, ModelMethod), method
-            extras = {"rng": given.rng(), "teacher": given.teacher, "base": given.base, "donors": given.donors}
-            model = method.model(model, **{need: extras[need] for need in method.needs()})  # type: ignore[attr-defined]
+            model = method.model(model, **_given_whole(model, method, given))  # type: ignore[attr-defined]
     record(model, method, given)
     return model
+
+
+def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, Any]:
+    """What a verb that works on whole models asks for; `calibration`: batches for the model; for methods with `texts`, for each donor."""
+    extras: dict[str, Callable[[], Any]] = {
+        "rng": given.rng,
+        "teacher": lambda: given.teacher,
+        "base": lambda: given.base,
+        "donors": lambda: given.donors,
+        "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
+        "tokenizer": lambda: model.tokenizer,
+        "notes": lambda: given.notes,
+    }
+    return {need: extras[need]() for need in method.needs()}
 
 
 def record(model: Model, method: Method, given: Given) -> None:
@@ -129,13 +142,19 @@ def record(model: Model, method: Method, given: Given) -> None:
     model.history.append({"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)})
 
 
-def refuse_marks(model: Model, method: Method) -> None:
-    """Raise when the model cannot take the method in its present form."""
+def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> None:
+    """Raise when the model or a donor cannot take the method in its present form."""
     lacking = method.wants - model.marks
     if lacking:
         raise PlanError(
             f"{method.name()} wants a model that is {' and '.join(sorted(lacking))}; {model.name} is "
             f"{', '.join(sorted(model.marks)) or 'none of these'}. Put this step before the one that changed that."
+        )
+    strangers = [donor for donor in donors if method.donors_want - donor.marks]
+    if strangers:
+        raise PlanError(
+            f"{method.name()} wants donors that are {' and '.join(sorted(method.donors_want))}; "
+            f"{', '.join(donor.name for donor in strangers)}: {', '.join(sorted(strangers[0].marks)) or 'none of these'}. Name others."
         )
 
 
@@ -270,6 +289,8 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
             extras[need] = read(given.base)
         elif need == "survey":
             extras[need] = surveyed
+        elif need == "notes":
+            extras[need] = given.notes
     return extras
 
 

@@ -51,3 +51,37 @@ def whitening(moment: Tensor) -> Tensor:
 def rank_for(keep: float, rows: int, columns: int) -> int:
     """The rank whose two factors hold at most `keep` of the entries of a [rows, columns] weight; at least 1."""
     return max(1, int(keep * rows * columns / (rows + columns)))
+
+
+def change_factors(change: Tensor, most: int, keep: float = 1.0, floor: float = 0.0) -> tuple[Tensor, Tensor, float]:
+    """The factors of a change at the least rank that does: (B [out, r], A [r, in], the share of Σ σ² that they hold).
+
+    change: [out, in]. most: the highest rank. keep: the share of Σ σ² to hold, 0 to 1. floor: singular values up to this
+    count as rounding. The rank is 0 where nothing is left; the roots of the singular values are shared evenly.
+    """
+    left, values, right = torch.linalg.svd(change.double(), full_matrices=False)
+    energy = values.square()
+    total = energy.sum()
+    held = energy.cumsum(0)
+    needed = int((held < keep * total * (1 - 1e-12)).sum()) + 1
+    rank = min(most, needed, int((values > floor).sum()))
+    share = float(held[rank - 1] / total) if rank else float(total == 0)
+    roots = values[:rank].sqrt()
+    return (left[:, :rank] * roots).to(change.dtype), (roots[:, None] * right[:rank]).to(change.dtype), share
+
+
+def product_factors(tall: Tensor, wide: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors (B [out, r], A [r, in]) of the product of tall [out, n] and wide [n, in], r at most `rank`.
+
+    Through the triangular factors of both, so that the product itself is never formed.
+    """
+    left, above = torch.linalg.qr(tall.double())
+    right, below = torch.linalg.qr(wide.double().mT)
+    up, down, _ = change_factors(above @ below.mT, rank)
+    return (left @ up).to(tall.dtype), (down @ right.mT).to(wide.dtype)
+
+
+def rounding(weight: Tensor) -> float:
+    """The largest singular value that rounding alone gives a difference of two weights [out, in] of this dtype."""
+    rms = float(weight.float().square().mean().sqrt())
+    return torch.finfo(weight.dtype).eps * rms * (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)

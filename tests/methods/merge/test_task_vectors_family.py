@@ -120,6 +120,11 @@ def test_breadcrumbs_by_hand():
     # top of ten entries is no whole one: nothing of the largest goes, and nothing else is lost.
     assert merged(Breadcrumbs(keep=0.9, top=0.05), torch.zeros(10), [change]).abs().min() == 0
     assert (merged(Breadcrumbs(keep=1.0, top=0.05), torch.zeros(10), [change]) == change).all()
+    # Each donor may lose a share of its own: of the second none.
+    each = merged(Breadcrumbs(keep=0.8, top_each=[0.2, 0.0]), torch.zeros(10), [change, 100 * change])
+    assert each.tolist() == [303.0, -1000.0, 1.0, 707.0, -2.0, 900.0, 404.0, -505.0, 808.0, 606.0]
+    with pytest.raises(SettingError, match="1 top_each for 2 donors"):
+        merged(Breadcrumbs(top_each=[0.2]), torch.zeros(10), [change, change])
 
 
 def test_raw_votes_elect_without_weights():

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from modelwright.core.errors import SettingError
-from modelwright.core.method import TensorMethod
+from modelwright.core.method import Method, ModelMethod, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
@@ -39,7 +39,7 @@ class PointWise(TensorMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merger(PointWise):
+class Weighted(Method):
     """Merges donors that count by weights."""
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
@@ -57,6 +57,25 @@ class Merger(PointWise):
         if values is not None and len(values) != donors:
             raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
         return list(values or ())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merger(Weighted, PointWise):
+    """Merges donors that count by weights, point by point."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader(Weighted, ModelMethod):
+    """Merges donors by what text says of them; holds them in memory."""
+
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    texts: tuple[str, ...] | None = None  # one for each donor; by default the recipe's data for all
+
+    def problems(self) -> list[str]:
+        if self.weights and min(self.weights) <= 0:
+            return [f"weights must be above 0, since every donor's text counts; got {list(self.weights)}."]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,15 +146,21 @@ class RandomTaskVectors(SparseTaskVectors):
         return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
 
     def _one(self, keep: float, seed: int) -> Sparsify:
-        def sparse(values: Values, shape: tuple[int, ...]) -> Values:
-            if keep >= 1:
-                return values
-            kept = self.drop(values, shape, keep, seed)
-            if self.rescale == "none":
-                return kept
-            return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if self.rescale == "inverse" else None)
+        return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
 
-        return sparse
+
+def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify:
+    """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+
+    def sparse(values: Values, shape: tuple[int, ...]) -> Values:
+        if keep >= 1:
+            return values
+        kept = drop(values, shape)
+        if rescale == "none":
+            return kept
+        return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)
+
+    return sparse
 
 
 def counted(function: Callable[..., Values], **settings: float) -> Sparsify:

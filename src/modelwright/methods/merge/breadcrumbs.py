@@ -2,7 +2,7 @@
 
 Davari, Belilovsky 2023, arXiv:2312.06795, section 3. With `consensus: true` signs are elected as in TIES.
 Differs: trims tensor by tensor, as mergekit does; where `top` of a small tensor is no whole entry, none of its largest
-goes.
+goes, where mergekit once lost its whole change (no longer in 0.1.5).
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ class Breadcrumbs(SparseTaskVectors):
 
     keep: float = fraction(0.9)  # of each donor's changes
     top: float = fraction(0.01)  # of the changes, the largest: left out
+    top_each: tuple[float, ...] | None = None  # one for each donor, in the place of `top`
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        return self.added(weight, donors, [counted(without_outliers, keep=keep, top=self.top) for keep in self.keeps(len(donors))])
+        tops = self.each(self.top_each, "top_each", len(donors)) or [self.top] * len(donors)
+        pairs = zip(self.keeps(len(donors)), tops, strict=True)
+        return self.added(weight, donors, [counted(without_outliers, keep=keep, top=top) for keep, top in pairs])

@@ -1,0 +1,128 @@
+"""Low-rank adapters of peft as plain factors: read from a model that bears one, and put on a model as one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError
+from .model import Model, quiet, unwrapped
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an adapter adds to a layer: up [out, r] · down [r, in], and a bias [out]. An embedding's `in` is its tokens."""
+
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.up.shape[1]
+
+
+Whole = dict[str, dict[str, Tensor]]  # path of a module -> its tensors
+
+
+def read(model: Model) -> tuple[dict[str, Update], Whole]:
+    """The updates of a model's adapter by the path of their layers, scales multiplied in; and the modules that it saves whole.
+
+    Raises:
+        ModelError: several adapters are active, or one is no plain LoRA on linears and embeddings.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    active = list(getattr(model.module, "active_adapters", []))
+    if len(active) != 1:
+        raise ModelError(f"{model.name} has {len(active)} active adapters; one is needed. Name the folder of one.")
+    name = active[0]
+    updates: dict[str, Update] = {}
+    whole: Whole = {}
+    strange = []
+    for path, layer in unwrapped(model.module).named_modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            whole[path] = {key: value.detach() for key, value in layer.modules_to_save[name].state_dict().items()}
+        if not isinstance(layer, LoraLayer) or name not in layer.scaling:
+            continue
+        scale = layer.scaling[name]
+        if name in layer.lora_embedding_A:
+            updates[path] = Update(layer.lora_embedding_B[name].detach() * scale, layer.lora_embedding_A[name].detach())
+        elif isinstance(layer.lora_A[name], nn.Linear) and not layer.lora_variant and layer.__class__.__name__ == "Linear":
+            up: Any = layer.lora_B[name]
+            bias = None if up.bias is None else up.bias.detach() * scale
+            updates[path] = Update(up.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
+        else:
+            strange.append(path)
+    if strange or not (updates or whole):
+        found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
+        raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
+    return updates, whole
+
+
+def nothing(layer: Any) -> Update:
+    """An update of rank 1 that changes nothing."""
+    rows, columns = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
+    return Update(torch.zeros(rows, 1), torch.zeros(1, columns))
+
+
+def attach(module: nn.Module, updates: Mapping[str, Update], whole: Whole) -> nn.Module:
+    """The module with an adapter of these updates, each of its own rank and scale 1, and copies of these modules.
+
+    Patterns of ranks name whole paths, so that layers of one name in two blocks may differ. Biases need all layers to
+    have one. Ranks of 0 are left out. A head that is tied to an embedding follows its copy.
+    """
+    import peft
+
+    tied = tied_ends(module)
+    follows = tied is not None and tied[0] in whole
+    if tied and follows and tied[0].rpartition(".")[2] != "embed_tokens":  # the only name that peft ties by itself
+        whole, follows = {**whole, tied[1]: {"weight": whole[tied[0]]["weight"]}}, False
+    kept = {path: update for path, update in updates.items() if update.rank}
+    if not kept:  # peft wants a layer at least
+        first = next((path, layer) for path, layer in module.named_modules() if type(layer).__name__ in ("Linear", "Conv1D"))
+        kept = {first[0]: nothing(first[1])}
+    highest = max(update.rank for update in kept.values())
+    ranks = {path: update.rank for path, update in kept.items() if update.rank != highest}
+    config = peft.LoraConfig(
+        r=highest, lora_alpha=highest, rank_pattern=ranks, alpha_pattern=dict(ranks), target_modules=list(kept),
+        modules_to_save=list(whole) or None, lora_bias=any(update.bias is not None for update in kept.values()),
+        ensure_weight_tying=follows,
+    )  # fmt: skip
+    with quiet(), torch.random.fork_rng():
+        wrapped = peft.get_peft_model(module, config)  # type: ignore[arg-type]
+    layers = dict(unwrapped(wrapped).named_modules())
+    with torch.no_grad():
+        for path, update in kept.items():
+            layer: Any = layers[path]
+            if "default" in layer.lora_embedding_A:
+                layer.lora_embedding_A["default"].copy_(update.down)
+                layer.lora_embedding_B["default"].copy_(update.up)
+                continue
+            layer.lora_A["default"].weight.copy_(update.down)
+            layer.lora_B["default"].weight.copy_(update.up)
+            if layer.lora_B["default"].bias is not None:
+                layer.lora_B["default"].bias.copy_(torch.zeros(len(update.up)) if update.bias is None else update.bias)
+        for path, tensors in whole.items():
+            layers[path].modules_to_save["default"].load_state_dict(tensors)  # type: ignore[union-attr, index]
+    return wrapped.eval()
+
+
+def tied_ends(module: nn.Module) -> tuple[str, str] | None:
+    """The paths of the embedding and the head, if they share their weight."""
+    ends: list[Any] = [getattr(module, way, lambda: None)() for way in ("get_input_embeddings", "get_output_embeddings")]
+    if None in ends or ends[0].weight is not ends[1].weight:
+        return None
+    paths = {id(layer): path for path, layer in module.named_modules()}
+    return paths[id(ends[0])], paths[id(ends[1])]
+
+
+def takes_biases(module: nn.Module, paths: list[str]) -> bool:
+    """Whether all these layers have a bias, without which peft cannot put one of an update into the weights."""
+    layers = [module.get_submodule(path) for path in paths]
+    return all(getattr(layer, "bias", None) is not None and not isinstance(layer, nn.Embedding) for layer in layers)

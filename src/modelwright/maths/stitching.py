@@ -1,0 +1,31 @@
+"""Put parts of several models beside each other: where masks overlap, their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from modelwright.maths.slices import Entries, Sliced, Values, flat
+
+
+def stitched(base: Entries, donors: Sequence[Entries], masks: Sequence[Values], weights: Sequence[float], scale: float) -> Sliced:
+    """θ = θ0 + scale · (Σ m_i w_i θ_i / Σ m_i w_i - θ0) where some mask m_i is true, and θ0 elsewhere.
+
+    base, donors: tensors of one shape. masks: the boolean values of each donor's. weights: one for each donor, above 0.
+
+    Returns a tensor of base's dtype. With scale 1, an entry of one mask alone is the donor's, bit for bit.
+    """
+    start, ends = flat(base), [flat(donor) for donor in donors]
+
+    def values(at: slice) -> torch.Tensor:
+        own = start(at).double()
+        total, shares = torch.zeros_like(own), torch.zeros_like(own)
+        for end, mask, weight in zip(ends, masks, weights, strict=True):
+            part = mask(at).to(own.dtype).mul_(weight)
+            total.addcmul_(part, end(at).double())
+            shares.add_(part)
+        mean = torch.where(shares > 0, total.div_(shares), own)
+        return own.lerp_(mean, scale)
+
+    return Sliced(tuple(base.shape), base.dtype, values)

@@ -1,0 +1,135 @@
+"""Search the coefficients of a merge for the least loss on text.
+
+Akiba et al. 2024, arXiv:2403.13187, section 3.1 (parameter space), as in mergekit's evolve: CMA-ES over one weight, and for
+methods that keep a part one `keep`, for each donor and each group of blocks; weights of 1/n first, and a first step of a
+sixth of the range. Also on a grid, and with Optuna's TPE.
+Differs: minimises the loss of the next token on the calibration text, where the paper maximises task scores. Data-flow space
+(the order of layers) is not searched.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modelwright.core import find, walk
+from modelwright.core.method import DRIVEN, ModelMethod, fields_of
+from modelwright.core.model import Model, unwrapped
+from modelwright.core.progress import bar
+from modelwright.core.settings import count, number
+from modelwright.methods.merge._mechanism import Merger
+from modelwright.methods.merge._objective import nats, refuse_unlike
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evolve(ModelMethod):
+    """Merge with the weights, found by trial, that predict the calibration text best."""
+
+    status: ClassVar[str] = "checked"
+    causal: ClassVar[bool] = True
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    small: ClassVar[Mapping[str, Any]] = {"trials": 4}
+
+    method: str = "merge.task_arithmetic"  # of the merge family, that works tensor by tensor
+    trials: int = count(60)  # merges that are tried
+    sampler: Literal["cmaes", "tpe", "grid"] = "cmaes"  # how the next one is chosen
+    points: int = count(5, low=2)  # of the grid, for each coefficient
+    groups: int = count(1)  # runs of blocks that have coefficients of their own
+    lowest: float = number(0.0)  # weight that is tried
+    highest: float = number(1.0)  # weight that is tried
+
+    def problems(self) -> list[str]:
+        found = [] if self.lowest < self.highest else [f"lowest {self.lowest} is not less than highest {self.highest}."]
+        cls = find.find(self.method)
+        if not issubclass(cls, Merger) or set(cls.needs()) - DRIVEN != {"donors"}:
+            found.append(f"method is one that merges donors tensor by tensor, such as merge.ties; {self.method} is not.")
+        return found
+
+    def model(
+        self, model: Model, donors: Sequence[Model], calibration: Sequence[Mapping[str, Tensor]], rng: torch.Generator, notes: list[str]
+    ) -> Model:
+        import optuna
+
+        module = unwrapped(model.module)
+        refuse_unlike(model, donors)
+        base = {name: value.detach().clone() for name, value in module.named_parameters()}
+        pots = [dict(unwrapped(donor.module).named_parameters()) for donor in donors]
+        sites = walk.everything(module)
+        seed = rng.initial_seed()
+
+        def put(genes: Mapping[str, float]) -> None:
+            """Merge with these coefficients, into the model."""
+            made = [self.merger(genes, group, len(donors)) for group in range(self.groups)]
+            with torch.no_grad():
+                for site in sites:
+                    merger, others = made[self.group(site)], [pot[site.name].detach() for pot in pots]
+                    extras: dict[str, Any] = {"rng": torch.Generator().manual_seed(seed)} if "rng" in merger.needs() else {}
+                    if "survey" in merger.needs():
+                        extras["survey"] = None
+                    module.get_parameter(site.name).data.copy_(merger.tensor(base[site.name], others, **extras).whole())  # type: ignore[attr-defined]
+
+        def objective(trial: Any) -> float:
+            put({gene: trial.suggest_float(gene, low, high) for gene, (low, high) in self.genes(len(donors)).items()})
+            with torch.no_grad():
+                return nats(module, calibration)
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(sampler=self.strategy(len(donors), seed % (1 << 31)))
+        if self.sampler != "grid":
+            study.enqueue_trial(self.first(len(donors)))
+        with bar(self.name(), self.trials) as tick:
+            study.optimize(objective, self.trials, callbacks=[lambda study, _: tick(note=f"{study.best_value:.4f} nats")])
+        put(study.best_params)
+        shown = [self.merger(study.best_params, group, len(donors)) for group in range(self.groups)]
+        first = study.trials[0].value
+        notes.append(
+            f"{self.name()}: {first:.4f} nats with the first coefficients, {study.best_value:.4f} with the best of {len(study.trials)}"
+        )
+        notes += [f"blocks of group {group + 1} of {self.groups}: {{{one.name()}: {one.settings()}}}" for group, one in enumerate(shown)]
+        return model
+
+    def genes(self, donors: int) -> dict[str, tuple[float, float]]:
+        """Each coefficient with its range, such as "weight 0 1" of group 0 and donor 1."""
+        kinds = {"weight": (self.lowest, self.highest)}
+        if "keep_each" in {field.name for field, _ in fields_of(find.find(self.method))}:
+            kinds["keep"] = (0.05, 1.0)
+        return {
+            f"{kind} {group} {donor}": kinds[kind] for kind, group, donor in itertools.product(kinds, range(self.groups), range(donors))
+        }
+
+    def merger(self, genes: Mapping[str, float], group: int, donors: int) -> Merger:
+        """The merge of one group of blocks."""
+        settings: dict[str, Any] = {"weights": [genes[f"weight {group} {donor}"] for donor in range(donors)]}
+        if f"keep {group} 0" in genes:
+            settings["keep_each"] = [genes[f"keep {group} {donor}"] for donor in range(donors)]
+        return find.find(self.method).build(settings)  # type: ignore[return-value]
+
+    def group(self, site: Any) -> int:
+        """The group of a weight; what stands outside the blocks belongs to the first."""
+        return 0 if site.depth is None or not site.depths else min(site.depth * self.groups // site.depths, self.groups - 1)
+
+    def first(self, donors: int) -> dict[str, float]:
+        """Equal weights that sum to one, and everything kept; as near as the ranges allow."""
+        return {
+            gene: min(max(1 / donors if gene.startswith("weight") else 1.0, low), high) for gene, (low, high) in self.genes(donors).items()
+        }
+
+    def strategy(self, donors: int, seed: int) -> Any:
+        """Optuna's sampler."""
+        from optuna import samplers
+
+        ranges = self.genes(donors)
+        if self.sampler == "tpe":
+            return samplers.TPESampler(seed=seed)
+        if self.sampler == "grid":
+            grid = {gene: torch.linspace(low, high, self.points).tolist() for gene, (low, high) in ranges.items()}
+            return samplers.GridSampler(grid, seed=seed)
+        return samplers.CmaEsSampler(seed=seed)

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from test_soup import batches, donors, loss  # noqa: F401
+from tiny import tiny
+
+import modelwright as mw
+from modelwright.core.errors import SettingError
+from modelwright.core.recipe import Recipe, Step, read
+from modelwright.methods.merge.evolve import Evolve
+from modelwright.methods.merge.ties import Ties
+
+
+@pytest.mark.parametrize("sampler", ["cmaes", "tpe", "grid"])
+def test_the_best_is_no_worse_than_the_first_and_what_is_told_gives_it_again(sampler, batches, donors):  # noqa: F811
+    model = mw.open(tiny(seed=0))
+    mw.apply(model, Evolve(trials=12, sampler=sampler, points=3), donors=donors, data=batches)
+    notes = model.history[-1]["notes"]
+    first, best = (float(part) for part in notes[0].replace(",", "").split() if "." in part and part.replace(".", "").isdigit())
+    assert best <= first
+    assert loss(model.module, batches) == pytest.approx(best, abs=1e-3)
+    step = read("steps:\n- " + notes[1].split(": ", 1)[1]).steps[0]
+    again = mw.apply(tiny(seed=0), step.method, donors=donors)
+    for name, value in model.module.named_parameters():
+        assert torch.equal(value, again.get_parameter(name)), name
+
+
+def test_more_trials_are_never_worse(batches, donors):  # noqa: F811
+    found = [loss(mw.apply(tiny(seed=0), Evolve(trials=trials), donors=donors, data=batches), batches) for trials in (1, 6, 14)]
+    assert found[0] >= found[1] - 1e-6
+    assert found[1] >= found[2] - 1e-6
+
+
+def test_groups_of_blocks_have_coefficients_of_their_own(batches, donors):  # noqa: F811
+    method = Evolve(method="merge.ties", groups=2, trials=3)
+    assert len(method.genes(3)) == 2 * 2 * 3
+    model = mw.open(tiny(seed=0))
+    mw.apply(model, method, donors=donors, data=batches)
+    assert [note.split(":")[0] for note in model.history[-1]["notes"][1:]] == ["blocks of group 1 of 2", "blocks of group 2 of 2"]
+
+
+def test_genes_make_the_merge_that_they_say():
+    method = Evolve(method="merge.ties")
+    genes = {"weight 0 0": 0.25, "weight 0 1": 0.5, "keep 0 0": 0.3, "keep 0 1": 1.0}
+    merger = method.merger(genes, 0, 2)
+    assert merger == Ties(weights=[0.25, 0.5], keep_each=[0.3, 1.0])
+    assert read(Recipe(model="starter", steps=(Step(merger, {"donors": ["a", "b"]}),)).yaml()).steps[0].method == merger
+
+
+def test_what_cannot_be_searched_is_refused():
+    with pytest.raises(SettingError, match="prune.wanda is not"):
+        Evolve(method="prune.wanda")
+    with pytest.raises(SettingError, match="lowest 1.0 is not less than highest 0.5"):
+        Evolve(lowest=1.0, highest=0.5)

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from calibration import lettered
+from tiny import outputs, tiny
+from transformers import AutoModelForCausalLM
+
+import modelwright as mw
+from modelwright.core.errors import ModelError, NeedError, SettingError, SiteError
+from modelwright.methods.merge.moe import Moe
+
+PROMPTS = [["write code", "a function"], ["tell a story"]]
+ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("gates", ["hidden", "cheap_embed", "random", "uniform_random"])
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"rope_parameters": ROPE}, {"head_dim": 16}], ids=str)
+def test_identical_experts_are_the_dense_model(gates, settings):
+    prompts = PROMPTS if gates in ("hidden", "cheap_embed") else None
+    model = mw.apply(lettered(**settings), Moe(gates=gates, prompts=prompts), donors=[tiny(**settings), tiny(**settings)])
+    assert type(model.module).__name__ == "MixtralForCausalLM"
+    assert torch.allclose(outputs(model.module), outputs(tiny(**settings)), atol=1e-5)
+
+
+def test_a_mistral_keeps_its_window():
+    window = {"sliding_window": 4}
+    model = mw.apply(tiny("mistral", **window), Moe(), donors=[tiny("mistral", **window)] * 2)
+    assert torch.allclose(outputs(model), outputs(tiny("mistral", **window)), atol=1e-5)
+    assert not torch.allclose(outputs(model), outputs(tiny("mistral")), atol=1e-3)
+
+
+def test_plain_transformers_loads_it_with_each_experts_own_matrices(tmp_path):
+    donors = [tiny(seed=1), tiny(seed=2), tiny(seed=3)]
+    model = mw.apply(lettered(), Moe(), donors=donors, save=tmp_path / "mixtral")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixtral").eval()
+    assert torch.allclose(outputs(loaded), outputs(model.module), atol=1e-6)
+    assert (loaded.config.model_type, loaded.config.num_local_experts, loaded.config.num_experts_per_tok) == ("mixtral", 3, 2)
+    assert (tmp_path / "mixtral" / "tokenizer.json").is_file()
+    experts = loaded.model.layers[1].mlp.experts
+    for number, donor in enumerate(donors):
+        mlp = donor.model.layers[1].mlp
+        assert torch.equal(experts.gate_up_proj[number], torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]))
+        assert torch.equal(experts.down_proj[number], mlp.down_proj.weight)
+    assert torch.equal(loaded.model.layers[2].self_attn.q_proj.weight, tiny().model.layers[2].self_attn.q_proj.weight)
+
+
+def test_a_token_goes_to_the_expert_of_the_largest_product():
+    """One expert per token: where the router says donor n, the MLP is donor n's."""
+    donors = [tiny(seed=1), tiny(seed=2)]
+    model = mw.apply(lettered(), Moe(experts_per_token=1), donors=donors).module
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    block = model.model.layers[0].mlp
+    with torch.no_grad():
+        chosen = (x @ block.gate.weight.T)[0].argmax(-1)
+        found = block(x)[0]
+        for place, number in enumerate(chosen.tolist()):
+            assert torch.allclose(found[place], donors[number].model.layers[0].mlp(x[0, place]), atol=1e-6)
+    assert chosen.unique().numel() == 2
+
+
+def test_routers_are_the_unit_states_of_the_last_tokens():
+    base = lettered()
+    method = Moe(gates="hidden", prompts=PROMPTS, against=[[], ["count"]])
+    with torch.no_grad():
+        routers = method.routers(base, 2, torch.Generator())
+        entering = {}
+        for text in ("write code", "a function", "tell a story", "count"):
+            ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+            hooks = [
+                layer.register_forward_pre_hook(lambda _, args, key=(text, depth): entering.update({key: args[0][0, -1]}))
+                for depth, layer in enumerate(base.module.model.layers)
+            ]
+            base.module(input_ids=ids)
+            for hook in hooks:
+                hook.remove()
+    for depth in range(4):
+        one = (entering["write code", depth] + entering["a function", depth]) / 2
+        two = entering["tell a story", depth] - entering["count", depth]
+        assert torch.allclose(routers[depth], torch.stack([one / one.norm(), two / two.norm()]), atol=1e-5)
+
+
+def test_cheap_routers_are_the_mean_embeddings_and_alike_in_all_blocks():
+    base = lettered()
+    with torch.no_grad():
+        routers = Moe(gates="cheap_embed", prompts=PROMPTS).routers(base, 2, torch.Generator())
+        ids = base.tokenizer("write code")["input_ids"] + base.tokenizer("a function")["input_ids"]
+        mean = base.module.model.embed_tokens.weight[ids].mean(0)
+    assert torch.allclose(routers[0][0], mean / mean.norm(), atol=1e-6)
+    assert all(torch.equal(one, routers[0]) for one in routers)
+
+
+def test_random_routers_have_their_size_and_follow_the_seed():
+    wide = lettered()
+    plain = torch.cat(Moe().routers(wide, 50, torch.Generator().manual_seed(1)))
+    assert plain.std().item() == pytest.approx(1, rel=0.05)
+    uniform = torch.cat(Moe(gates="uniform_random").routers(wide, 50, torch.Generator().manual_seed(1)))
+    assert uniform.abs().max() <= 1 / 8
+    assert uniform.std().item() == pytest.approx(1 / 8 / 3**0.5, rel=0.05)
+    one, two, three = (mw.apply(tiny(), Moe(), donors=[tiny()] * 2, seed=seed).model.layers[0].mlp.gate.weight for seed in (1, 1, 2))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, three)
+
+
+def test_rows_that_are_nearly_alike_are_said():
+    model = lettered()
+    mw.apply(model, Moe(gates="cheap_embed", prompts=[["write code"], ["write code."]]), donors=[tiny(), tiny()])
+    assert "nearly alike in blocks 0 (" in model.history[-1]["notes"][0]
+    model = lettered()
+    mw.apply(model, Moe(), donors=[tiny(), tiny()])
+    assert model.history[-1]["notes"] == []
+
+
+def test_what_cannot_become_a_mixture_is_refused():
+    with pytest.raises(SiteError, match="laid out otherwise: it is a gpt2"):
+        mw.apply(tiny("gpt2"), Moe(), donors=[tiny("gpt2")] * 2)
+    with pytest.raises(SiteError, match="it has biases, first model"):
+        mw.apply(tiny(attention_bias=True), Moe(), donors=[tiny(attention_bias=True)] * 2)
+    with pytest.raises(ModelError, match="other shapes"):
+        mw.apply(tiny(), Moe(), donors=[tiny(), tiny(intermediate_size=96)])
+    with pytest.raises(NeedError, match="takes 2 or more donors"):
+        mw.apply(tiny(), Moe(), donors=[tiny()])
+    with pytest.raises(SettingError, match="3 experts per token, of 2 donors"):
+        mw.apply(tiny(), Moe(experts_per_token=3), donors=[tiny()] * 2)
+    with pytest.raises(SettingError, match="1 lists of prompts for 2 donors"):
+        mw.apply(lettered(), Moe(gates="hidden", prompts=[["a"]]), donors=[tiny()] * 2)
+    with pytest.raises(SettingError, match="hidden needs prompts"):
+        Moe(gates="hidden")
+    with pytest.raises(SettingError, match="reads no prompts"):
+        Moe(prompts=PROMPTS)
+    with pytest.raises(NeedError, match="no tokenizer"):
+        mw.apply(tiny(), Moe(gates="hidden", prompts=PROMPTS), donors=[tiny()] * 2)
