@@ -14,9 +14,8 @@ import _run
 
 KINDS = {"tales": "text/grimm.txt", "plays": "text/tinyshakespeare.txt", "papers": "text/arxiv.jsonl"}
 UNSEEN = "text/bronte.txt"
-SETTINGS = {  # those that differ from the defaults, by the name of the row
-    "linear": {}, "task_arithmetic": {"scale": 0.4}, "ties": {"keep": 0.2, "scale": 1.0}, "dare": {"keep": 0.5, "scale": 0.4},
-    "della": {"keep": 0.5}, "breadcrumbs": {"keep": 0.9, "scale": 0.4}, "lines": {}, "pcb": {}, "consensus": {"scale": 0.4},
+SETTINGS = {  # those that differ from the defaults
+    "task_arithmetic": {"scale": 0.4}, "dare": {"keep": 0.5, "scale": 0.4}, "breadcrumbs": {"scale": 0.4}, "evolve": {"trials": 30},
 }  # fmt: skip
 
 
@@ -42,7 +41,7 @@ def main() -> None:
     base = mw.open("starter").folder
     experts = {name: asked.experts / name for name in texts}
     kinds = protocol.Kinds(experts=texts, unseen=str(asked.data / UNSEEN), own="corpus", tokens=asked.scored)
-    rows = protocol.merges(base, experts, kinds, protocol.every_method(**SETTINGS))
+    rows = protocol.merges(base, experts, kinds, protocol.every_method(len(experts), **SETTINGS))
     conflicts = protocol.interference(base, experts)
     command = f"python benchmarks/merge_protocol.py --data DATA --tokens {asked.tokens} --scored {asked.scored}"
     _run.save(asked.name, "Three experts of the starter, merged", command, rows)

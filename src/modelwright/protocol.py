@@ -8,9 +8,11 @@ ratio of perplexities: 1 is as good as the reference, less is worse.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -36,11 +38,14 @@ from .maths.task_vectors import trimmed
 WORK = """
 import json, resource, sys, time
 import modelwright as mw
-name, settings, base, donors, text, save = json.loads(sys.argv[1])
+name, settings, base, donors, text, samples, save = json.loads(sys.argv[1])
 started = time.perf_counter()
-mw.apply(base, mw.find(name).build(settings), donors=donors, data=text, save=save)
+mw.apply(base, mw.find(name).build(settings), donors=donors, data=text, samples=samples, save=save)
 print(json.dumps([time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
 """
+
+CHARACTERS = 200_000  # of each expert's text where all calibrate together
+OTHERS = ("adapters", "extract", "moe", "transplant")  # make adapters, mixtures or other vocabularies
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Kinds:
     unseen: Any
     own: Any
     tokens: int = 20_000  # scored on, of each
+    samples: int = 32  # calibration sequences, for methods that ask for some
 
     def held(self) -> dict[str, texts.Text]:
         """The text of each kind that is scored on."""
@@ -77,20 +83,12 @@ def merges(base: str | Path, experts: Mapping[str, str | Path], kinds: Kinds, me
     with tempfile.TemporaryDirectory(prefix="merges-") as work:
         for label, method in track(list(methods.items()), "merging"):
             folder = Path(work) / "merged"
-            given = [
-                method.name(),
-                method.settings(),
-                str(base),
-                [str(each) for each in experts.values()],
-                _calibration(method, kinds),
-                str(folder),
-            ]
-            seconds, peak = in_process(given)
+            told, text = calibrated(method, kinds, Path(work))
+            donors = [str(each) for each in experts.values()]
+            seconds, peak = in_process([told.name(), told.settings(), str(base), donors, text, kinds.samples, str(folder)])
             found = row(label, nats(open(folder), held, kinds.tokens), known, list(experts))
             rows.append(found | {"seconds": seconds, "peak MB": round(peak / 1e6)})
-            for file in sorted(folder.rglob("*"), reverse=True):
-                file.unlink() if file.is_file() else file.rmdir()
-            folder.rmdir()
+            shutil.rmtree(folder)
     return rows
 
 
@@ -127,20 +125,43 @@ def in_process(given: list[Any]) -> tuple[float, int]:
     return seconds, peak
 
 
-def _calibration(method: Method, kinds: Kinds) -> str | None:
-    """The text for a method that asks for some: the base's own; a setting may name one for each expert."""
-    return str(kinds.own) if {"calibration", "statistics", "gradients", "train"} & set(method.needs()) else None
+def calibrated(method: Method, kinds: Kinds, work: Path) -> tuple[Method, str | None]:
+    """The method with a text for each donor if it takes them, and the calibration text if it asks for some: all experts'.
+
+    What is scored on is in neither.
+    """
+    files = []
+    for name, source in kinds.experts.items():
+        files.append(work / f"{name}.txt")
+        if not files[-1].exists():
+            files[-1].write_text("\n\n".join(texts.read(source).split(0.1)[0].documents), "utf-8")
+    if hasattr(method, "texts"):
+        return dataclasses.replace(method, texts=tuple(map(str, files))), None  # type: ignore[type-var]
+    if "calibration" not in method.needs():
+        return method, None
+    mixed = work / "mixed"
+    if not mixed.exists():
+        mixed.mkdir()
+        for file in files:
+            (mixed / file.name).write_text(file.read_text("utf-8")[:CHARACTERS], "utf-8")
+    return method, str(mixed)
 
 
-def every_method(**settings: Mapping[str, Any]) -> dict[str, Method]:
-    """Each method of the merge family that merges whole models, with the settings given under its last name."""
+def every_method(donors: int, **settings: Mapping[str, Any]) -> dict[str, Method]:
+    """Each method of the merge family that makes a model like the base of that many donors.
+
+    settings: those that differ from the defaults, under the method's last name.
+    """
     from .core.find import names
 
     found = {}
     for name in names():
-        if name.startswith("merge.") and "donors" in find(name).needs():
-            short = name.removeprefix("merge.")
-            found[short] = find(name).build(settings.get(short, {}))
+        short, cls = name.removeprefix("merge."), find(name)
+        if not name.startswith("merge.") or short in OTHERS or "donors" not in cls.needs():
+            continue
+        least, most = cls.takes
+        if least <= donors and (most is None or donors <= most):
+            found[short] = cls.build(settings.get(short, {}))
     return found
 
 

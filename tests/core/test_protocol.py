@@ -110,6 +110,7 @@ def test_the_page_shows_every_row_and_both_plots(rows, league):
 
 
 def test_every_method_is_offered():
-    found = protocol.every_method(ties={"keep": 0.3})
+    found = protocol.every_method(3, ties={"keep": 0.3})
     assert found["ties"] == Ties(keep=0.3)
     assert {"linear", "task_arithmetic", "dare", "della", "breadcrumbs", "soup", "evolve", "auto"} <= set(found)
+    assert not {"slerp", "extract", "adapters", "moe"} & set(found)  # for other numbers of donors, or of another form
