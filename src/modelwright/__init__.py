@@ -29,6 +29,7 @@ _HOMES = {
     "plan": "core.plan",
     "measure": "core.measure",
     "fit": "fit",
+    "merge": "mergekit",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .core.recipe import Recipe, run
     from .core.walk import apply
     from .fit import fit
+    from .mergekit import merge
     from .starter import starter
 
 

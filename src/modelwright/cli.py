@@ -230,25 +230,47 @@ def measure(
 
 @app.command()
 def merge(
-    method: Annotated[str, typer.Argument(help="A method of the merge family, such as linear or ties.")],
-    base: Annotated[str, typer.Argument(help="The model that the donors were fine-tuned from.")],
-    donors: Annotated[list[str], typer.Argument(help="The models to merge.")],
+    method: Annotated[str, typer.Argument(help="A method of the merge family, such as ties; or a configuration of mergekit, a YAML file.")],
+    base: Annotated[str, typer.Argument(help="The model that the donors were fine-tuned from; of a configuration, the folder to write.")],
+    donors: Annotated[list[str] | None, typer.Argument(help="The models to merge.")] = None,
     save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("merged"),
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, such as keep=0.3. Repeatable.")] = None,
+    as_mergekit: Annotated[bool, typer.Option("--as-mergekit", help="Of a configuration, compute the numbers that mergekit does.")] = False,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
-    """Merge models that were fine-tuned from one. Tensors stream from disk to disk."""
-    from .core import recipe
+    """Merge models. By a method, from one that they were fine-tuned from, or as a configuration of mergekit says."""
     from .core.progress import silence
 
+    if Path(method).suffix in (".yaml", ".yml"):
+        if donors or set_:
+            raise typer.BadParameter("a configuration names its models and settings itself: modelwright merge config.yaml folder")
+        from .mergekit import merge as merge_config
+
+        with silence(quiet):
+            made = merge_config(Path(method), save=base, overwrite=overwrite, as_mergekit=as_mergekit)
+        _print_merged(made, as_json)
+        return
+    if not donors or as_mergekit:
+        raise typer.BadParameter("--as-mergekit goes with a configuration" if as_mergekit else "name the models to merge after the base")
+    from .core import recipe
+
     name = method if "." in method else f"merge.{method}"
-    made = recipe.read(
-        {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save)}, [f"steps.0.{text}" for text in set_ or []]
-    )
+    stated = {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save)}
     with silence(quiet):
-        done = recipe.run(made, overwrite=overwrite)
-    out.print(f"saved to {done.model.folder}")
+        done = recipe.run(recipe.read(stated, [f"steps.0.{text}" for text in set_ or []]), overwrite=overwrite)
+    _print_merged(done.model, as_json)
+
+
+def _print_merged(model: Any, as_json: bool) -> None:
+    notes = model.history[-1]["notes"]
+    if as_json:
+        print(json.dumps({"folder": str(model.folder), "notes": notes}, indent=2))
+        return
+    for text in notes:
+        _note(text)
+    out.print(f"saved to {model.folder}", soft_wrap=True)
 
 
 @app.command()

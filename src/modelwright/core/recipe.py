@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,15 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 def parse(source: str | Path) -> Any:
     """The contents of a YAML file, or of YAML text."""
+    return _loaded(source, lambda text: _yaml().load(text))
+
+
+def parse_all(source: str | Path) -> list[Any]:
+    """The documents of a YAML file, or of YAML text."""
+    return _loaded(source, lambda text: list(_yaml().load_all(text)))
+
+
+def _loaded(source: str | Path, load: Callable[[str], Any]) -> Any:
     from ruamel.yaml.error import YAMLError
 
     text, name = str(source), "The recipe"
@@ -163,7 +172,7 @@ def parse(source: str | Path) -> Any:
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     try:
-        return _yaml().load(text)
+        return load(text)
     except YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {error}") from error
 

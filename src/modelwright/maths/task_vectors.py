@@ -139,13 +139,14 @@ def by_rows(parts: Sequence[Values], width: int, count: int, function: Callable[
 def rescaled(values: Values, kept: Values, count: int, factor: float | None = None) -> Values:
     """What was kept, times `factor`; without one, times what gives it back the sum of sizes that it had (L1)."""
     if factor is None:
-
-        def look(at: slice) -> tuple[float, float]:
-            return float(values(at).abs().sum(dtype=torch.float64)), float(kept(at).abs().sum(dtype=torch.float64))
-
-        before, after = (sum(column) for column in zip(*each(look, count), strict=True)) if count else (0.0, 0.0)
-        factor = before / after if after else 1.0
+        after = size(kept, count)
+        factor = size(values, count) / after if after else 1.0
     return lambda at: kept(at).mul(factor)
+
+
+def size(values: Values, count: int) -> float:
+    """The sum of sizes, ‖values‖₁."""
+    return sum(each(lambda at: float(values(at).abs().sum(dtype=torch.float64)), count))
 
 
 # Agree and add up
@@ -204,9 +205,14 @@ def merge(
     Returns a tensor of base's dtype. Without sparsify, consensus and normalize it is task arithmetic.
     Source: arcee-ai/mergekit, generalized task arithmetic. Differs: deltas are float32 and not base's dtype.
     """
-    shape, start = tuple(base.shape), flat(base)
     change = added(base, donors, weights, sparsify=sparsify, consensus=consensus, raw_votes=raw_votes, normalize=normalize)
-    return Sliced(shape, base.dtype, lambda at: change(at).mul_(scale).add_(start(at)))
+    return onto(base, change, scale)
+
+
+def onto(base: Entries, change: Values, scale: float) -> Sliced:
+    """The base plus `scale` times a change, in the base's dtype."""
+    start = flat(base)
+    return Sliced(tuple(base.shape), base.dtype, lambda at: change(at).mul_(scale).add_(start(at)))
 
 
 def added(

@@ -59,13 +59,13 @@ def test_equal_information_gives_the_weighted_average():
 
 def test_where_one_donor_alone_has_information_it_is_copied():
     donors = [open(linear(2, 2)), open(linear(6, 6))]
-    merged = Fisher(least=0.0).model(open(linear(0, 0)), donors, [[row(0.0)], [row(1e-6)]], RNG)
+    merged = Fisher(smallest=0.0).model(open(linear(0, 0)), donors, [[row(0.0)], [row(1e-6)]], RNG)
     assert merged.module.weight.flatten().tolist() == [6.0, 6.0]
 
 
 def test_where_no_donor_has_information_they_are_averaged():
     donors = [open(linear(2, 2)), open(linear(6, 6))]
-    merged = Fisher(least=0.0, weights=[3, 1]).model(open(linear(0, 0)), donors, [[row(0.0)]] * 2, RNG)
+    merged = Fisher(smallest=0.0, weights=[3, 1]).model(open(linear(0, 0)), donors, [[row(0.0)]] * 2, RNG)
     assert merged.module.weight.flatten().tolist() == [3.0, 3.0]
 
 

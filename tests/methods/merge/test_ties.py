@@ -126,3 +126,8 @@ def test_over_the_whole_model_all_tensors_compete():
 
 def test_over_one_tensor_both_scopes_are_alike():
     assert torch.equal(merged(Ties(scope="model"), BASE, DONORS), merged(Ties(), BASE, DONORS))
+
+
+def test_a_share_by_role_is_refused_where_all_tensors_compete():
+    with pytest.raises(SettingError, match=r"merge\.ties: keep differs by role or depth, but all tensors compete"):
+        Ties(scope="model", keep={"mlp": 0.1})

@@ -29,6 +29,14 @@ class PointWise(TensorMethod):
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
+    def everywhere(self, *names: str) -> list[str]:
+        """The problems with settings that must be one number, because all tensors are surveyed together."""
+        return [
+            f"{name} differs by role or depth, but all tensors compete, so that it must be one number."
+            for name in names
+            if not isinstance(getattr(self, name), (int, float))
+        ]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Method):
@@ -94,12 +102,16 @@ class TaskVectors(Merger):
     consensus: bool = False  # at each entry, only donors whose change has the elected sign count
     raw_votes: bool = False  # elect signs on the changes without their weights
 
-    def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
-        """The formula, with one way to make sparse for each donor, or none."""
-        return task_vectors.merge(
-            weight, donors, self.weights_for(len(donors)), sparsify=sparsify, scale=self.scale,
+    def change(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Values:
+        """The merged change, with one way to make sparse for each donor, or none."""
+        return task_vectors.added(
+            weight, donors, self.weights_for(len(donors)), sparsify=sparsify,
             normalize=self.normalize, consensus=self.consensus, raw_votes=self.raw_votes,
         )  # fmt: skip
+
+    def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
+        """The formula: the model plus `scale` times the merged change."""
+        return task_vectors.onto(weight, self.change(weight, donors, sparsify), self.scale)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,9 @@ class Breadcrumbs(SparseTaskVectors):
 
     keep: float = fraction(0.9)  # of each donor's changes
     top: float = fraction(0.01)  # of the changes, the largest: left out
+    top_each: tuple[float, ...] | None = None  # one for each donor, in the place of `top`
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        return self.added(weight, donors, [counted(without_outliers, keep=keep, top=self.top) for keep in self.keeps(len(donors))])
+        tops = self.each(self.top_each, "top_each", len(donors)) or [self.top] * len(donors)
+        pairs = zip(self.keeps(len(donors)), tops, strict=True)
+        return self.added(weight, donors, [counted(without_outliers, keep=keep, top=top) for keep, top in pairs])

@@ -30,7 +30,7 @@ class Fisher(Reader):
     status: ClassVar[str] = "checked"
 
     targets: Targets = "predicted"  # whose log-probability is differentiated: predicted (the most likely), sampled, exact (all), text
-    least: float = number(1e-10, low=0)  # added to the information of every weight
+    smallest: float = number(1e-10, low=0)  # added to the information of every weight
 
     def model(self, model: Model, donors: Sequence[Model], calibration: Sequence[Sequence[Batch]], rng: torch.Generator) -> Model:
         same_tensors(model, donors)
@@ -40,7 +40,7 @@ class Fisher(Reader):
         for donor, weight, batches in zip(donors, weights, calibration, strict=True):
             information = squared_gradients(donor, batches, self.targets, rng)
             for name, value in floats(unwrapped(donor.module)).items():
-                share = information.pop(name).add_(self.least).mul_(weight)
+                share = information.pop(name).add_(self.smallest).mul_(weight)
                 below[name] += share
                 above[name] += share.mul_(value.data)
         for name, value in floats(unwrapped(model.module)).items():

@@ -28,6 +28,9 @@ class Ties(SparseTaskVectors):
 
     scope: Literal["tensor", "model"] = "tensor"  # in which the largest changes are sought
 
+    def problems(self) -> list[str]:
+        return self.everywhere("keep") if self.scope == "model" else []
+
     def survey(self, weight: Entries, donors: list[Entries]) -> list[float] | None:
         """The size that a change of each donor must reach, when all tensors compete."""
         if self.scope == "tensor":

@@ -1,0 +1,337 @@
+"""Merge as a configuration of mergekit says: from disk to disk, tensor by tensor, each a slice at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelwright.anatomy import Site
+from modelwright.core import find, model, stream
+from modelwright.core.errors import Faults, ModelError, RecipeError, WeightsError
+from modelwright.core.files import refuse_existing
+from modelwright.core.given import Given
+from modelwright.core.method import TensorMethod
+from modelwright.core.model import RECORD, Model, tokenizer_files
+from modelwright.core.progress import track
+from modelwright.core.weights import Checkpoint, Writer, check_finite
+from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.methods.merge.linear import Linear
+
+from . import table, tokens
+from .plan import Input, Made, Piece, Plan, Planner
+from .schema import Config, Experts, Reference, read
+
+DROPPED = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+
+
+def merge(
+    config: str | Path | Mapping[str, Any],
+    *,
+    save: str | Path,
+    overwrite: bool = False,
+    as_mergekit: bool = False,
+    seed: int = 0,
+) -> Model:
+    """Merge models as a configuration of mergekit says.
+
+    config: a YAML file, YAML text, or a mapping. save: the folder to write.
+    as_mergekit: compute in the configuration's `dtype`, with the sums of sizes that DARE has there, so that the
+        numbers are mergekit's; random masks are our own.
+    seed: decides the masks of DARE and DELLA.
+
+    Returns the merged model; what the user should know is in `history[-1]["notes"]`.
+    Raises a subclass of ModelwrightError, before anything is written, with all that is wrong.
+    """
+    documents = read(config)
+    final = Path(save)
+    refuse_existing(final, overwrite=overwrite)
+    final.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.absolute().parent) as folder:
+        between = Path(folder)
+        if any(isinstance(document, Experts) for document in documents):
+            return _with_experts(documents, final, between, overwrite=overwrite, as_mergekit=as_mergekit, seed=seed)
+        plans = _plans([document for document in documents if isinstance(document, Config)], between, as_mergekit=as_mergekit)
+        _refuse_own_input(final, plans)
+        _check_values(plans)
+        for plan in plans[:-1]:
+            write(plan, between / str(plan.config.name), seed=seed)
+            _reopen(plans, str(plan.config.name), between / str(plan.config.name))
+        write(plans[-1], final, seed=seed, overwrite=overwrite)
+        return model.open(final)
+
+
+def _plans(documents: list[Config], between: Path, *, as_mergekit: bool) -> list[Plan]:
+    """The plan of every document; later ones may name earlier ones. All that is wrong is said at once."""
+    faults, plans, opened = Faults(), [], dict[Reference, Input]()
+    promised: dict[str, Input] = {}
+    names = [document.name for document in documents if document.name]
+    for document in documents:
+        place = f"{document.name}: " if document.name else ""
+        models, local = {}, Faults()
+        for reference in document.references:
+            if reference.path in names and reference.path not in promised and not Path(reference.path).exists():
+                local.append(RecipeError(f"{reference.path} is merged in a later document, or could not be planned. Put it before."))
+                continue
+            with local.collected():
+                if reference.path in promised and reference.adapter is None:
+                    models[reference] = promised[reference.path]
+                else:
+                    if reference not in opened:
+                        opened[reference] = Input.open(str(reference), _folder(reference, between, len(opened)))
+                    models[reference] = opened[reference]
+        if not local:
+            plan = Planner(document, models, local, as_mergekit=as_mergekit).plan(tokens.plan)
+            if plan:
+                plans.append(plan)
+                if document.name:
+                    promised[document.name] = plan.as_input(document.name)
+        else:
+            with local.collected():
+                table.entry_of(document.method)
+        faults += [type(error)(place + text) for error in local for text in error.reasons]
+    faults.refuse()
+    return plans
+
+
+def _folder(reference: Reference, between: Path, number: int) -> Path:
+    """Where a model lies on disk; with an adapter, the folder into which it was merged."""
+    folder = Checkpoint(reference.path, reference.revision).path
+    if reference.adapter is None:
+        return folder
+    from peft import PeftModel
+
+    merged = between / f"adapter-{number}"
+    place = _adapter(reference)
+    with model.quiet():
+        base = model.load_module(folder, model.read_config(folder))
+        try:
+            whole = PeftModel.from_pretrained(base, str(place)).merge_and_unload(safe_merge=True)  # type: ignore[arg-type, operator]
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{reference}: the adapter does not fit the model ({error}). Name the model that it was made for.") from error
+        whole.save_pretrained(merged)
+    for file in tokenizer_files(folder):
+        shutil.copyfile(file, merged / file.name)
+    return merged
+
+
+def _adapter(reference: Reference) -> Path:
+    place = Path(str(reference.adapter)).expanduser()
+    if not place.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            place = Path(snapshot_download(str(reference.adapter), revision=reference.adapter_revision))
+        except Exception as error:  # of many kinds: no name, no such repository, no connection
+            raise WeightsError(f"{reference}: there is no adapter {reference.adapter} here, and the hub did not give it.") from error
+    if not (place / "adapter_config.json").is_file():
+        raise WeightsError(f"{reference}: {reference.adapter} has no adapter_config.json. After the + stands a peft adapter.")
+    return place
+
+
+def _refuse_own_input(final: Path, plans: list[Plan]) -> None:
+    for plan in plans:
+        for reference, found in plan.models.items():
+            if found.folder is not None and found.folder.resolve() == final.resolve():
+                raise RecipeError(f"{final} is one of the models to merge ({reference}), which a merge never touches. Save elsewhere.")
+
+
+def _check_values(plans: list[Plan]) -> None:
+    """Refuse NaN and infinity in any model, before anything is written."""
+    faults = Faults()
+    checked = {found.checkpoint.path: found.checkpoint for plan in plans for found in plan.models.values() if found.checkpoint}
+    for checkpoint in track(list(checked.values()), "check"):
+        with faults.collected():
+            check_finite(checkpoint)
+    faults.refuse()
+
+
+def _reopen(plans: list[Plan], name: str, folder: Path) -> None:
+    """Give the plans that name a merged model its files."""
+    for plan in plans:
+        for reference, found in plan.models.items():
+            if reference.path == name and found.checkpoint is None:
+                found.folder, found.checkpoint = folder, Checkpoint(folder)
+
+
+# Tensors
+
+
+def write(plan: Plan, folder: Path, *, seed: int, overwrite: bool = False) -> None:
+    """Write the result of a plan."""
+    given = Given(seed=seed)
+    stream._steady_memory()
+    with torch.no_grad(), Writer(folder, overwrite=overwrite) as out:
+        for made in track(plan.tensors, plan.config.method):
+            stream._give_back()
+            source = _copied(plan, made)
+            if source:
+                assert source.model.checkpoint is not None
+                out.copy(made.name, source.model.checkpoint, source.name)
+            else:
+                out.add(made.name, _tensor(plan, made, given))
+        _write_beside(plan, out, seed)
+
+
+def _copied(plan: Plan, made: Made) -> Piece | None:
+    """The tensor that is taken byte for byte; None where there is something to compute."""
+    first, *others = made.donors or (made.base,)
+    assert first is not None
+    alone = made.method is None or not others and made.base is None and _is_average(made.method)
+    words = plan.vocabulary
+    kept = not (words and words.holds(made.name, made.role)) and first.model.tensors[first.name] == (made.shape, made.dtype)
+    return first if alone and kept else None
+
+
+def _is_average(method: TensorMethod) -> bool:
+    """Whether a method gives back its only donor."""
+    return isinstance(method, Linear) and (method.normalize or method.weights == (1.0,))
+
+
+def _tensor(plan: Plan, made: Made, given: Given) -> Sliced:
+    """A tensor of the result, computed as it is written."""
+    working = getattr(torch, plan.config.dtype) if plan.as_mergekit and plan.config.dtype else None
+
+    def read(piece: Piece) -> Entries:
+        found = _entries(plan, made, piece)
+        return Cast(found, working) if working else found
+
+    donors = [read(piece) for piece in made.donors]
+    if made.method is None:
+        return Sliced(made.shape, made.dtype, flat(donors[0]))
+    base = read(made.base) if made.base else donors[0]
+    method: Any = made.method
+    extras: dict[str, Any] = {}
+    if "rng" in method.needs():
+        depths = max(plan.template.stacks.values(), default=0)
+        known = plan.template.anatomy.role(made.name) or ("linear", None)
+        extras["rng"] = given.rng(Site(made.name, made.name.rpartition(".")[0], known[0], known[1], depths).place)
+    if "survey" in method.needs():
+        extras["survey"] = method.survey(base, donors)
+    if plan.as_mergekit and table.on_deltas(method):
+        deltas: list[Any] = [Delta(base, donor) for donor in donors]
+        added = method.tensor(Zeros(base), deltas, **extras)
+        return Sliced(made.shape, made.dtype, lambda at: flat(base)(at) + added.values(at).to(base.dtype))
+    result = method.tensor(base, donors, **extras)
+    if plan.as_mergekit and working:
+        return Sliced(made.shape, made.dtype, lambda at: result.values(at).to(working))
+    return replace(result, dtype=made.dtype)
+
+
+def _entries(plan: Plan, made: Made, piece: Piece) -> Entries:
+    """A model's tensor as the method sees it: with its rows in the result's order, or cut to the rows that are merged."""
+    words = plan.vocabulary
+    if words and words.holds(made.name, made.role):
+        return words.permuted(piece.model, piece.name, stored)
+    found = stored(piece.model, piece.name)
+    return found if tuple(found.shape) == made.shape else First(found, made.shape)
+
+
+def stored(source: Input, name: str) -> Entries:
+    """A tensor of a model: small ones in memory, others on disk."""
+    assert source.checkpoint is not None
+    return source.checkpoint.on_disk(name) if source.checkpoint.nbytes(name) > stream.LARGE else source.checkpoint.read(name)
+
+
+class First:
+    """The first rows of a tensor, read by slices."""
+
+    def __init__(self, whole: Entries, shape: tuple[int, ...]):
+        self.shape, self.dtype, self._values = shape, whole.dtype, flat(whole)
+
+    def __getitem__(self, at: slice) -> Tensor:
+        start, stop, _ = at.indices(math.prod(self.shape))
+        return self._values(slice(start, stop))
+
+
+class Cast:
+    """A tensor in another dtype, read by slices."""
+
+    def __init__(self, whole: Entries, dtype: torch.dtype):
+        self.shape, self.dtype, self._values = tuple(whole.shape), dtype, flat(whole)
+
+    def __getitem__(self, at: slice) -> Tensor:
+        return self._values(at).to(self.dtype)
+
+
+class Zeros:
+    """A tensor of zeros like another, read by slices."""
+
+    def __init__(self, like: Entries):
+        self.shape, self.dtype = tuple(like.shape), torch.float32
+
+    def __getitem__(self, at: slice) -> Tensor:
+        start, stop, _ = at.indices(math.prod(self.shape))
+        return torch.zeros(stop - start)
+
+
+class Delta:
+    """What a donor adds to the base, rounded to the base's dtype, read by slices."""
+
+    def __init__(self, base: Entries, donor: Entries):
+        self.shape, self.dtype, self._base, self._donor = tuple(base.shape), base.dtype, flat(base), flat(donor)
+
+    def __getitem__(self, at: slice) -> Tensor:
+        return self._donor(at).to(self.dtype) - self._base(at)
+
+
+# Beside the tensors
+
+
+def _write_beside(plan: Plan, out: Writer, seed: int) -> None:
+    """Config, tokenizer, the configuration itself and the record."""
+    config, words = plan.result, plan.vocabulary
+    source = words.source if words else _tokenizer_source(plan)
+    if source is not plan.template:
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if key in source.config:
+                config[key] = source.config[key]
+    out.write_json("config.json", config)
+    assert plan.template.folder is not None
+    if (plan.template.folder / "generation_config.json").is_file():
+        out.copy_file(plan.template.folder / "generation_config.json")
+    for file in tokenizer_files(source.folder) if source.folder else []:
+        if not (words and file.name in DROPPED):
+            out.copy_file(file)
+    if words:
+        out.write_json("tokenizer.json", words.tokenizer)
+    elif source.tokenizer is not None:
+        out.write_json("tokenizer.json", source.tokenizer)
+    template = tokens.chat_template(plan.config, plan.models)
+    if template is not None:
+        (out.partial / "chat_template.jinja").write_text(template, "utf-8")
+        file = out.partial / "tokenizer_config.json"
+        if file.is_file():
+            stated = json.loads(file.read_text("utf-8"))
+            out.write_json(file.name, {key: value for key, value in stated.items() if key != "chat_template"})
+    (out.partial / "mergekit_config.yml").write_text(plan.config.text, "utf-8")
+    settings = {"config": "mergekit_config.yml", "as_mergekit": plan.as_mergekit}
+    step = {"method": f"merge.{plan.config.method}", "settings": settings, "seed": seed, "notes": list(dict.fromkeys(plan.notes))}
+    out.write_json(RECORD, {"steps": [step], "marks": ["float"]})
+
+
+def _tokenizer_source(plan: Plan) -> Input:
+    """The model whose tokenizer is copied."""
+    asked = plan.config.vocabulary
+    return plan.models[asked.source] if asked and isinstance(asked.source, Reference) else plan.template
+
+
+# Mixtures of experts
+
+
+def _with_experts(documents: list[Config | Experts], final: Path, between: Path, *, overwrite: bool, as_mergekit: bool, seed: int) -> Model:
+    """Assemble a mixture of experts."""
+    if "merge.moe" not in find.names():
+        raise RecipeError(
+            "The configuration asks for a mixture of experts (`experts:`), which needs merge.moe; this version of modelwright does not "
+            "have it. Merge the dense models, or use mergekit-moe."
+        )
+    raise RecipeError("A mixture of experts cannot be assembled from a configuration yet. Use merge.moe in a recipe.")

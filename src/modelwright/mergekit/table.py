@@ -1,0 +1,153 @@
+"""mergekit's methods and parameters as ours: which class, which settings."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from modelwright.core import find
+from modelwright.core.errors import MethodError, nearest
+from modelwright.core.method import TensorMethod
+from modelwright.methods.merge._mechanism import TaskVectors
+
+REQUIRED: Any = object()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method of mergekit.
+
+    name: of our method. base: whether it is "needed", "used" when given, or "unused". donors: how many it takes, the
+    base not counted unless it is unused. each: parameter of every model -> (our setting with a value for each, its
+    default). once: parameter of the tensor -> (our setting, its default). fixed: settings that it always has.
+    """
+
+    name: str
+    base: str = "needed"
+    donors: tuple[int, int | None] = (1, None)
+    each: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    once: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> list[str]:
+        return [*self.each, *self.once]
+
+
+def vectors(name: str, each: Mapping[str, tuple[str, Any]] | None = None, *, normalize: bool = False, **once: tuple[str, Any]) -> Entry:
+    """A method that adds task vectors: consensus follows from its name."""
+    shared = {"normalize": ("normalize", normalize), "lambda": ("scale", 1.0)}
+    fixed = {"consensus": True} if name.endswith("_ties") else {"consensus": False} if name.endswith("_linear") else {}
+    ours = name.removesuffix("_ties").removesuffix("_linear")
+    if name == "della":
+        fixed = {"consensus": True}
+    return Entry(f"merge.{ours}", each={**WEIGHT, **(each or {})}, once={**shared, **once}, fixed=fixed)
+
+
+WEIGHT = {"weight": ("weights", REQUIRED)}
+DENSITY = {"density": ("keep_each", 1.0)}
+GAMMA = {"gamma": ("top_each", 0.01)}
+EPSILON = {"epsilon": ("spread", 0.15)}
+SHARES = {"density", "gamma", "epsilon"}
+METHODS: dict[str, Entry] = {
+    "linear": Entry("merge.linear", "unused", each=WEIGHT, once={"normalize": ("normalize", True)}),
+    "task_arithmetic": vectors("task_arithmetic", rescale=("", False)),  # nothing is dropped, so there is nothing to make up for
+    "ties": vectors("ties", DENSITY, normalize=True, rescale=("rescale", False)),
+    "dare_linear": vectors("dare_linear", DENSITY, rescale=("rescale", True)),
+    "dare_ties": vectors("dare_ties", DENSITY, rescale=("rescale", True)),
+    "della": vectors("della", {**DENSITY, **EPSILON}, normalize=True, rescale=("rescale", True)),
+    "della_linear": vectors("della_linear", {**DENSITY, **EPSILON}, rescale=("rescale", True)),
+    "breadcrumbs": vectors("breadcrumbs", {**DENSITY, **GAMMA}, rescale=("rescale", False)),
+    "breadcrumbs_ties": vectors("breadcrumbs_ties", {**DENSITY, **GAMMA}, rescale=("rescale", False)),
+    "passthrough": Entry("merge.linear", "unused", (1, 1), each={"scale": ("weights", 1.0)}, fixed={"normalize": False}),
+    "slerp": Entry("merge.slerp", donors=(1, 1), once={"t": ("t", REQUIRED)}),
+    "nuslerp": Entry(
+        "merge.nuslerp", "used", (2, 2), each=WEIGHT, once={"nuslerp_flatten": ("by_row", True), "nuslerp_row_wise": ("columns", False)}
+    ),
+    "multislerp": Entry("merge.multislerp", "used", (2, None), each=WEIGHT, once={"normalize_weights": ("", True), "eps": ("", 1e-8)}),
+    "karcher": Entry(
+        "merge.karcher", "unused", (2, None), each={"weight": ("weights", 1.0)},
+        once={"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)},
+    ),
+    "model_stock": Entry("merge.model_stock", donors=(2, None), once={"filter_wise": ("by_row", False)}),
+    "sce": Entry("merge.sce", once={"select_topk": ("keep", 1.0)}),
+    "nearswap": Entry("merge.nearswap", donors=(1, 1), once={"t": ("t", REQUIRED)}),
+    "arcee_fusion": Entry("merge.arcee_fusion", donors=(1, 1)),
+}  # fmt: skip
+PLAIN = {"int8_mask", "lazy_unpickle"}  # change memory or speed alone
+EVERY = {name for entry in METHODS.values() for name in entry.parameters} | PLAIN
+
+
+def entry_of(name: str) -> Entry:
+    """What stands behind a `merge_method`.
+
+    Raises:
+        MethodError: unknown, or its method is not in this package.
+    """
+    if name not in METHODS:
+        raise MethodError(f"merge_method {name!r} is unknown.{nearest(name, METHODS)} Known are {', '.join(METHODS)}.")
+    if METHODS[name].name not in find.names():
+        raise MethodError(f"merge_method {name} needs {METHODS[name].name}, which this version of modelwright does not have.")
+    return METHODS[name]
+
+
+def truth(name: str, value: Any) -> bool:
+    """A parameter that is on or off."""
+    if isinstance(value, str):
+        raise MethodError(f"{name} must be true or false; got {value!r}.")
+    return bool(value)
+
+
+def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any], *, based: bool, as_mergekit: bool) -> dict[str, Any]:
+    """Our settings for a tensor from mergekit's resolved parameters; `based`: whether the method is given a base.
+
+    Raises:
+        MethodError: a parameter has a value that our method has nothing for.
+    """
+    entry = METHODS[method]
+    for theirs in SHARES & set(each):
+        if any(isinstance(value, str) or not 0 <= value <= 1 for value in each[theirs]):
+            raise MethodError(f"{theirs} must be a number from 0 to 1; got {', '.join(map(str, each[theirs]))}.")
+    found: dict[str, Any] = {ours: tuple(each[theirs]) for theirs, (ours, _) in entry.each.items()}
+    if "spread" in found:
+        if len(set(found["spread"])) > 1:
+            raise MethodError(f"epsilon differs between models ({', '.join(map(str, each['epsilon']))}), which is not here. Give one.")
+        found["spread"] = found["spread"][0]
+    for theirs, (ours, _) in entry.once.items():
+        value = once[theirs]
+        if ours in ("normalize", "rescale", "by_row", "columns") or theirs == "normalize_weights":
+            value = truth(theirs, value)
+        found[ours] = value
+    found.pop("", None)
+    if "rescale" in found:
+        rescale = found.pop("rescale")
+        random = entry.name in ("merge.dare", "merge.della")
+        if rescale and not random:
+            raise MethodError(
+                f"rescale: true with {method} is not here. Remove it, or use dare_ties or della, which make up for what is dropped."
+            )
+        if random:
+            own = "l1" if as_mergekit or entry.name == "merge.della" else "inverse"
+            found["rescale"] = own if rescale else "none"
+    if method == "nuslerp":
+        if found.pop("columns"):
+            raise MethodError("nuslerp_row_wise: true takes columns in mergekit, which is not here. Use nuslerp_flatten: false for rows.")
+        found["by_row"] = not found["by_row"]
+    if method in ("nuslerp", "multislerp"):
+        found["from_base"] = based
+    return {**entry.fixed, **found}
+
+
+@functools.lru_cache(maxsize=4096)
+def made(name: str, stated: tuple[tuple[str, Any], ...]) -> TensorMethod:
+    """Our method with these settings."""
+    built = find.find(name).build(dict(stated))
+    assert isinstance(built, TensorMethod), built
+    return built
+
+
+def on_deltas(method: TensorMethod) -> bool:
+    """Whether it adds up what donors learned, so that it works on differences alone."""
+    return isinstance(method, TaskVectors)

@@ -1,0 +1,230 @@
+"""Configurations as people write them run, and give sound models."""
+
+import json
+
+import pytest
+from tiny import outputs
+
+CONFIGS = {
+    "the sides of a slerp": """
+slices:
+  - sources:
+      - model: a
+        layer_range: [0, 4]
+      - model: b
+        layer_range: [0, 4]
+merge_method: slerp
+base_model: a
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: bfloat16
+""",
+    "dare ties of instruct models": """
+models:
+  - model: c
+    # No parameters necessary for base model
+  - model: a
+    parameters:
+      density: 0.53
+      weight: 0.4
+  - model: b
+    parameters:
+      density: 0.53
+      weight: 0.3
+merge_method: dare_ties
+base_model: c
+parameters:
+  int8_mask: true
+dtype: bfloat16
+""",
+    "ties with gradients": """
+models:
+  - model: a
+    parameters:
+      density: [1, 0.7, 0.1] # density gradient
+      weight: 1.0
+  - model: b
+    parameters:
+      density: 0.5
+      weight: [0, 0.3, 0.7, 1] # weight gradient
+  - model: tied
+    parameters:
+      density: 0.33
+      weight:
+        - filter: mlp
+          value: 0.5
+        - value: 0
+merge_method: ties
+base_model: c
+parameters:
+  normalize: true
+  int8_mask: true
+dtype: float16
+""",
+    "a self merge": """
+dtype: float16
+merge_method: passthrough
+slices:
+  - sources:
+    - layer_range: [0, 2]
+      model: a
+  - sources:
+    - layer_range: [1, 3]
+      model: a
+  - sources:
+    - layer_range: [2, 4]
+      model: a
+""",
+    "blocks that begin as the identity": """
+slices:
+  - sources:
+    - model: a
+      layer_range: [0, 4]
+  - sources:
+    - model: a
+      layer_range: [3, 4]
+      parameters:
+        scale:
+          - filter: o_proj
+            value: 0.0
+          - filter: down_proj
+            value: 0.0
+          - value: 1.0
+merge_method: passthrough
+dtype: float32
+""",
+    "a soup": """
+models:
+  - model: a
+    parameters: {weight: 1.0}
+  - model: b
+    parameters: {weight: 0.3}
+  - model: c
+    parameters: {weight: "0.5"}
+merge_method: linear
+dtype: torch.float16
+tokenizer_source: union
+chat_template: auto
+""",
+    "a breadcrumb merge": """
+models:
+  - model: a
+    parameters: {weight: 0.5, density: 0.9, gamma: 0.01}
+  - model: b
+    parameters: {weight: 0.5, density: 0.9, gamma: 0.02}
+merge_method: breadcrumbs_ties
+base_model: c
+tokenizer: {source: base, pad_to_multiple_of: 8}
+out_dtype: bfloat16
+""",
+    "della": """
+merge_method: della
+base_model: c
+models:
+  - {model: a, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
+  - {model: b, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
+parameters: {normalize: true, lambda: 1.1}
+""",
+    "what was learned, taken away": """
+merge_method: task_arithmetic
+base_model: c
+models: [{model: a, parameters: {weight: -0.5}}]
+parameters: {rescale: true}
+""",
+    "the mean of many": "merge_method: model_stock\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {filter_wise: true}\n",
+    "selection by variance": "merge_method: sce\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {select_topk: 0.5}\n",
+    "arcs by weight": "merge_method: nuslerp\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0.5}}]\n",
+    "arcs by row": """
+merge_method: nuslerp
+base_model: c
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0.5}}]
+parameters: {nuslerp_flatten: false}
+""",
+    "the middle of many arcs": """
+merge_method: karcher
+models: [{model: a}, {model: b}, {model: c}]
+parameters: {max_iter: 5, tol: 1e-4}
+""",
+    "arcs from a base": """
+merge_method: multislerp
+base_model: c
+models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]
+""",
+    "near swap": "merge_method: nearswap\nbase_model: c\nmodels: [{model: a}]\nparameters: {t: 0.001}\n",
+    "fusion": "merge_method: arcee_fusion\nbase_model: c\nmodels: [{model: c}, {model: a}]\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_it_runs_and_the_model_is_sound(merge, name):
+    from modelwright.core import find
+    from modelwright.mergekit.schema import read
+    from modelwright.mergekit.table import METHODS
+
+    method = METHODS[read(CONFIGS[name])[0].method].name
+    if method not in find.names():
+        pytest.skip(f"{method} is not here")
+    merged = merge(CONFIGS[name])
+    assert outputs(merged.model.module.float()).isfinite().all()
+
+
+def test_blocks_of_scale_zero_change_nothing(merge, folders):
+    merged = merge(CONFIGS["blocks that begin as the identity"])
+    import modelwright as mw
+
+    assert merged.config["num_hidden_layers"] == 5
+    assert (outputs(merged.model.module) - outputs(mw.open(folders["a"]).module)).abs().max() < 1e-5
+
+
+def test_a_configuration_may_be_a_mapping_or_a_file(merge, folders, tmp_path):
+    import modelwright as mw
+
+    file = tmp_path / "config.yaml"
+    file.write_text(CONFIGS["a soup"], "utf-8")
+    one = mw.merge(file, save=tmp_path / "one").folder
+    stated = {"merge_method": "passthrough", "models": [{"model": folders["a"]}]}
+    assert mw.merge(stated, save=tmp_path / "two").folder.is_dir()
+    assert merge(CONFIGS["a soup"]).path.joinpath("model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+
+
+def test_the_command_line_takes_a_configuration(folders, tmp_path, monkeypatch, capsys):
+    from modelwright import cli
+
+    monkeypatch.chdir(folders["a"].parent)
+    file = tmp_path / "config.yml"
+    file.write_text(CONFIGS["a soup"] + "bogus: 1\n", "utf-8")
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["modelwright", "merge", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        printed = capsys.readouterr()
+        return int(end.value.code or 0), printed.out, printed.err
+
+    code, printed, _ = call(file, tmp_path / "out", "--json", "--quiet", "--as-mergekit")
+    assert code == 0
+    assert json.loads(printed)["notes"] == ["bogus: left out, as mergekit does; it is no key here."]
+    code, _, said = call(file, tmp_path / "out")
+    assert code == 2
+    assert "exists and is not empty" in said
+    code, printed, _ = call(file, tmp_path / "out", "--overwrite")
+    assert "note: bogus" in printed
+    assert call(file, tmp_path / "out", "another")[0] == 2
+    assert call("ties", "a", "--quiet")[0] == 2
+    assert call("ties", "a", "b", "--as-mergekit")[0] == 2
+    assert call(tmp_path / "nowhere.yaml", tmp_path / "other")[0] == 2
+
+
+def test_a_mixture_of_experts_is_recognised(merge):
+    from modelwright.core import find
+    from modelwright.core.errors import ModelwrightError
+
+    if "merge.moe" in find.names():
+        pytest.skip("merge.moe is here")
+    with pytest.raises(ModelwrightError, match="mixture of experts .* which needs merge.moe"):
+        merge("base_model: a\ngate_mode: random\nexperts: [{source_model: b}, {source_model: c}]\n")

@@ -1,0 +1,450 @@
+"""Configurations run: every tensor is what the configuration says, and what cannot be is said before anything is written."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import outputs, tiny
+
+import modelwright as mw
+from modelwright.core.errors import MethodError, ModelError, ModelwrightError, RecipeError, SettingError, WeightsError
+from modelwright.core.model import Model, quiet
+from modelwright.core.weights import Checkpoint
+from modelwright.methods.merge.ties import Ties
+
+UP = "model.layers.{}.mlp.up_proj.weight"
+Q = "model.layers.{}.self_attn.q_proj.weight"
+EMBED, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+
+
+def same(one: Checkpoint, folder: Path) -> bool:
+    other = Checkpoint(folder)
+    return set(one.names) == set(other.names) and all(torch.equal(one.read(name), other.read(name)) for name in one.names)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "merge_method: passthrough\nmodels: [{model: a}]",
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]",
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 3}}]",
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0}}]",
+        "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: float32",
+    ],
+)
+def test_one_model_comes_back_bit_for_bit(merge, folders, text):
+    assert same(merge(text), folders["a"])
+
+
+def test_task_arithmetic_of_weight_one_is_the_model_to_rounding(merge, read):
+    merged = merge("merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]")
+    for name in merged.names:
+        assert torch.allclose(merged.read(name), read("a", name), atol=1e-6), name
+
+
+def test_filters_and_gradients_decide_each_tensors_weight(merge, read):
+    """By hand: t = 0, 1/3, 2/3, 1 over four layers; embedding, norm and head at t = 0."""
+    merged = merge("""
+merge_method: task_arithmetic
+base_model: c
+models:
+  - model: a
+    parameters:
+      weight:
+        - {filter: self_attn, value: [0, 0.5, 1]}
+        - {filter: mlp, value: [1, 0]}
+        - value: [0.3, 0.9]
+""")
+
+    def share(name):
+        change, whole = merged.read(name) - read("c", name), read("a", name) - read("c", name)
+        return float((change * whole).sum() / (whole * whole).sum())
+
+    for depth in range(4):
+        assert share(Q.format(depth)) == pytest.approx(depth / 3, abs=1e-5)
+        assert share(UP.format(depth)) == pytest.approx(1 - depth / 3, abs=1e-5)
+        assert share(f"model.layers.{depth}.input_layernorm.weight") == pytest.approx(0.3 + 0.6 * depth / 3, abs=1e-5)
+    for name in (EMBED, NORM, HEAD):
+        assert share(name) == pytest.approx(0.3, abs=1e-5)
+
+
+def test_inner_scopes_come_before_outer_ones_and_filters_that_miss_fall_through(merge, read):
+    merged = merge("""
+merge_method: linear
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 2], parameters: {weight: {filter: mlp, value: 0}}}
+      - {model: b, layer_range: [0, 2]}
+    parameters: {weight: {filter: "*", value: 2}}
+  - sources:
+      - {model: a, layer_range: [2, 4], parameters: {weight: 3}}
+      - {model: b, layer_range: [2, 4]}
+parameters: {weight: 1}
+""")
+    assert torch.equal(merged.read(UP.format(0)), read("b", UP.format(0)))
+    assert torch.allclose(merged.read(Q.format(0)), (read("a", Q.format(0)) + read("b", Q.format(0))) / 2, atol=1e-6)
+    assert torch.allclose(merged.read(Q.format(2)), (3 * read("a", Q.format(2)) + read("b", Q.format(2))) / 4, atol=1e-6)
+
+
+def test_a_frankenmerge_has_its_layers_numbered_anew(merge, read, tmp_path):
+    merged = merge("""
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 3]}]
+  - sources: [{model: b, layer_range: [1, 4]}]
+""")
+    for new, (model, old) in enumerate([("a", 0), ("a", 1), ("a", 2), ("b", 1), ("b", 2), ("b", 3)]):
+        for name in (UP, Q):
+            assert torch.equal(merged.read(name.format(new)), read(model, name.format(old)))
+    assert torch.equal(merged.read(EMBED), read("a", EMBED))
+    assert torch.equal(merged.read(HEAD), read("b", HEAD))
+    assert torch.equal(merged.read(NORM), read("b", NORM))
+    assert merged.config["num_hidden_layers"] == 6
+    assert outputs(merged.model.module).isfinite().all()
+
+
+def test_a_gradient_runs_over_its_slice_and_of_one_layer_ends(merge, read):
+    merged = merge("""
+merge_method: linear
+slices:
+  - sources: [{model: a, layer_range: [0, 3]}, {model: b, layer_range: [1, 4]}]
+    parameters: {weight: 1}
+  - sources: [{model: b, layer_range: [3, 4], parameters: {weight: [0, 1]}}, {model: c, layer_range: [0, 1], parameters: {weight: [1, 0]}}]
+""")
+    assert torch.allclose(merged.read(UP.format(1)), (read("a", UP.format(1)) + read("b", UP.format(2))) / 2, atol=1e-6)
+    assert torch.equal(merged.read(UP.format(3)), read("b", UP.format(3)))  # t = 1 where a slice has one layer
+    assert torch.equal(merged.read(HEAD), read("c", HEAD))  # t = 0 outside the layers
+    assert merged.config["num_hidden_layers"] == 4
+
+
+def test_what_the_config_says_of_each_layer_moves_with_it(merge):
+    merged = merge("""
+merge_method: passthrough
+slices:
+  - sources: [{model: qwen2, layer_range: [0, 2]}]
+  - sources: [{model: qwen2, layer_range: [1, 4]}]
+""")
+    assert merged.config["layer_types"] == [f"{word}_attention" for word in ("full", "sliding", "sliding", "full", "sliding")]
+    assert outputs(merged.model.module).isfinite().all()
+
+
+def test_modules_have_layers_of_their_own(merge, folders):
+    merged = merge("""
+merge_method: linear
+modules:
+  encoder: {models: [{model: t5-1, parameters: {weight: 1}}, {model: t5-2, parameters: {weight: 1}}]}
+  decoder:
+    slices:
+      - sources: [{model: t5-1, layer_range: [0, 3]}]
+      - sources: [{model: t5-2, layer_range: [2, 4]}]
+  shared: {models: [{model: t5-2}]}
+parameters: {weight: 1}
+""")
+    one, two = Checkpoint(folders["t5-1"]), Checkpoint(folders["t5-2"])
+    name = "encoder.block.1.layer.0.SelfAttention.q.weight"
+    assert torch.allclose(merged.read(name), (one.read(name) + two.read(name)) / 2, atol=1e-6)
+    inside = "decoder.block.{}.layer.2.DenseReluDense.wo.weight"
+    assert torch.equal(merged.read(inside.format(4)), two.read(inside.format(3)))
+    assert torch.equal(merged.read("shared.weight"), two.read("shared.weight"))
+    assert (merged.config["num_layers"], merged.config["num_decoder_layers"]) == (4, 5)
+
+
+def test_slices_of_a_model_with_two_stacks_ask_for_modules(merge):
+    with pytest.raises(RecipeError, match="Give each its own entry of `modules:`"):
+        merge("merge_method: passthrough\nslices: [{sources: [{model: t5-1, layer_range: [0, 1]}]}]")
+    with pytest.raises(RecipeError, match="no part 'encodr'. Did you mean 'encoder'"):
+        merge("merge_method: passthrough\nmodules: {encodr: {models: [{model: t5-1}]}}")
+    with pytest.raises(RecipeError, match="tensors belong to none of encoder"):
+        merge("merge_method: passthrough\nmodules: {encoder: {models: [{model: t5-1}]}}")
+
+
+def test_it_is_the_method_of_a_recipe(merge, folders, tmp_path):
+    """The same settings give the same bits, whichever way they come."""
+    merged = merge("""
+merge_method: ties
+base_model: c
+models: [{model: a, parameters: {weight: 0.6, density: 0.3}}, {model: b, parameters: {weight: 0.4, density: 0.7}}]
+parameters: {lambda: 0.8}
+""")
+    method = Ties(weights=[0.6, 0.4], keep_each=[0.3, 0.7], scale=0.8)
+    mw.apply(folders["c"], method, donors=[folders["a"], folders["b"]], save=tmp_path / "recipe")
+    assert same(merged, tmp_path / "recipe")
+
+
+def test_masks_depend_on_the_seed_alone(merge):
+    text = "merge_method: dare_ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1, density: 0.5}}]"
+    one, two = merge(text, "one"), merge(text, "two")
+    assert same(one, two.path)
+    assert not same(one, merge(text, "three", seed=1).path)
+
+
+def test_each_donor_of_breadcrumbs_may_lose_another_share(merge, read):
+    merged = merge("""
+merge_method: breadcrumbs
+base_model: c
+models: [{model: a, parameters: {weight: 1, density: 0.5, gamma: 0.5}}]
+""")
+    change, whole = merged.read(UP.format(0)) - read("c", UP.format(0)), read("a", UP.format(0)) - read("c", UP.format(0))
+    small = whole.abs() < whole.abs().median()
+    assert (change[~small] == 0).float().mean() > 0.99
+    assert (change[small] != 0).float().mean() > 0.99
+
+
+def test_dtypes_of_the_result(merge, read):
+    config = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+    exact = (read("a", EMBED).double() + read("b", EMBED).double()) / 2
+    half = merge(config + "dtype: bfloat16", "half")
+    assert torch.equal(half.read(EMBED), exact.to(torch.bfloat16))  # rounded once
+    assert half.config["dtype"] == "bfloat16"
+    assert merge(config + "dtype: float32\nout_dtype: torch.float16", "other").dtype(EMBED) == torch.float16
+    theirs = merge(config + "dtype: bfloat16\nout_dtype: float32", "theirs", as_mergekit=True)
+    rounded = (read("a", EMBED).bfloat16().double() + read("b", EMBED).bfloat16().double()) / 2
+    assert torch.equal(theirs.read(EMBED), rounded.bfloat16().float())
+
+
+def test_as_mergekit_takes_deltas_in_the_dtype_of_the_configuration(merge, read):
+    merged = merge(
+        "merge_method: task_arithmetic\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1}}]\ndtype: bfloat16", as_mergekit=True
+    )
+    base, donor = read("c", EMBED).bfloat16(), read("a", EMBED).bfloat16()
+    assert torch.equal(merged.read(EMBED), base + (donor - base))
+
+
+def test_as_mergekit_brings_what_stays_to_its_sum_of_sizes(merge, read):
+    text = "merge_method: dare_linear\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1, density: 0.5}}]"
+    whole = (read("a", EMBED) - read("c", EMBED)).abs().sum()
+    theirs = (merge(text, "theirs", as_mergekit=True).read(EMBED) - read("c", EMBED)).abs().sum()
+    ours = (merge(text, "ours").read(EMBED) - read("c", EMBED)).abs().sum()
+    assert float(theirs) == pytest.approx(float(whole), rel=1e-5)
+    assert float(ours) != pytest.approx(float(whole), rel=1e-5)
+
+
+# Ties, shapes and what is missing
+
+
+def test_one_tied_input_gives_its_embedding_for_the_head(merge, read):
+    for order in (("a", "tied"), ("tied", "a")):
+        one, two = order
+        merged = merge(
+            f"merge_method: linear\nmodels: [{{model: {one}, parameters: {{weight: 1}}}}, {{model: {two}, parameters: {{weight: 1}}}}]",
+            one,
+        )
+        assert torch.allclose(merged.read(HEAD), (read("a", HEAD) + read("tied", EMBED)) / 2, atol=1e-6)
+        assert merged.config["tie_word_embeddings"] is False
+        assert torch.equal(merged.model.module.lm_head.weight, merged.read(HEAD))
+
+
+def test_inputs_that_all_tie_stay_tied(merge):
+    merged = merge("merge_method: linear\nmodels: [{model: tied, parameters: {weight: 1}}]\ndtype: float32")
+    assert HEAD not in merged
+    assert merged.config["tie_word_embeddings"] is True
+
+
+def test_vocabularies_of_other_sizes_meet_in_the_rows_that_they_share(merge, read):
+    both = "[{model: a, parameters: {weight: 1}}, {model: tall, parameters: {weight: 1}}]"
+    for name in ("a", "tall"):
+        text = f"merge_method: linear\nmodels: {both}\nbase_model: {name}"
+        merged = merge(text, name)
+        assert merged.shape(EMBED) == (97, 64)
+        assert merged.config["vocab_size"] == 97
+        assert torch.allclose(merged.read(EMBED), (read("a", EMBED) + read("tall", EMBED)[:97]) / 2, atol=1e-6)
+        assert any("rows" in note for note in merged.notes)
+
+
+def test_task_vectors_have_the_rows_of_the_base(merge, read):
+    short = merge("merge_method: task_arithmetic\nbase_model: a\nmodels: [{model: tall, parameters: {weight: 1}}]", "short")
+    assert torch.allclose(short.read(EMBED), read("tall", EMBED)[:97], atol=1e-6)
+    tall = merge("""
+merge_method: task_arithmetic
+base_model: tall
+models: [{model: a, parameters: {weight: 1}}]
+""", "tall")  # fmt: skip
+    assert torch.equal(tall.read(EMBED), read("tall", EMBED))
+    assert torch.allclose(tall.read(Q.format(0)), read("a", Q.format(0)), atol=1e-6)
+    assert any("a has 97 rows and the base 105; the model is left out here" in note for note in tall.notes)
+
+
+@pytest.fixture
+def broken(folders, tmp_path):
+    """A copy of model b with its tensors changed by a function."""
+
+    def made(change, config=None) -> Path:
+        folder = tmp_path / "broken"
+        shutil.copytree(folders["b"], folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        stated = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps(stated | (config or {})), "utf-8")
+        return folder
+
+    return made
+
+
+def test_a_tensor_missing_in_a_donor_is_merged_without_it_and_said(merge, read, broken):
+    folder = broken(lambda tensors: tensors.pop(NORM))
+    weighted = "[{model: a, parameters: {weight: 1}}, {model: %s, parameters: {weight: 1}}]" % folder  # noqa: UP031
+    merged = merge(f"merge_method: linear\nmodels: {weighted}")
+    assert torch.equal(merged.read(NORM), read("a", NORM))
+    assert any(NORM in note and "lacks it" in note for note in merged.notes)
+    alone = merge(f"merge_method: ties\nbase_model: {folder}\nmodels: [{{model: a, parameters: {{weight: 1}}}}]", "alone")
+    assert NORM not in alone
+    assert any(f"lacks are left out, first {NORM}" in note for note in alone.notes)
+
+
+def test_nan_in_a_donor_is_refused_before_anything_is_written(merge, broken, tmp_path):
+    folder = broken(lambda tensors: tensors[NORM].fill_(float("nan")))
+    with pytest.raises(WeightsError, match="is not finite: model.norm.weight has 64 values"):
+        merge(f"merge_method: linear\nmodels: [{{model: {folder}, parameters: {{weight: 1}}}}, {{model: a, parameters: {{weight: 1}}}}]")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_other_shapes_and_kinds_are_refused(merge, broken):
+    folder = broken(lambda tensors: tensors.update({Q.format(0): torch.zeros(64, 32)}))
+    both = f"[{{model: a, parameters: {{weight: 1}}}}, {{model: {folder}, parameters: {{weight: 1}}}}]"
+    with pytest.raises(ModelError, match=r"q_proj.weight: .*broken has the shape \[64, 32\], not \[64, 64\]"):
+        merge(f"merge_method: linear\nmodels: {both}")
+    with pytest.raises(ModelError, match="must be of one architecture; found llama: a; qwen2: qwen2"):
+        merge("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: qwen2, parameters: {weight: 1}}]")
+
+
+def test_quantized_models_are_refused(merge, broken):
+    folder = broken(lambda tensors: None, {"quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ModelError, match="quantized or stored otherwise than dense"):
+        merge(f"merge_method: passthrough\nmodels: [{{model: {folder}}}]")
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "wanted"),
+    [
+        ("merge_method: tise\nmodels: [{model: a}]", MethodError, "'tise' is unknown. Did you mean 'ties'?"),
+        ("merge_method: linear\nmodels: [{model: a}]", SettingError, "linear needs `weight` for a; no scope gives it here"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]", SettingError, "'wieght'. Did you mean 'weight'?"),
+        ("merge_method: ties\nmodels: [{model: a, parameters: {weight: 1}}]", RecipeError, "ties needs `base_model:`"),
+        ("merge_method: ties\nbase_model: a\nmodels: [{model: a}]", RecipeError, "ties takes 1 or more models besides the base; found 0"),
+        ("merge_method: passthrough\nmodels: [{model: a}, {model: b}]", RecipeError, "passthrough takes 1 model; found 2: a, b"),
+        ("merge_method: linear\nmodels: [{model: a}, {model: a}]\nparameters: {weight: 1}", RecipeError, "a is listed more than once"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]", SettingError,
+         "the weights sum to 0"),
+        ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1, density: 1.5}}]", SettingError, "from 0 to 1"),
+        ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: x}}]", SettingError, "weights must be"),
+        ("merge_method: linear\nmodels: [{model: nowhere}]", WeightsError, "'nowhere'"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 9]}]}]", RecipeError, "a has 4 layers, and"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n"
+         "parameters: {weight: 1}",
+         RecipeError, "its sources have 2 and 3 layers"),
+        ("merge_method: ties\nbase_model: c\nslices: [{sources: [{model: a, layer_range: [0, 2]}]}]\nparameters: {weight: 1}", RecipeError,
+         "needs its base c among the sources of every slice"),
+        ("merge_method: passthrough\nmodels: [{model: a+b}]", WeightsError, "b has no adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_merged_is_said_before_anything_is_written(merge, tmp_path, monkeypatch, text, kind, wanted):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(kind) as error:
+        merge(text)
+    assert wanted in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reasons_of_all_documents_are_said_at_once(merge):
+    with pytest.raises(ModelwrightError, match="2 problems") as error:
+        merge("""
+name: one
+merge_method: tise
+models: [{model: a}]
+---
+merge_method: linear
+models: [{model: a}]
+""")
+    assert "one: merge_method 'tise'" in str(error.value)
+    assert "linear needs `weight`" in str(error.value)
+
+
+def test_parameters_without_meaning_are_noted(merge):
+    merged = merge("""
+merge_method: linear
+models: [{model: a, parameters: {weight: 1, density: 0.5, normalize: true}}]
+parameters: {int8_mask: true, flavour: sweet}
+bogus: 1
+""")
+    said = "\n".join(merged.notes)
+    assert "density is left out, as mergekit does; linear has no such parameter" in said
+    assert "normalize is left out, as mergekit does; it is one for all models" in said
+    assert "flavour is left out" in said
+    assert "bogus: left out" in said
+    assert "int8_mask" not in said
+
+
+def test_the_output_is_no_input_and_is_not_overwritten_unasked(merge, folders, tmp_path):
+    text = "merge_method: passthrough\nmodels: [{model: a}]\n"
+    merge(text)
+    with pytest.raises(RecipeError, match="exists and is not empty"):
+        merge(text)
+    merge(text, overwrite=True)
+    with pytest.raises(RecipeError, match="which a merge never touches"):
+        mw.merge(text, save=folders["a"], overwrite=True)
+
+
+# Several documents, adapters, experts
+
+
+def test_documents_name_each_other(merge, read, tmp_path):
+    merged = merge("""
+merge_method: task_arithmetic
+base_model: c
+models: [{model: mean, parameters: {weight: 0.5}}]
+---
+name: mean
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]
+""")
+    mean = (read("a", Q.format(1)) + read("b", Q.format(1))) / 2
+    assert torch.allclose(merged.read(Q.format(1)), (mean + read("c", Q.format(1))) / 2, atol=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_adapter_is_merged_into_its_model_first(merge, folders, tmp_path):
+    import peft
+
+    with quiet():
+        module = peft.get_peft_model(tiny("llama", seed=1), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        module.save_pretrained(tmp_path / "adapter")
+    whole = module.merge_and_unload()
+    merged = merge(f"merge_method: passthrough\nmodels: [{{model: a+{tmp_path / 'adapter'}}}]")
+    for name, value in whole.state_dict().items():
+        assert torch.allclose(merged.read(name), value, atol=1e-6), name
+    assert not torch.equal(merged.read(Q.format(0)), Checkpoint(folders["a"]).read(Q.format(0)))
+
+
+def test_the_result_carries_its_configuration_and_its_record(merge):
+    merged = merge("merge_method: passthrough\nmodels: [{model: a}]\n")
+    assert (merged.path / "mergekit_config.yml").read_text("utf-8").startswith("merge_method: passthrough")
+    step = json.loads((merged.path / "modelwright.json").read_text("utf-8"))["steps"][0]
+    assert step["method"] == "merge.passthrough"
+    assert merged.model.tokenizer is not None
+
+
+def test_nothing_but_the_tensors_slices_is_held(merge, monkeypatch):
+    """No module is built and no large tensor is read whole."""
+    from modelwright.core import model, stream
+
+    monkeypatch.setattr(stream, "LARGE", 0)
+    monkeypatch.setattr(Checkpoint, "read", lambda *_: pytest.fail("a tensor was read whole"))
+    monkeypatch.setattr(model, "load_module", lambda *_: pytest.fail("a module was built"))
+    merge("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1, density: 0.5}}]")
+
+
+def test_a_folder_may_be_any_model(merge, tmp_path):
+    for seed in (1, 2):
+        Model(name="gpt2", module=tiny("gpt2", seed=seed)).save(tmp_path / f"gpt2-{seed}")
+    merged = merge(f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {tmp_path}/gpt2-1, layer_range: [0, 3]}}]
+  - sources: [{{model: {tmp_path}/gpt2-2, layer_range: [2, 4]}}]
+""")
+    assert merged.config["n_layer"] == 5
+    assert outputs(merged.model.module).isfinite().all()

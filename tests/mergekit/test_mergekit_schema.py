@@ -1,0 +1,105 @@
+"""What a configuration says, before any model is opened."""
+
+import pytest
+
+from modelwright.core.errors import RecipeError
+from modelwright.mergekit.schema import Parameter, Reference, along, read
+
+LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
+
+
+def one(text):
+    (config,) = read(text)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("values", "t", "expected"),
+    [
+        ((0.0, 1.0), 0.25, 0.25),
+        ((0.0, 0.5, 1.0), 0.5, 0.5),
+        ((0.0, 1.0, 0.0), 0.75, 0.5),
+        ((0.0, 1.0, 0.0), 1.0, 0.0),
+        ((3.0,), 0.7, 3.0),
+        (("x", "y", "z"), 0.49, "x"),
+        (("x", "y", "z"), 1.0, "z"),
+        ((True, False), 0.5, True),
+    ],
+)
+def test_a_gradient_runs_straight_between_equally_spaced_anchors(values, t, expected):
+    assert along(values, t) == pytest.approx(expected) if isinstance(expected, float) else along(values, t) == expected
+
+
+def test_the_first_matching_filter_wins_and_without_one_there_is_no_value():
+    parameter = Parameter((("self_attn", (0.0, 1.0)), ("mlp", 0.3), ("attn", 9.0)))
+    assert parameter.at("layers.0.self_attn.q_proj.weight", 0.5) == 0.5
+    assert parameter.at("layers.0.mlp.up_proj.weight", 0.5) == 0.3
+    assert parameter.at("norm.weight", 0.5) is None
+    assert Parameter((("*", 2.0),)).at("norm.weight", 0.5) == 2.0
+
+
+def test_numbers_written_as_texts_are_numbers_and_zero_is_a_value():
+    config = one('merge_method: linear\nmodels: [{model: a, parameters: {weight: "0.53"}}, {model: b, parameters: {weight: 0}}]\n')
+    weights = [source.parameters["weight"].at("x", 0) for source in config.towers[0].slices[0].sources]
+    assert weights == [0.53, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", Reference("a")),
+        ("org/name@main", Reference("org/name", "main")),
+        ("org/name@main+my/lora", Reference("org/name", "main", "my/lora")),
+        ("a+b@2", Reference("a", None, "b", "2")),
+        ("{model: a, lora: {path: b, revision: r}}", Reference("a", None, "b", "r")),
+        ("{model: {path: a, revision: r}}", Reference("a", "r")),
+    ],
+)
+def test_references_have_revisions_and_adapters(text, expected):
+    config = one(f"merge_method: passthrough\nmodels: [{{model: {text}}}]\n")
+    assert config.towers[0].slices[0].sources[0].model == expected
+
+
+def test_unknown_keys_are_named_with_the_nearest_known_one():
+    config = one("dtpye: float32\nmerge_method: linear\nmodels: [{model: a, layer_range: [0, 4], paramters: {weight: 1}}]\n")
+    assert any("dtpye" in note and "Did you mean 'dtype'?" in note for note in config.notes)
+    assert any("models.0.paramters" in note and "'parameters'" in note for note in config.notes)
+    assert any("models.0.layer_range" in note for note in config.notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("merge_methd: linear\nmodels: [{model: a}]\n", "merge_method is missing. Is 'merge_methd' meant?"),
+        ("merge_method: linear\n", "exactly one of models, slices and modules; found none"),
+        (LINEAR + "slices: []\n", "found models and slices"),
+        ("- 1\n", "A mergekit configuration is a mapping"),
+        ("merge_method: linear\nmodels: a\n", "models must be a list"),
+        ("merge_method: linear\nmodels: [{modle: a}]\n", "models.0 must be a mapping with `model:`"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [4, 2]}]}]\n", "layer_range must be [first, one"),
+        ("merge_method: linear\nslices: [{sources: [{model: a}]}]\n", "slices.0.sources.0.layer_range"),
+        (LINEAR + "dtype: bfloat61\n", "Did you mean 'bfloat16'?"),
+        (LINEAR + "tokenizer_source: union\ntokenizer: {source: base}\n", "tokenizer_source or tokenizer, not both"),
+        (LINEAR + "tokenizer: {pad_to_multiple_of: 0}\n", "pad_to_multiple_of must be a whole number"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: zeros}}}}\n", "kind is model_token or zero"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}\n", "exactly one of token and token_id"),
+        (LINEAR + "chat_template: chatlm\n", "Did you mean 'chatml'?"),
+        (LINEAR + "parameters: {normalize: {filter: x}}\n", "list of {filter: ..., value: ...}"),
+        ("merge_method: linear\nmodels: [{model: a+b+c}]\n", "one adapter at most"),
+        ("modules: {text: {}}\nmerge_method: linear\n", "modules.text must have exactly one of models and slices"),
+        (f"{LINEAR}---\n{LINEAR}", "Of several documents, one has no `name`"),
+        (f"name: x\n{LINEAR}---\nname: x\n{LINEAR}---\n{LINEAR}", "'x' is given to 2 documents"),
+        ("experts: []\n", "needs `base_model:`"),
+        ("merge_method: [\n", "not valid YAML"),
+        ("\n\n", "configuration is empty"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_said(text, wanted):
+    with pytest.raises(RecipeError) as error:
+        read(text)
+    assert wanted in str(error.value)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    with pytest.raises(RecipeError, match="4 problems"):
+        read("merge_method: 3\nmodels: [{}]\ndtype: f\nchat_template: x\n")

@@ -1,0 +1,72 @@
+import pytest
+import torch
+from calibration import normal
+from merging import merged
+
+from modelwright.core.errors import SettingError
+from modelwright.maths import slices
+from modelwright.methods.merge.consensus import Consensus
+from modelwright.methods.merge.task_arithmetic import TaskArithmetic
+from modelwright.methods.merge.ties import Ties
+
+BASE = normal(30, 50)
+DONORS = [BASE + 0.1 * normal(30, 50, seed=seed) for seed in (1, 2, 3)]
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 400)
+
+
+def test_a_case_by_hand():
+    # Changes (4, 1, 3) and (4, 4, -3), λ = ½. Entry 0: 4 > ½·4 for both. Entry 1: 1 > ½·4 for none but the second.
+    # Entry 2: each against the other: 3 > ½·3 for both, though they cancel.
+    base = torch.full((3,), 10.0)
+    donors = [base + torch.tensor([4.0, 1.0, 3.0]), base + torch.tensor([4.0, 4.0, -3.0])]
+    assert merged(Consensus(least=0.5), base, donors).tolist() == [18.0, 10.0, 10.0]
+    assert merged(Consensus(least=0.5, agree=1), base, donors).tolist() == [18.0, 15.0, 10.0]
+    assert merged(Consensus(least_each=[0.2, 0.5], scale=0.5), base, donors).tolist() == [14.0, 12.5, 10.0]
+
+
+@pytest.mark.parametrize("agree", [1, 2, 3])
+@pytest.mark.parametrize("least", [0.2, 0.6])
+def test_it_is_the_published_mask(agree, least):
+    changes = torch.stack([donor - BASE for donor in DONORS])
+    total = changes.sum(0)
+    mask = (changes.abs() > least * (total - changes).abs()).sum(0) >= agree
+    found = merged(Consensus(agree=agree, least=least, scale=0.3), BASE, DONORS)
+    assert torch.allclose(found, BASE + 0.3 * total * mask, atol=1e-6)
+    assert 0 < mask.float().mean() < 1 or agree == 1
+
+
+def test_no_needed_agreement_is_task_arithmetic():
+    weights = [0.4, -0.2, 0.7]
+    ours = merged(Consensus(agree=0, weights=weights, scale=1.5), BASE, DONORS)
+    assert torch.equal(ours, merged(TaskArithmetic(weights=weights, scale=1.5), BASE, DONORS))
+
+
+def test_the_merged_change_may_be_that_of_ties():
+    settings = dict(keep=0.3, consensus=True, normalize=True)
+    ties = merged(Ties(keep=0.3), BASE, DONORS)
+    assert torch.equal(merged(Consensus(agree=0, **settings), BASE, DONORS), ties)
+    masked = merged(Consensus(agree=2, **settings), BASE, DONORS)
+    kept = masked != BASE
+    assert torch.equal(masked[kept], ties[kept])
+    assert kept.sum() < (ties != BASE).sum()
+
+
+def test_more_agreement_adds_less():
+    moved = [(merged(Consensus(agree=agree), BASE, DONORS) != BASE).sum().item() for agree in range(4)]
+    assert moved == sorted(moved, reverse=True)
+    assert moved[3] < moved[2]
+
+
+def test_scale_zero_gives_the_model_bit_for_bit():
+    assert torch.equal(merged(Consensus(scale=0.0), BASE, DONORS), BASE)
+
+
+def test_more_agreement_than_donors_is_refused():
+    with pytest.raises(SettingError, match=r"merge\.consensus: agree=2 of 1 donors is never reached"):
+        merged(Consensus(), BASE, DONORS[:1])
+    with pytest.raises(SettingError, match="2 least_each for 3 donors"):
+        merged(Consensus(least_each=[0.2, 0.4]), BASE, DONORS)
