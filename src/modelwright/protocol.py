@@ -8,7 +8,6 @@ ratio of perplexities: 1 is as good as the reference, less is worse.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -136,7 +135,7 @@ def calibrated(method: Method, kinds: Kinds, work: Path) -> tuple[Method, str | 
         if not files[-1].exists():
             files[-1].write_text("\n\n".join(texts.read(source).split(0.1)[0].documents), "utf-8")
     if hasattr(method, "texts"):
-        return dataclasses.replace(method, texts=tuple(map(str, files))), None  # type: ignore[type-var]
+        return method.build(method.settings() | {"texts": [str(file) for file in files]}), None
     if "calibration" not in method.needs():
         return method, None
     mixed = work / "mixed"

@@ -148,3 +148,21 @@ def test_every_run_writes_a_card_that_says_how_to_load(step, line, small, tmp_pa
     assert line in card
     assert made.yaml() in card
     assert "| on disk |" in card
+
+
+def test_texts_of_donors_keep_their_place_and_count_in_what_is_resumed(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, words in (("a", "the quick brown fox "), ("b", "0123456789 ")):
+        (tmp_path / f"{name}.txt").write_text(words * 60)
+    stated = {
+        "model": str(small), "length": 16, "samples": 2, "save": "out",
+        "steps": [{"merge.regmean": {"donors": [str(small), str(small)], "texts": ["a.txt", "corpus"]}}],
+    }  # fmt: skip
+    whole = recipe.whole_names(recipe.read(stated))
+    assert whole.steps[0].method.texts == (str(tmp_path / "a.txt"), "corpus")
+    stated["steps"][0]["merge.regmean"]["texts"] = ["a.txt", "b.txt"]
+    made = recipe.read(stated)
+    recipe.run(made, keep_steps=True)
+    (tmp_path / "b.txt").write_text("other words " * 60)
+    recipe.run(made, keep_steps=True, overwrite=True)
+    assert len(list((tmp_path / "out.steps").glob("00-merge.regmean-*.json"))) == 2

@@ -412,7 +412,7 @@ def check_bytes_are_as_predicted(case: Case) -> None:
     split_experts(empty)
     model = case.applied()
     with torch.no_grad():
-        predicted, _ = plan.predict(empty, case.method(), Given())
+        predicted, _ = plan.predict(empty, case.method(), case.given())
     found, expected = stored_bytes(model.module), stored_bytes(predicted)
     assert abs(found - expected) <= 0.01 * found, f"predicted {expected:,} bytes, stored {found:,}"
 

@@ -206,6 +206,10 @@ class ModelMethod(Method):
     level: ClassVar[str] = "model"
     verb: ClassVar[str] = "model"
 
+    def planned(self, module: Any, donors: int) -> Any:
+        """The empty module as it will be, for sizes before any work; with so many donors."""
+        return module
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMethod(Method):

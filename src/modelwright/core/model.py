@@ -56,6 +56,7 @@ class Model:
         self.changed = False  # whether a method has changed it in memory, so that its folder holds something else
         self._module = module
         self._tokenizer = tokenizer
+        self._lent: Model | None = None  # whose tokenizer it has, in the place of its folder's
         self._config: Any = getattr(module, "config", None)
         self._marks: set[str] | None = None
         if folder is not None and (folder / RECORD).is_file():
@@ -119,6 +120,10 @@ class Model:
                 raise ModelError(f"{self.name}: its tokenizer cannot be read ({error}). Copy it from the original model.") from error
         return self._tokenizer
 
+    def take_tokenizer(self, other: Model) -> None:
+        """Have another model's tokenizer, and its files when the model is saved."""
+        self._tokenizer, self._lent = other.tokenizer, other._lent or other
+
     @property
     def anatomy(self) -> Anatomy:
         """Which tensor plays which role."""
@@ -177,8 +182,9 @@ class Model:
 
     def save_beside(self, folder: Path) -> None:
         """Write what stands beside the weights: tokenizer and record."""
-        if self.folder is not None:
-            for file in tokenizer_files(self.folder):
+        beside = self._lent.folder if self._lent else self.folder
+        if beside is not None:
+            for file in tokenizer_files(beside):
                 shutil.copyfile(file, folder / file.name)
         elif self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)

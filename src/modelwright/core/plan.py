@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
 from . import recipe as recipes
@@ -109,7 +110,7 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
         lasts = seconds(skeleton, step.method, local, before.flops_per_token, rate)
         streaming = True  # every step writes a folder, from which the next one reads
         with torch.no_grad(), faults.collected(f"step {number}: {step.method.name()}: "):
-            skeleton, zeros = predict(skeleton, step.method, given)
+            skeleton, zeros = predict(skeleton, step.method, replace(given, **named))
         row = _row(step.method.name(), skeleton, zeros if zeros is not None else rows[-1].zeros)
         row.peak_bytes = memory
         row.time = time_class(lasts)
@@ -158,6 +159,9 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
         targets = [site.module for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
         with quiet():
             module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[attr-defined, arg-type]
+    elif isinstance(method, ModelMethod) and not method.drops & {"adapters"}:
+        module = method.planned(module, len(given.donors))
+        split_experts(module)
     elif "adapters" in method.drops and hasattr(module, "get_base_model"):
         module = module.unload()  # type: ignore[operator]
     return module, None

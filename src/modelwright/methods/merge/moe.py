@@ -36,12 +36,14 @@ class Moe(ModelMethod):
     takes: ClassVar[tuple[int, int | None]] = (2, None)
     causal: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
-    fails = {"bytes_are_as_predicted [llama]": "the number of experts is that of the donors, which the check does not give"}
 
     experts_per_token: int = count(2)  # experts that a token is sent to
     gates: Literal["hidden", "cheap_embed", "random", "uniform_random"] = "random"  # what the routers' rows are made of
     prompts: Prompts | None = None  # a list for each donor, of what it is to be chosen for
     against: Prompts | None = None  # a list for each donor, of what it is not to be chosen for
+
+    def planned(self, module: Any, donors: int) -> Any:
+        return empty_module(mixtral(module, donors, self.experts_per_token))
 
     def problems(self) -> list[str]:
         made = self.gates in ("hidden", "cheap_embed")

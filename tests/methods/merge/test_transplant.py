@@ -1,0 +1,176 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from calibration import lettered, normal
+from tiny import outputs, tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+
+import modelwright as mw
+from modelwright.core.contract import letters
+from modelwright.core.errors import ModelError, NeedError
+from modelwright.core.model import Model
+from modelwright.core.vocabulary import meanings
+from modelwright.maths.matching_pursuit import pursue
+from modelwright.methods.merge.transplant import Transplant
+
+LETTERS = dict(sorted(letters().get_vocab().items(), key=lambda item: item[1]))  # in the order of the ids
+
+
+def words(vocabulary: list[str], *, level: bool = False, **special: str) -> PreTrainedTokenizerFast:
+    made = Tokenizer(models.WordLevel({word: number for number, word in enumerate(vocabulary)}, unk_token=vocabulary[0]))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    if level:
+        made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=vocabulary[0], clean_up_tokenization_spaces=False, **special)
+
+
+def model_of(tokenizer, seed: int = 0, **config) -> Model:
+    return Model(name="tiny", module=tiny(seed=seed, vocab_size=len(tokenizer), **config), tokenizer=tokenizer)
+
+
+# The pursuit
+
+
+def test_a_case_by_hand():
+    # t = (3, 1): the rows (2, 0) and (1, 1) have products 6 and 4. (2, 0) · 1.5 leaves (0, 1); (1, 1) gives the rest with 1,
+    # and t = 1 · (2, 0) + 1 · (1, 1).
+    atoms = torch.tensor([[0.0, -0.5], [2, 0], [1, 1]])
+    places, shares = pursue(torch.tensor([[3.0, 1]]), atoms, 1)
+    assert (places.tolist(), shares.tolist()) == ([[1]], [[1.5]])
+    places, shares = pursue(torch.tensor([[3.0, 1]]), atoms, 2)
+    assert places.tolist() == [[1, 2]]
+    assert shares.tolist() == [pytest.approx([1.0, 1.0])]
+
+
+def test_what_is_left_never_grows_and_the_rows_taken_are_fitted_best():
+    targets, atoms = normal(7, 20), normal(50, 20, seed=1)
+    lengths = []
+    for count in range(1, 26):
+        places, shares = pursue(targets, atoms, count)
+        left = targets - (shares[:, None] @ atoms[places])[:, 0]
+        lengths.append(left.norm(dim=1))
+        for row in range(7):
+            best = torch.linalg.lstsq(atoms[places[row]].T.double(), targets[row].double()).solution
+            fitted = targets[row] - atoms[places[row]].T @ best.float()
+            assert left[row].norm() <= fitted.norm() + 1e-4
+            assert len(places[row].unique()) == count
+    assert all((after <= before + 1e-5).all() for before, after in itertools.pairwise(lengths))
+    assert lengths[19].max() < 1e-4  # as many rows as there are entries
+
+
+def test_rows_that_repeat_each_other_get_no_share_twice():
+    atoms = normal(3, 8).repeat(4, 1)
+    targets = torch.stack([atoms[0] + 2 * atoms[1] - atoms[2], torch.zeros(8)])
+    places, shares = pursue(targets, atoms, 12)
+    assert torch.allclose((shares[:, None] @ atoms[places])[:, 0], targets, atol=1e-5)
+    assert (shares.abs() > 0).sum(1).tolist() == [3, 0]
+
+
+# Tokens
+
+
+def test_tokens_are_compared_by_what_they_stand_for():
+    pieces = meanings(words(["<s>", "▁the", "<0x0A>", "<0x41>", "A", "é"]))
+    level = meanings(words(["<end>", "Ġthe", "Ċ", "A", "Ã©"], level=True))
+    assert {key: (pieces[key], level[key]) for key in pieces if key in level} == {
+        b" the": (1, 1), b"\n": (2, 2), b"A": (4, 3), "é".encode(): (5, 4),
+    }  # fmt: skip
+    assert pieces[b"special <s>"] == level[b"special <end>"] == 0
+
+
+def test_the_same_tokenizer_changes_nothing():
+    model = mw.apply(model_of(letters()), Transplant(), donors=[model_of(letters(), seed=3)])
+    before = tiny(vocab_size=len(LETTERS))
+    assert all(torch.equal(value, before.get_parameter(name)) for name, value in model.module.named_parameters())
+
+
+def test_the_same_tokens_in_another_order_move_their_rows():
+    turned = words(["<end>", *[token for token in list(LETTERS)[::-1] if token != "<end>"]])
+    model = mw.apply(model_of(letters()), Transplant(), donors=[model_of(turned, seed=3)])
+    before = tiny(vocab_size=len(LETTERS))
+    for token, number in turned.get_vocab().items():
+        assert torch.equal(model.module.model.embed_tokens.weight[number], before.model.embed_tokens.weight[LETTERS[token]])
+        assert torch.equal(model.module.lm_head.weight[number], before.lm_head.weight[LETTERS[token]])
+
+
+def donor_with(new: list[str], seed: int = 3, **config) -> Model:
+    return model_of(words([*LETTERS, *new]), seed, **config)
+
+
+def test_with_all_tokens_as_atoms_a_donor_of_the_same_rows_is_reproduced():
+    donor = donor_with(["the", "fox"])
+    base = model_of(letters())
+    with torch.no_grad():
+        for name in ("model.embed_tokens", "lm_head"):
+            base.module.get_submodule(name).weight.copy_(donor.module.get_submodule(name).weight[: len(LETTERS)])
+    mw.apply(base, Transplant(atoms=len(LETTERS)), donors=[donor])
+    for name in ("model.embed_tokens", "lm_head"):
+        assert torch.allclose(base.module.get_submodule(name).weight, donor.module.get_submodule(name).weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [(False, False), (True, False), (False, True), (True, True)])
+def test_new_tokens_are_the_same_sums_of_the_models_rows(tied):
+    donor = donor_with(["the"], hidden_size=32, num_attention_heads=4, tie_word_embeddings=tied[1])
+    model = model_of(letters(), tie_word_embeddings=tied[0])
+    old = copy.deepcopy(model.module)
+    mw.apply(model, Transplant(atoms=5), donors=[donor])
+    for own, theirs in (("model.embed_tokens", "model.embed_tokens"), ("lm_head", "lm_head")):
+        source = "model.embed_tokens" if tied[0] else theirs  # one table, from the donor's embedding
+        table = donor.module.get_submodule(source).weight.data
+        places, shares = pursue(table[-1:], table[:-1], 5)
+        expected = shares[0] @ old.get_submodule(own).weight.data[places[0]]
+        assert torch.allclose(model.module.get_submodule(own).weight[-1], expected, atol=1e-5)
+        assert torch.equal(model.module.get_submodule(own).weight[:-1], old.get_submodule(own).weight)
+    assert (model.module.lm_head.weight is model.module.model.embed_tokens.weight) == tied[0]
+
+
+def test_other_ways_to_fill_and_rows_that_no_token_has():
+    donor = Model(name="donor", module=tiny(seed=3, vocab_size=99), tokenizer=words([*LETTERS, "the"]))
+    old = tiny(vocab_size=len(LETTERS)).model.embed_tokens.weight
+    for fill, expected in (("mean", old.mean(0)), ("zero", torch.zeros(64))):
+        model = mw.apply(model_of(letters()), Transplant(fill=fill), donors=[donor]).module.model.embed_tokens.weight
+        assert torch.allclose(model[95], expected, atol=1e-6)
+        assert (model[96:] == 0).all()
+        assert len(model) == 99
+    drawn = [mw.apply(model_of(letters()), Transplant(fill="random"), donors=[donor], seed=seed) for seed in (1, 1, 2)]
+    rows = [model.module.model.embed_tokens.weight[95] for model in drawn]
+    assert torch.equal(rows[0], rows[1])
+    assert not torch.equal(rows[0], rows[2])
+    assert rows[0].std().item() == pytest.approx(old.std().item(), rel=0.4)
+
+
+def test_plain_transformers_loads_it_with_the_donors_tokenizer_and_ids(tmp_path):
+    tokenizer = words(["<pad>", "<begin>", *LETTERS, "the"], bos_token="<begin>", pad_token="<pad>")
+    donor = model_of(tokenizer, 3, bos_token_id=1, pad_token_id=0, eos_token_id=2)
+    donor.save(tmp_path / "donor")
+    lettered().save(tmp_path / "base")
+    model = mw.apply(tmp_path / "base", Transplant(), donors=[tmp_path / "donor"], save=tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(outputs(loaded), outputs(model.module))
+    config = loaded.config
+    assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (len(tokenizer), 1, 2, 0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_bias_of_the_head_moves_with_its_tokens():
+    turned = words(["<end>", *[token for token in list(LETTERS)[::-1] if token != "<end>"]])
+    model = Model(name="phi", module=tiny("phi", vocab_size=len(LETTERS)), tokenizer=letters())
+    before = model.module.lm_head.bias.clone()
+    mw.apply(model, Transplant(), donors=[model_of(turned)])
+    order = [LETTERS[token] for token, _ in sorted(turned.get_vocab().items(), key=lambda item: item[1])]
+    assert torch.equal(model.module.lm_head.bias, before[order])
+
+
+def test_what_cannot_be_compared_is_refused():
+    with pytest.raises(NeedError, match="compares tokenizers"):
+        mw.apply(lettered(), Transplant(), donors=[tiny()])
+    with pytest.raises(NeedError, match="takes 1 donor; the step gives 2"):
+        mw.apply(lettered(), Transplant(), donors=[lettered(), lettered()])
+    with pytest.raises(ModelError, match="share no token"):
+        mw.apply(lettered(), Transplant(), donors=[model_of(words(["<s>", "alpha", "beta"]))])
+    vit = Model(name="vit", module=tiny("vit"), tokenizer=letters())
+    with pytest.raises(ModelError, match="no embedding of tokens"):
+        mw.apply(vit, Transplant(), donors=[lettered()])
