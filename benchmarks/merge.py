@@ -24,12 +24,8 @@ BOTH, ALL = ("first", "second"), ("base", "first", "second")
 
 @dataclass(frozen=True)
 class Case:
-    """A merge: what ours and mergekit's are given. `donors` are ours beside the model `base`; `models` are mergekit's."""
+    """A merge, as both tools read it."""
 
-    method: str
-    settings: dict[str, Any]
-    donors: tuple[str, ...]
-    theirs: str
     models: tuple[str, ...]
     parameters: dict[str, Any] = field(default_factory=dict)  # of each model
     shared: dict[str, Any] = field(default_factory=dict)
@@ -37,37 +33,35 @@ class Case:
 
 
 CASES = {
-    "linear": Case("merge.linear", {}, ALL, "linear", ALL, {"weight": 1.0}, base=False),
-    "ties": Case("merge.ties", {"keep": 0.2}, BOTH, "ties", BOTH, {"weight": 1.0, "density": 0.2}, {"normalize": True}),
-    "task_arithmetic": Case("merge.task_arithmetic", {"scale": 0.5}, BOTH, "task_arithmetic", BOTH, {"weight": 1.0}, {"lambda": 0.5}),
-    "dare": Case("merge.dare", {"keep": 0.5}, BOTH, "dare_linear", BOTH, {"weight": 1.0, "density": 0.5}),
-    "della": Case("merge.della", {"keep": 0.5}, BOTH, "della", BOTH, {"weight": 1.0, "density": 0.5, "epsilon": 0.15}),
-    "breadcrumbs": Case("merge.breadcrumbs", {"keep": 0.9}, BOTH, "breadcrumbs", BOTH, {"weight": 1.0, "density": 0.9, "gamma": 0.01}),
-    "slerp": Case("merge.slerp", {"t": 0.5}, ("first",), "slerp", ("base", "first"), {}, {"t": 0.5}),
-    "nuslerp": Case("merge.nuslerp", {}, BOTH, "nuslerp", BOTH, {"weight": 1.0}, base=False),
-    "model_stock": Case("merge.model_stock", {}, BOTH, "model_stock", BOTH),
-    "sce": Case("merge.sce", {"keep": 0.5}, BOTH, "sce", BOTH, {}, {"select_topk": 0.5}),
-    "karcher": Case("merge.karcher", {}, ALL, "karcher", ALL, base=False),
-    "arcee_fusion": Case("merge.arcee_fusion", {}, ("first",), "arcee_fusion", ("first",)),
-    "nearswap": Case("merge.nearswap", {"t": 0.001}, ("first",), "nearswap", ("first",), {}, {"t": 0.001}),
-    "passthrough": Case("merge.passthrough", {}, ("first",), "passthrough", ("first",), base=False),
+    "linear": Case(ALL, {"weight": 1.0}, base=False),
+    "task_arithmetic": Case(BOTH, {"weight": 1.0}, {"lambda": 0.5}),
+    "ties": Case(BOTH, {"weight": 1.0, "density": 0.2}, {"normalize": True}),
+    "dare_linear": Case(BOTH, {"weight": 1.0, "density": 0.5}),
+    "della": Case(BOTH, {"weight": 1.0, "density": 0.5, "epsilon": 0.15}),
+    "breadcrumbs": Case(BOTH, {"weight": 1.0, "density": 0.9, "gamma": 0.01}),
+    "slerp": Case(("base", "first"), {}, {"t": 0.5}),
+    "nuslerp": Case(BOTH, {"weight": 1.0}, base=False),
+    "model_stock": Case(BOTH),
+    "sce": Case(BOTH, {}, {"select_topk": 0.5}),
+    "karcher": Case(ALL, base=False),
+    "arcee_fusion": Case(("base", "first")),
+    "nearswap": Case(("base", "first"), {}, {"t": 0.001}),
+    "passthrough": Case(("first",), base=False),
 }
 
 
-def ours(method: str, work: str, save: str) -> None:
-    """Merge with Modelwright, from folder to folder."""
+def ours(config: str, save: str) -> None:
+    """Merge with Modelwright, by mergekit's configuration."""
     import modelwright as mw
 
-    case = CASES[method]
-    made = mw.find(case.method).build(case.settings)
-    mw.apply(f"{work}/base", made, donors=[f"{work}/{name}" for name in case.donors], save=save)
+    mw.merge(config, save=save)
 
 
-def peer_recipe(method: str, work: Path, dtype: str) -> str:
-    """The same merge for mergekit, as YAML (JSON is YAML)."""
+def config_for(method: str, work: Path, dtype: str) -> str:
+    """The configuration that both tools run, as YAML (JSON is YAML)."""
     case = CASES[method]
     models = [{"model": str(work / name), **({"parameters": case.parameters} if case.parameters else {})} for name in case.models]
-    config = {"merge_method": case.theirs, "models": models, "parameters": case.shared, "dtype": dtype, "out_dtype": "bfloat16"}
+    config = {"merge_method": method, "models": models, "parameters": case.shared, "dtype": dtype, "out_dtype": "bfloat16"}
     return json.dumps(config | ({"base_model": str(work / "base")} if case.base else {}))
 
 
@@ -97,7 +91,7 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
     """A row for every method and subject."""
     rows = []
     for method in methods:
-        (work / f"{method}.yaml").write_text(peer_recipe(method, work, peer_dtype))
+        (work / f"{method}.yaml").write_text(config_for(method, work, peer_dtype))
         mine, theirs, copied = (work / f"{method}-{name}" for name in ("ours", "peer", "copy"))
 
         def fresh(folder: Path) -> Path:
@@ -107,7 +101,7 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
         command = [peer, "-c", "from mergekit.scripts.run_yaml import main; main()", work / f"{method}.yaml"]
         subjects = {
             "modelwright": lambda method=method, mine=mine: _run.subject(
-                "merge:ours", method=method, work=str(work), save=str(fresh(mine))
+                "merge:ours", config=str(work / f"{method}.yaml"), save=str(fresh(mine))
             ),
             "mergekit": lambda command=command, theirs=theirs: _run.run([*command, fresh(theirs)]),
             "cp": lambda copied=copied: _run.run(["cp", "-r", work / "base", fresh(copied)]),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modelwright.core.errors import WeightsError, nearest, refuse
 from modelwright.core.files import explain_full_disk, partial_of, publish, refuse_existing, restore
-from modelwright.maths.slices import Sliced
+from modelwright.maths.slices import Sliced, each
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -228,20 +228,26 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
     faults = []
     for name in names:
         place = checkpoint.place(name)
+        stored = OnDisk(place)
         bad = 0
-        for start in range(0, place.nbytes, SLICE):
-            values = _read(place, start, min(SLICE, place.nbytes - start)).view(place.dtype)
-            done += values.nbytes
-            values = torch.view_as_real(values) if place.dtype.is_complex else values
-            values = values.to(torch.bfloat16) if place.dtype.itemsize == 1 else values
-            if not torch.stack(values.aminmax()).isfinite().all():
-                bad += int((~values.isfinite()).sum())
-            if progress:
-                progress(done, total)
+        for found in each(lambda at, stored=stored: _not_finite(stored[at]), math.prod(place.shape)):  # type: ignore[misc]
+            bad += found
+        done += place.nbytes
+        if progress:
+            progress(done, total)
         if bad:
             faults.append(f"{name} has {bad:,} values of {math.prod(place.shape):,} that are NaN or infinite")
     if faults:
         raise WeightsError(f"{checkpoint.path} is not finite: {'; '.join(faults)}. Fetch it again, or train it again in a wider dtype.")
+
+
+def _not_finite(values: Tensor) -> int:
+    """How many values are NaN or infinite. One sum tells whether any can be: both stay in it."""
+    values = torch.view_as_real(values) if values.dtype.is_complex else values
+    values = values.to(torch.bfloat16) if values.dtype.itemsize == 1 else values
+    if values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite():
+        return 0
+    return int((~values.isfinite()).sum())
 
 
 class Writer:
