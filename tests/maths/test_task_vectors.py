@@ -221,3 +221,14 @@ def test_the_order_of_rows_is_the_stable_one():
     sizes[0] = 0
     sizes[1, ::7] = float("inf")
     assert torch.equal(task_vectors._order(sizes), sizes.argsort(dim=-1, stable=True))
+
+
+@pytest.mark.parametrize("shape", [(7, 150), (30, 50), (3, 1), (2, 900), (0, 4)])
+def test_numbers_of_rows_reach_all_their_entries(shape):
+    rows = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    width, count = shape[1], rows.numel()
+    found = task_vectors.of_rows([flat(rows), flat(rows)], width, count, lambda one, two: (one * two).sum(-1))
+    assert torch.allclose(found, rows.square().sum(-1))
+    values = task_vectors.spread(found, width)
+    whole = torch.cat([torch.empty(0), *(values(at) for at in slices.slices(count))])
+    assert torch.equal(whole, found.repeat_interleave(width))

@@ -84,19 +84,20 @@ def flat(tensor: Entries) -> Values:
     return (tensor.detach().reshape(-1) if isinstance(tensor, Tensor) else tensor).__getitem__
 
 
-def slices(count: int) -> list[slice]:
-    """The slices in which `count` values are worked through."""
-    return [slice(start, min(start + SLICE, count)) for start in range(0, count, SLICE)]
+def slices(count: int, size: int | None = None) -> list[slice]:
+    """The slices in which `count` values are worked through; `size` values in each, by default SLICE."""
+    size = SLICE if size is None else size
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def each(work: Callable[[slice], Found], count: int) -> Iterator[Found]:
+def each(work: Callable[[slice], Found], count: int, size: int | None = None) -> Iterator[Found]:
     """What `work` returns for each slice of `count` values, in order, a few slices ahead of the reader.
 
     Slices run beside each other on as many threads as torch uses; inside one, torch keeps to a single thread. Shared
     out this way, no thread waits for another after each operation, which is what costs on cores that are also busy
     with something else.
     """
-    places = slices(count)
+    places = slices(count, size)
     threads = min(torch.get_num_threads(), len(places))
     if threads < 2:
         yield from map(work, places)

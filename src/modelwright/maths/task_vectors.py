@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
+from modelwright.maths import slices
 from modelwright.maths.masks import find_cut
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
 
@@ -134,6 +135,25 @@ def by_rows(parts: Sequence[Values], width: int, count: int, function: Callable[
         return function(*rows).reshape(-1)[at.start - first * width : at.stop - first * width]
 
     return found
+
+
+def of_rows(parts: Sequence[Values], width: int, count: int, function: Callable[..., Tensor]) -> Tensor:
+    """What a function gives for each row [n, width] -> [n], one argument for each part; one number for every row is held."""
+
+    def work(at: slice) -> Tensor:
+        return function(*(part(slice(at.start * width, at.stop * width)).view(-1, width) for part in parts))
+
+    return torch.cat([torch.empty(0), *each(work, count // width if width else 0, max(1, slices.SLICE // max(1, width)))])
+
+
+def spread(numbers: Tensor, width: int) -> Values:
+    """A number for each row [rows] as the values of all its entries."""
+
+    def values(at: slice) -> Tensor:
+        first, last = at.start // width, -(-at.stop // width)
+        return numbers[first:last].repeat_interleave(width)[at.start - first * width : at.stop - first * width]
+
+    return values
 
 
 def rescaled(values: Values, kept: Values, count: int, factor: float | None = None) -> Values:

@@ -9,7 +9,7 @@ from tiny import tiny
 import modelwright as mw
 from modelwright.core.errors import NeedError
 from modelwright.maths import slices
-from modelwright.methods.merge.arcee_fusion import ArceeFusion, importance
+from modelwright.methods.merge.arcee_fusion import ArceeFusion, divergence
 
 BASE = normal(30, 50)
 DONOR = BASE + 0.1 * normal(30, 50, seed=1)
@@ -20,11 +20,10 @@ def small_slices(monkeypatch):
     monkeypatch.setattr(slices, "SLICE", 400)
 
 
-def test_importance_by_hand():
-    # Rows (0, 0) and (0, ln 3): softmax (½, ½) and (¼, ¾). KL(new ‖ old) = ¼ ln ½ + ¾ ln 3/2; |Δ| = 0 and ln 3.
-    found = importance(torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]]))
-    divergence = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
-    assert found.tolist()[0] == pytest.approx([0.0, math.log(3) * divergence])
+def test_a_divergence_by_hand():
+    # Rows (0, 0) and (0, ln 3): softmax (½, ½) and (¼, ¾). KL(new ‖ old) = ¼ ln ½ + ¾ ln 3/2.
+    found = divergence(torch.zeros(1, 2), torch.tensor([[0.0, math.log(3)]]))
+    assert found.tolist() == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5)])
 
 
 def test_a_case_by_hand():

@@ -2,7 +2,7 @@
 
 As mergekit's `arcee_fusion`: the importance of an entry is |Δ| times the divergence KL(softmax(donor's row) ‖
 softmax(model's row)); what is above the median plus 1.5 interquartile ranges of its tensor is taken over.
-Differs: divergences are float64, because in float32, as mergekit has them, those of a fine-tuned model's rows are mostly
+Differs: divergences are computed in float64, because in float32, as mergekit has them, those of a fine-tuned model's rows are mostly
 rounding; quantiles are exact in tensors of any size.
 """
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modelwright.maths.masks import quantile
 from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.task_vectors import by_rows
+from modelwright.maths.task_vectors import delta, of_rows, spread
 from modelwright.methods.merge._mechanism import PointWise
 
 FAR = 1.5  # interquartile ranges above the median, from which an entry stands out
@@ -32,8 +32,13 @@ class ArceeFusion(PointWise):
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
         shape, count = tuple(weight.shape), math.prod(weight.shape)
+        width = shape[-1] if shape else 1
         start, donor = flat(weight), flat(donors[0])
-        scores = by_rows([start, donor], shape[-1] if shape else 1, count, importance)
+        change, apart = delta(start, donor), spread(of_rows([start, donor], width, count, divergence), width)
+
+        def scores(at: slice) -> Tensor:
+            return change(at).abs_().mul_(apart(at))
+
         low, middle, high = (quantile(scores, count, share) for share in (0.25, 0.5, 0.75))
         least = middle + FAR * (high - low)
 
@@ -43,8 +48,8 @@ class ArceeFusion(PointWise):
         return Sliced(shape, weight.dtype, values)
 
 
-def importance(before: Tensor, after: Tensor) -> Tensor:
-    """|Δ| times KL(softmax(after) ‖ softmax(before)) of its row [rows, width]."""
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    """KL(softmax(after) ‖ softmax(before)) of each row [rows, width] -> [rows]."""
     before, after = before.double(), after.double()  # in float32 the divergence of nearby rows is lost in its own rounding
     old, new = before.log_softmax(-1), after.log_softmax(-1)
-    return (after - before).abs() * (new.exp() * (new - old)).sum(-1, keepdim=True)
+    return (new.exp() * (new - old)).sum(-1).float()

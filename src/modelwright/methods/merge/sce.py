@@ -36,23 +36,38 @@ class Sce(PointWise):
         changes = [delta(start, flat(donor)) for donor in donors]
 
         def variance(at: slice) -> Tensor:
-            return torch.stack([change(at) for change in changes]).var(0, correction=0)
+            return apart([change(at) for change in changes])
 
         differ = sum(each(lambda at: int(variance(at).count_nonzero()), count)) if self.keep < 1 else 0
         cut = find_cut(variance, count, count - int(self.keep * differ)) if self.keep < 1 else None
 
-        def selected(at: slice) -> Tensor:  # [donors, n]
-            stacked = torch.stack([change(at) for change in changes])
-            return stacked if cut is None else stacked.masked_fill(cut.mark(stacked.var(0, correction=0), at), 0)
+        def selected(at: slice) -> list[Tensor]:
+            parts = [change(at) for change in changes]
+            if cut is None:
+                return parts
+            kept = ~cut.mark(apart(parts), at)
+            return [part.mul_(kept) for part in parts]
 
-        sizes = torch.stack([torch.zeros(len(donors)).double(), *each(lambda at: selected(at).double().square().sum(1).cpu(), count)]).sum(
-            0
-        )
+        squares = each(lambda at: [float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in selected(at)], count)
+        sizes = torch.tensor([[0.0] * len(donors), *squares], dtype=torch.float64).sum(0)
         weights = (sizes / sizes.sum().clamp(min=1e-300)).tolist()
 
         def values(at: slice) -> Tensor:
-            parts = list(selected(at).unbind())
+            parts = selected(at)
             sign = elect(parts)
-            return combined([part * share for part, share in zip(parts, weights, strict=True)], weights, sign, True).add_(start(at))
+            return combined([part.mul_(share) for part, share in zip(parts, weights, strict=True)], weights, sign, True).add_(start(at))
 
         return Sliced(tuple(weight.shape), weight.dtype, values)
+
+
+def apart(parts: list[Tensor]) -> Tensor:
+    """The variance at each entry [n] over parts, as a mean square; exactly 0 where all are equal."""
+    gaps = [part - parts[0] for part in parts]
+    mean = torch.zeros_like(parts[0])
+    for gap in gaps:
+        mean.add_(gap, alpha=1 / len(parts))
+    total = torch.zeros_like(mean)
+    for gap in gaps:
+        gap.sub_(mean)
+        total.addcmul_(gap, gap, value=1 / len(parts))
+    return total
