@@ -35,12 +35,14 @@ from .core.weights import Checkpoint
 from .maths.task_vectors import trimmed
 
 WORK = """
-import json, resource, sys, time
+import json, sys, time
 import modelwright as mw
+from modelwright.core.measure import peak_memory
 name, settings, base, donors, text, samples, save = json.loads(sys.argv[1])
 started = time.perf_counter()
-mw.apply(base, mw.find(name).build(settings), donors=donors, data=text, samples=samples, save=save)
-print(json.dumps([time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+with peak_memory() as memory:
+    mw.apply(base, mw.find(name).build(settings), donors=donors, data=text, samples=samples, save=save)
+print(json.dumps([time.perf_counter() - started, memory.bytes]))
 """
 
 CHARACTERS = 200_000  # of each expert's text where all calibrate together
