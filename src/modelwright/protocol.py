@@ -246,6 +246,6 @@ def page(rows: list[dict[str, Any]], conflicts: list[dict[str, float]]) -> str:
         return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
     return jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE).render(
-        rows=rows, columns=columns, kinds=len(columns) - 3, shown=shown, style=Markup(report.STYLE), version=__version__,
+        rows=rows, columns=columns, kinds=len(columns) - 6 + 2, shown=shown, style=Markup(report.STYLE), version=__version__,
         merges=Markup(merges_plot(rows)), interference=Markup(interference_plot(conflicts)),
     )  # fmt: skip
