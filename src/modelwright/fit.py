@@ -300,7 +300,7 @@ def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[Fro
     with_folder = work / "out"
     shutil.rmtree(with_folder, ignore_errors=True)
     with_folder.mkdir()
-    shutil.copytree(result.model.folder, with_folder / "model")  # type: ignore[arg-type]
+    shutil.copytree(result.model.folder, with_folder / "model", ignore=shutil.ignore_patterns("recipe.yaml"))  # type: ignore[arg-type]
     write_text(with_folder / "recipe.yaml", best.yaml())
     write_text(with_folder / "frontier.csv", as_csv(frontier))
     samples = list(zip(prompts(job), *written, strict=True))

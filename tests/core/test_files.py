@@ -10,7 +10,7 @@ from killing import killed_at
 import modelwright as mw
 from modelwright.core import files
 from modelwright.core.errors import RecipeError, WeightsError
-from modelwright.core.files import publish, refuse_existing, restore, whole_folder
+from modelwright.core.files import publish, refuse_existing, refuse_inputs, restore, whole_folder
 from modelwright.core.weights import Writer
 from modelwright.methods.prune.magnitude import Magnitude
 
@@ -102,3 +102,27 @@ def test_only_one_process_at_a_time_is_inside_and_a_killed_one_leaves(tmp_path):
 
     killed_at("os", "getppid", 1, inside)
     inside()  # would wait forever
+
+
+def test_a_folder_of_the_user_is_not_taken_for_a_half_written_one(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine.txt").write_text("mine")
+    with pytest.raises(RecipeError, match="is there already. Move it away"), whole_folder(tmp_path / "out"):
+        pass
+    with pytest.raises(RecipeError, match="is there already"):
+        Writer(tmp_path / "out")
+    assert (tmp_path / "out.partial" / "mine.txt").read_text() == "mine"
+
+
+def test_the_mark_of_a_half_written_folder_is_gone_when_it_is_whole(tmp_path):
+    for _ in range(2):
+        with whole_folder(tmp_path / "out", overwrite=True) as partial:
+            (partial / "a").write_text("a")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+def test_what_holds_an_input_is_never_written_to(tmp_path):
+    refuse_inputs(tmp_path / "out", [tmp_path / "in"])
+    for final in (tmp_path / "models" / "base", tmp_path / "models"):
+        with pytest.raises(RecipeError, match="is, or holds, the input"):
+            refuse_inputs(final, [tmp_path / "models" / "base"])

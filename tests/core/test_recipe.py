@@ -10,6 +10,7 @@ import torch
 import modelwright as mw
 from modelwright.core import find, recipe
 from modelwright.core.errors import RecipeError
+from modelwright.core.files import claim
 from modelwright.core.recipe import Recipe, Step
 
 Magnitude, Rtn, Train, Recover = (find.find(name) for name in ("prune.magnitude", "quantize.rtn", "train", "distill.recover"))
@@ -91,14 +92,14 @@ def test_folder_for_steps_is_left_alone(small, tmp_path):
 
 
 def test_what_a_killed_run_left_beside_does_not_come_into_the_result(small, tmp_path):
-    (tmp_path / "out.partial").mkdir()
+    claim(tmp_path / "out.partial")
     (tmp_path / "out.partial" / "junk.safetensors").write_text("junk")
     mw.run(str(small), [Magnitude()], save=str(tmp_path / "out"))
     assert not (tmp_path / "out" / "junk.safetensors").exists()
 
 
 def test_inputs_are_never_the_place_to_save(small, tmp_path):
-    with pytest.raises(RecipeError, match="own inputs"):
+    with pytest.raises(RecipeError, match="is, or holds, the input"):
         mw.run(str(small), [Magnitude()], save=str(small), overwrite=True)
 
 

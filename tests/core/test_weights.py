@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from modelwright.core import weights
 from modelwright.core.errors import WeightsError
+from modelwright.core.files import claim
 from modelwright.core.weights import Checkpoint, Writer, check_finite
 
 
@@ -566,7 +567,7 @@ def test_a_full_disk_leaves_no_folder(tmp_path, monkeypatch, when, keep):
 
 
 def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
-    (tmp_path / "new.partial").mkdir()
+    claim(tmp_path / "new.partial")
     (tmp_path / "new.partial" / "shard-00000.safetensors").write_bytes(b"junk")
     write(tmp_path / "new", {"a": torch.ones(4)})
     assert os.listdir(tmp_path) == ["new"]

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from modelwright.core.errors import SiteError
 from modelwright.maths import masks, slices
 from modelwright.maths.masks import find_cut, lowest
 
@@ -108,3 +109,9 @@ def test_quantiles_lie_between_their_neighbours(share, count, monkeypatch):
     monkeypatch.setattr(slices, "SLICE", 300)
     score = torch.randn(count, generator=torch.Generator().manual_seed(1))
     assert masks.quantile(slices.flat(score), count, share) == pytest.approx(score.double().quantile(share).item())
+
+
+def test_values_without_an_order_are_refused():
+    values = torch.full((10,), float("nan"))
+    with pytest.raises(SiteError, match="NaN"):
+        find_cut(values.__getitem__, 10, 5)

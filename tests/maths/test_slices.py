@@ -76,3 +76,14 @@ def test_joined_tensors_are_read_across_their_borders():
     assert joined.shape == (45,)
     for at in [*slices.slices(45), slice(0, 45), slice(5, 21), slice(7, 8), slice(19, 20)]:
         assert torch.equal(joined[at], whole[at])
+
+
+def test_joined_tensors_take_the_widest_dtype():
+    joined = Joined([torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1 + 2**-20])])
+    assert joined.dtype == torch.float32
+    assert joined[slice(0, 2)].tolist() == [1.0, 1 + 2**-20]
+
+
+def test_work_records_no_gradients(threads):
+    weight = torch.ones(40, requires_grad=True)
+    assert not any(part.requires_grad for part in each(lambda at: weight[at] * 2, 40))

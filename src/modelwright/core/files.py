@@ -13,12 +13,13 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelwrightError, RecipeError, WeightsError
 
+MARK = ".modelwright-partial"  # in a folder that is being written
 HERE, EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
 
 
@@ -32,8 +33,7 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """
     refuse_existing(final, overwrite=overwrite)
     partial = partial_of(final)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    claim(partial)
     try:
         yield partial
         publish(partial, final)
@@ -62,6 +62,28 @@ def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightErro
         raise error(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
 
 
+def refuse_inputs(final: Path, sources: Iterable[Path]) -> None:
+    """Raise RecipeError when the folder to write is, or holds, one that is read: an input is never touched."""
+    target = final.resolve()
+    for source in sources:
+        if target == source.resolve() or target in source.resolve().parents:
+            raise RecipeError(f"{final} is, or holds, the input {source}, which is never touched. Save to another folder.")
+
+
+def claim(partial: Path, *, keep: bool = False) -> None:
+    """Make a folder to write into, with a mark that it is ours; what a killed process left there goes, unless `keep`.
+
+    Raises:
+        RecipeError: the folder is there without the mark, so it is the user's.
+    """
+    if partial.exists() and not (partial / MARK).is_file():
+        raise RecipeError(f"{partial} is where the result would be written before it is whole, but it is there already. Move it away.")
+    if partial.exists() and not keep:
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / MARK).touch()
+
+
 def restore(folder: Path) -> None:
     """Give a folder its name back if a process was killed after it had moved it away and before the new one had its place."""
     old = replaced_of(folder) if folder.name else folder
@@ -77,6 +99,7 @@ def publish(partial: Path, final: Path) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(final):
         os.rename(partial, final)
+        (final / MARK).unlink(missing_ok=True)
         sync(final.parent)
         return
     old = replaced_of(final)
@@ -94,6 +117,7 @@ def publish(partial: Path, final: Path) -> None:
         elif not partial.exists():
             os.rename(old, partial)
         raise
+    (final / MARK).unlink(missing_ok=True)
     sync(final.parent)
     _remove(old)
 

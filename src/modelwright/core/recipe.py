@@ -6,12 +6,14 @@ the folder of a step goes on from there. Long steps keep their progress block by
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +25,8 @@ import torch
 
 from . import data as texts
 from . import find, walk
-from .errors import Faults, ModelwrightError, NeedError, RecipeError, nearest, refuse
-from .files import refuse_existing, whole_folder, write_json, write_text
+from .errors import Faults, ModelError, ModelwrightError, NeedError, RecipeError, WeightsError, nearest, refuse
+from .files import refuse_existing, refuse_inputs, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
 from .method import Method
@@ -288,7 +290,8 @@ def run(
     predicted = plan.predicted(recipe, model, given, faults).rows
     faults.refuse()
     assert model is not None and recipe.save is not None
-    check_readable(model)
+    for name in {id(each): each for each in (model, *map(open, map(str, _models_of(recipe))))}.values():
+        check_readable(name)
     final = Path(recipe.save)
     beside = work or final.absolute().with_name(final.name + ".steps")
     source = _anew(model)
@@ -325,8 +328,17 @@ def run(
         _keep_base(partial, beside, final)
         write_text(partial / "README.md", report.run_card(recipe.plain()["model"], whole_names(recipe).yaml(), account, partial))
     if not keep_steps and work is None:
-        shutil.rmtree(beside)
+        _remove_steps(beside)
     return Run(open(final), account)
+
+
+def _remove_steps(beside: Path) -> None:
+    """Remove the folders of steps, and nothing else that lies there."""
+    for path in beside.iterdir():
+        if re.fullmatch(r"\d\d+-.+-[0-9a-f]{16}(\.json|\.work|\.whole)?(\.partial)?", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with contextlib.suppress(OSError):  # something else lies there
+        beside.rmdir()
 
 
 def _refuse_target(recipe: Recipe, overwrite: bool) -> None:
@@ -334,9 +346,9 @@ def _refuse_target(recipe: Recipe, overwrite: bool) -> None:
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
     final = Path(recipe.save)
-    own = recipe.model.folder if isinstance(recipe.model, Model) else recipe.model
-    if any(final.resolve() == Path(name).resolve() for name in [own, *_models_of(recipe)] if isinstance(name, (str, Path))):
-        raise RecipeError(f"{final} is one of the recipe's own inputs, which a run never touches. Save to another folder.")
+    for name in [recipe.model, *_models_of(recipe)]:
+        with contextlib.suppress(ModelError, WeightsError):  # a model that cannot be opened is said where it is named
+            refuse_inputs(final, [] if isinstance(name, Mapping) else open(name).sources)
     refuse_existing(final, overwrite=overwrite)
 
 

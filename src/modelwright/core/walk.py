@@ -24,11 +24,11 @@ from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
 from . import loading, training
-from .errors import ModelError, PlanError, SiteError
+from .errors import MethodError, ModelError, PlanError, SiteError
 from .files import refuse_existing
 from .given import Batch, Given, inputs_of
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, open, put, quiet, unwrapped, weight_of, why_not_stored
+from .model import Model, check_readable, open, put, quiet, unwrapped, weight_of, why_not_stored
 from .progress import bar, track
 from .statistics import Statistics
 from .weights import Checkpoint, Writer
@@ -71,6 +71,11 @@ def apply(
         seed=seed, samples=samples, length=length,
     )  # fmt: skip
     methods = [method] if isinstance(method, Method) else list(method)
+    for each in methods:
+        if not isinstance(each, Method):
+            raise MethodError(f"apply takes methods, such as Wanda(sparsity=0.5); got {each!r}. A recipe names methods by text: see run.")
+    for checked in [model, *given.donors] if given.donors else []:
+        check_readable(checked)
     for step in methods:
         given.refuse_lacking(step)
     if save is not None and (len(methods) == 1 or model.checkpoint is not None):
@@ -102,6 +107,8 @@ def change(model: Model, method: Method, given: Given) -> Model:
     """Apply a method to a model in memory, in place."""
     given.refuse_lacking(method)
     refuse_marks(model, method, given.donors)
+    if isinstance(method, ModelMethod) and any(donor.loaded and model.loaded and donor.module is model.module for donor in given.donors):
+        raise ModelError(f"{method.name()}: a donor is the model itself, which changes on the way. Open the donor separately.")
     with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
         if isinstance(method, TensorMethod):
             _change_tensors(model, method, given)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import WeightsError, nearest, refuse
-from modelwright.core.files import explain_full_disk, partial_of, publish, refuse_existing, restore
+from modelwright.core.files import claim, explain_full_disk, partial_of, publish, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
 
 DTYPES = {
@@ -291,12 +291,10 @@ class Writer:
         self._shards: list[dict[str, int]] = []  # of each whole shard: {name: bytes}
         self._shard: _Shard | None = None
         refuse_existing(self.folder, overwrite=overwrite, error=WeightsError)
-        if self.partial.exists():
-            if keep_partial:
-                self._adopt()
-            else:
-                shutil.rmtree(self.partial)
-        self.partial.mkdir(parents=True, exist_ok=True)
+        left = self.partial.exists()
+        claim(self.partial, keep=keep_partial)
+        if left and keep_partial:
+            self._adopt()
 
     def __enter__(self) -> Writer:
         return self

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modelwright.core.errors import SiteError
 from modelwright.maths.slices import Sliced, Values, each, flat, slices
 
 SAMPLE = 1 << 16  # entries that tell about where a cut lies
@@ -89,6 +90,8 @@ def find_cut(values: Values, count: int, lowest: int, *, spread: float = 10.0) -
     rank -= middle.numel()
     if 0 < rank <= sum(at_high):
         return _cut_at(high, rank, at_high, count)
+    if (low, high) == (float("-inf"), float("inf")):
+        raise SiteError("Some values are NaN, so they have no order. Look for NaN in the models.")
     return find_cut(values, count, lowest, spread=8 * spread)
 
 

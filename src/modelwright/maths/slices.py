@@ -7,6 +7,7 @@ of one on disk, a read; of a result, the formula on the same slices of its input
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 from collections import deque
@@ -52,7 +53,7 @@ class Sliced:
         return each(lambda at: self.values(at).to(self.dtype), math.prod(self.shape))
 
     def whole(self, out: Tensor | None = None) -> Tensor:
-        """The tensor. out: a contiguous tensor for the result, which may be one of those that it is computed from."""
+        """The tensor. out: a contiguous tensor for the result; of a formula entry by entry it may be one of the inputs."""
         result = torch.empty(self.shape, dtype=self.dtype) if out is None else out
         flat = result.view(-1)
         for at, part in zip(slices(flat.numel()), self, strict=True):
@@ -61,11 +62,12 @@ class Sliced:
 
 
 class Joined:
-    """Tensors one after another as one vector, read by slices; of the first one's dtype."""
+    """Tensors one after another as one vector, read by slices; of a dtype that holds all of theirs."""
 
     def __init__(self, parts: Sequence[Entries]):
         self.ends = list(itertools.accumulate(math.prod(part.shape) for part in parts))
-        self.shape, self.dtype = (self.ends[-1],), parts[0].dtype
+        self.shape = (self.ends[-1],)
+        self.dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         self._values = [flat(part) for part in parts]
 
     def __getitem__(self, at: slice) -> Tensor:
@@ -99,6 +101,7 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
     """
     places = slices(count, size)
     threads = min(torch.get_num_threads(), len(places))
+    work = torch.no_grad()(work)
     if threads < 2:
         yield from map(work, places)
         return
@@ -119,4 +122,3 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
 
 def _alone() -> None:
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)

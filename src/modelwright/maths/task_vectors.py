@@ -18,6 +18,7 @@ from modelwright.maths import slices
 from modelwright.maths.masks import find_cut
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
 
+NOTHING = 1e-7  # of the sum of weights' sizes: a sum that is no larger is 0 but for rounding
 Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -> the delta with some entries 0
 
 
@@ -261,13 +262,18 @@ def added(
     return values
 
 
+def cancel(weights: Sequence[float]) -> bool:
+    """Whether weights sum to 0, up to rounding, so that nothing can be divided by their sum."""
+    return abs(sum(weights)) <= NOTHING * sum(map(abs, weights))
+
+
 def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor | None, normalize: bool) -> Tensor:
     """Σ of weighted deltas [n] that have the given sign (1 or -1), or of all; over the weights that count."""
     if sign is None:
         total = parts[0].clone()
         for part in parts[1:]:
             total.add_(part)
-        return total.div_(sum(weights) or 1.0) if normalize else total
+        return total.div_(1.0 if cancel(weights) else sum(weights)) if normalize else total
     total, shares = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
     for part, weight in zip(parts, weights, strict=True):
         agreeing = part.mul_(sign).clamp_(min=0)  # the size of what has the elected sign
@@ -275,4 +281,4 @@ def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor | None,
         if normalize:
             shares.add_(agreeing.sign_(), alpha=weight)
     total.mul_(sign)
-    return total.div_(shares.masked_fill_(shares == 0, 1)) if normalize else total
+    return total.div_(shares.masked_fill_(shares.abs() <= NOTHING * sum(map(abs, weights)), 1)) if normalize else total

@@ -5,7 +5,7 @@ from tiny import outputs, tiny
 from torch import nn
 
 import modelwright as mw
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import SiteError, WeightsError
 from modelwright.maths.regression import nearest, shrunk
 from modelwright.methods.merge.regmean import Regmean
 
@@ -132,9 +132,9 @@ def test_a_model_without_a_row_of_blocks_is_merged_at_once():
         mw.apply(tiny("mlp"), Regmean(onward="model"), donors=donors, data=data)
 
 
-def test_inputs_that_overflow_are_refused():
+def test_donors_with_infinite_weights_are_refused():
     donors = [tiny(seed=1), tiny(seed=2)]
     with torch.no_grad():
         donors[1].model.embed_tokens.weight.mul_(torch.inf)
-    with pytest.raises(SiteError, match="NaN or infinite"):
+    with pytest.raises(WeightsError, match="NaN or infinity"):
         mw.apply(tiny(), Regmean(), donors=donors, data=batches(donors[0]))

@@ -163,3 +163,39 @@ def test_masks_do_not_depend_on_the_order_of_the_tensors(tmp_path):
     held = mw.apply(tiny("llama", 0), Dare(keep=0.4), donors=[tiny("llama", 1)], seed=3)
     for name, value in held.named_parameters():
         assert torch.equal(value, streamed.module.get_parameter(name)), name
+
+
+def test_weights_that_cancel_are_no_divisor():
+    weights = [0.1, 0.2, -0.3]  # their sum is 5e-17
+    assert torch.allclose(merged(TaskArithmetic(weights=weights, normalize=True), BASE, DONORS), arithmetic(weights), atol=1e-6)
+    with pytest.raises(SettingError, match="sum to 0"):
+        Linear(weights=weights)
+
+
+def test_a_donor_of_which_nothing_is_kept_adds_nothing():
+    for kind in (Dare, Della):
+        found = merged(kind(keep_each=[1.0, 0.0], consensus=False, normalize=False), BASE, DONORS[:2])
+        assert torch.allclose(found, DONORS[0], atol=1e-6)
+
+
+def test_shares_and_weights_out_of_range_are_refused():
+    for kind in (Ties, Dare, Della, Breadcrumbs):
+        with pytest.raises(SettingError, match="keep_each are fractions from 0 to 1; got 2.5"):
+            kind(keep_each=[2.5, 0.1])
+        with pytest.raises(SettingError, match="weights are numbers; got nan"):
+            kind(weights=[float("nan")])
+
+
+def test_a_donor_with_nan_is_refused_before_work(tmp_path):
+    from tiny import tiny
+
+    from modelwright.core.errors import WeightsError
+
+    donor = tiny(seed=1)
+    with torch.no_grad():
+        donor.lm_head.weight[0, 0] = float("nan")
+    donor.save_pretrained(tmp_path / "donor")
+    tiny(seed=0).save_pretrained(tmp_path / "base")
+    with pytest.raises(WeightsError, match=r"lm_head.weight has 1 values"):
+        mw.apply(tmp_path / "base", Ties(), donors=[tmp_path / "donor"], save=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

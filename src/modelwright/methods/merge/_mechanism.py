@@ -7,13 +7,14 @@ of slices, so that tensors of any size are merged in the memory of a few slices.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from modelwright.core.errors import SettingError
+from modelwright.core.errors import SettingError, refuse
 from modelwright.core.method import Method, ModelMethod, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
@@ -43,6 +44,17 @@ class Weighted(Method):
     """Merges donors that count by weights."""
 
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        faults = []
+        for name, values in vars(self).items():
+            parts = values if name == "weights" or name.endswith("_each") else None
+            bad = [part for part in parts or () if not math.isfinite(part) or name in ("keep_each", "top_each") and not 0 <= part <= 1]
+            if bad:
+                allowed = "numbers" if name == "weights" else "fractions from 0 to 1" if name != "least_each" else "numbers"
+                faults.append(f"{self.name()}: {name} are {allowed}; got {bad[0]!r}.")
+        refuse(SettingError, faults)
 
     def weights_for(self, donors: int) -> list[float]:
         """One weight for each donor.
@@ -85,7 +97,7 @@ class Spherical(Merger):
     from_base: bool = False  # the mean is of the donors' changes, and is added to the model
 
     def problems(self) -> list[str]:
-        return ["the weights sum to 0, so there is no mean. Change one."] if self.weights and sum(self.weights) == 0 else []
+        return ["the weights sum to 0, so there is no mean. Change one."] if self.weights and task_vectors.cancel(self.weights) else []
 
     def shares(self, donors: int) -> list[float]:
         """The weights over their sum."""
@@ -155,6 +167,8 @@ def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify
     def sparse(values: Values, shape: tuple[int, ...]) -> Values:
         if keep >= 1:
             return values
+        if keep <= 0:
+            return lambda at: torch.zeros_like(values(at))
         kept = drop(values, shape)
         if rescale == "none":
             return kept

@@ -22,7 +22,7 @@ class Linear(Merger):
     normalize: bool = True  # divide by the sum of the weights
 
     def problems(self) -> list[str]:
-        if self.normalize and self.weights and sum(self.weights) == 0:
+        if self.normalize and self.weights and task_vectors.cancel(self.weights):
             return ["the weights sum to 0, so there is no mean. Change one, or set normalize: false."]
         return []
 
