@@ -10,7 +10,7 @@ from killing import killed_at
 import modelwright as mw
 from modelwright.core import files
 from modelwright.core.errors import RecipeError, WeightsError
-from modelwright.core.files import publish, refuse_existing, restore, whole_folder
+from modelwright.core.files import publish, refuse_existing, refuse_inputs, restore, whole_folder
 from modelwright.core.weights import Writer
 from modelwright.methods.prune.magnitude import Magnitude
 
@@ -102,3 +102,11 @@ def test_only_one_process_at_a_time_is_inside_and_a_killed_one_leaves(tmp_path):
 
     killed_at("os", "getppid", 1, inside)
     inside()  # would wait forever
+
+
+def test_a_folder_that_is_or_holds_an_input_is_not_written(tmp_path):
+    source = folder(tmp_path / "in", "x")
+    refuse_inputs(tmp_path / "in" / "out", [source])
+    for final in (source, tmp_path, tmp_path / "in" / ".." / "in"):
+        with pytest.raises(RecipeError, match="is, or holds, the input"):
+            refuse_inputs(final, [source])

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,14 @@ def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightErro
         raise error(f"{final} cannot be the folder to write: it is a file. Choose another name.")
     if final.exists() and not overwrite and any(final.iterdir()):
         raise error(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
+
+
+def refuse_inputs(final: Path, sources: Iterable[Path]) -> None:
+    """Raise RecipeError when the folder to write is, or holds, one that is read: an input is never touched."""
+    target = final.resolve()
+    for source in sources:
+        if target == source.resolve() or target in source.resolve().parents:
+            raise RecipeError(f"{final} is, or holds, the input {source}, which is never touched. Save to another folder.")
 
 
 def restore(folder: Path) -> None:
