@@ -1,6 +1,7 @@
 """A model is named with its adapter: "model+adapter"."""
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,15 @@ def test_a_recipe_may_start_from_it_and_knows_its_files(folders, tmp_path, monke
     run = recipe.run(made)
     plain = mw.apply(open(folders / "folded1"), Rtn(group=32))
     assert torch.allclose(outputs(run.model.module), outputs(plain.module), atol=1e-4)
+
+
+def test_a_pickled_adapter_is_never_loaded(folders, tmp_path):
+    shutil.copytree(folders / "adapter1", tmp_path / "pickled")
+    (tmp_path / "pickled" / "adapter_model.safetensors").rename(tmp_path / "pickled" / "adapter_model.bin")
+    with pytest.raises(ModelError, match="pickles are never loaded"):
+        open(f"{folders}/base+{tmp_path}/pickled")
+    with pytest.raises(ModelError, match="pickles are never loaded"):
+        open(tmp_path / "pickled").module  # noqa: B018
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(folders, tmp_path):

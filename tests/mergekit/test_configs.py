@@ -1,12 +1,15 @@
 """Configurations as people write them run, and give sound models."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from tiny import outputs
 
-from modelwright.core.errors import ModelwrightError, RecipeError
+import modelwright as mw
+from modelwright.core.errors import ModelwrightError, RecipeError, WeightsError
+from modelwright.methods.adapt.lora import Lora
 
 CONFIGS = {
     "the sides of a slerp": """
@@ -170,23 +173,18 @@ def test_it_runs_and_the_model_is_sound(merge, name):
     from modelwright.mergekit.table import METHODS
 
     method = METHODS[read(CONFIGS[name])[0].method].name
-    if method not in find.names():
-        pytest.skip(f"{method} is not here")
+    assert method in find.names()
     merged = merge(CONFIGS[name])
     assert outputs(merged.model.module.float()).isfinite().all()
 
 
 def test_blocks_of_scale_zero_change_nothing(merge, folders):
     merged = merge(CONFIGS["blocks that begin as the identity"])
-    import modelwright as mw
-
     assert merged.config["num_hidden_layers"] == 5
     assert (outputs(merged.model.module) - outputs(mw.open(folders["a"]).module)).abs().max() < 1e-5
 
 
 def test_a_configuration_may_be_a_mapping_or_a_file(merge, folders, tmp_path):
-    import modelwright as mw
-
     file = tmp_path / "config.yaml"
     file.write_text(CONFIGS["a soup"], "utf-8")
     one = mw.merge(file, save=tmp_path / "one").folder
@@ -245,6 +243,34 @@ def test_a_mixture_of_experts_is_assembled_from_models_and_earlier_documents(mer
     down = merged.read("model.layers.0.block_sparse_moe.experts.1.w2.weight")
     assert torch.equal(down, read("b", "model.layers.0.mlp.down_proj.weight").bfloat16())
     assert outputs(merged.model.module.float()).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_models_of_a_mixture_are_inputs_too(merge, folders, name):
+    with pytest.raises(RecipeError, match="which is never touched"):
+        merge(EXPERTS, save=folders[name], overwrite=True)
+
+
+@pytest.mark.parametrize("wanted", ["base_model: a", "source_model: b"])
+def test_nan_in_a_model_of_a_mixture_is_refused_before_anything_is_written(merge, folders, tmp_path, wanted):
+    key, name = wanted.split(": ")
+    model = mw.open(shutil.copytree(folders[name], tmp_path / "broken"))
+    model.module.model.norm.weight.data[0] = torch.nan
+    model.save(tmp_path / "broken", overwrite=True)
+    with pytest.raises(WeightsError, match="NaN"):
+        merge(EXPERTS.replace(wanted, f"{key}: {tmp_path}/broken"))
+    assert [path.name for path in tmp_path.iterdir()] == ["broken"]
+
+
+def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
+    model = mw.apply(folders["b"], Lora(rank=2))
+    for name, value in model.module.named_parameters():
+        if "lora_B" in name:
+            value.data.fill_(0.1)
+    model.save(tmp_path / "adapter")
+    merged = merge(EXPERTS.replace("source_model: b", f"source_model: b+{tmp_path}/adapter"))
+    whole = model.module.merge_and_unload().state_dict()["model.layers.0.mlp.down_proj.weight"]
+    assert torch.equal(merged.read("model.layers.0.block_sparse_moe.experts.1.w2.weight"), whole.bfloat16())
 
 
 def test_where_there_is_no_moe_method_a_mixture_is_refused(merge, monkeypatch):

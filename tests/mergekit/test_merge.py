@@ -12,8 +12,9 @@ from tiny import outputs, tiny
 import modelwright as mw
 from modelwright.core.errors import MethodError, ModelError, ModelwrightError, RecipeError, SettingError, WeightsError
 from modelwright.core.model import Model, quiet
-from modelwright.core.weights import Checkpoint
+from modelwright.core.weights import HUB_FILES, Checkpoint
 from modelwright.mergekit.plan import belongs
+from modelwright.mergekit.run import MARKER
 from modelwright.methods.merge.ties import Ties
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -387,6 +388,30 @@ models: [{model: a}]
     assert "linear needs `weight`" in str(error.value)
 
 
+def test_karcher_has_no_weight(merge):
+    merged = merge("merge_method: karcher\nmodels: [{model: a, parameters: {weight: 5}}, {model: b}]")
+    plain = merge("merge_method: karcher\nmodels: [{model: a}, {model: b}]", save="plain")
+    assert same(merged, plain.path)
+    assert any("weight is left out, as mergekit does; karcher has no such parameter" in note for note in merged.notes)
+
+
+def test_an_unlisted_base_is_averaged_where_mergekit_does(merge):
+    listed = merge("merge_method: karcher\nmodels: [{model: a}, {model: c}]", save="listed")
+    assert same(merge("merge_method: karcher\nbase_model: c\nmodels: [{model: a}]", save="karcher"), listed.path)
+    mean = merge("merge_method: linear\nmodels: [{model: a}, {model: c}]\nparameters: {weight: 1}", save="mean")
+    text = "merge_method: linear\nbase_model: c\nmodels: [{model: a}]\nparameters: {weight: 1}"
+    assert same(merge(text, save="linear"), mean.path)
+
+
+def test_weights_that_are_not_normalized_must_sum_to_one_on_the_sphere(merge):
+    text = "merge_method: multislerp\nmodels: [{model: a, parameters: {weight: W}}, {model: b, parameters: {weight: 0.75}}]\n"
+    plain = merge(text.replace("W", "0.25"), save="plain")
+    text += "parameters: {normalize_weights: false}"
+    assert same(merge(text.replace("W", "0.25")), plain.path)
+    with pytest.raises(SettingError, match="normalize_weights: false needs weights that sum to 1"):
+        merge(text.replace("W", "0.5"), save="other")
+
+
 def test_parameters_without_meaning_are_noted(merge):
     merged = merge("""
 merge_method: linear
@@ -414,8 +439,40 @@ def test_the_output_is_no_input_and_is_not_overwritten_unasked(merge, folders, t
     with pytest.raises(RecipeError, match="exists and is not empty"):
         merge(text)
     merge(text, overwrite=True)
-    with pytest.raises(RecipeError, match="which a merge never touches"):
-        mw.merge(text, save=folders["a"], overwrite=True)
+    for save in (folders["a"], folders["a"].parent):
+        with pytest.raises(RecipeError, match="which is never touched"):
+            mw.merge(text, save=save, overwrite=True)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """The folder of an adapter of model a, and a's module with it merged in."""
+    import peft
+
+    with quiet():
+        module = peft.get_peft_model(tiny("llama", seed=1), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+        module.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", module.merge_and_unload()
+
+
+def test_a_model_and_its_adapter_are_inputs_too(merge, folders, adapter):
+    text = f"merge_method: passthrough\nmodels: [{{model: a+{adapter[0]}}}]\n"
+    merge(text)
+    for save in (folders["a"], adapter[0]):
+        with pytest.raises(RecipeError, match="which is never touched"):
+            mw.merge(text, save=save, overwrite=True)
+
+
+def test_what_a_killed_merge_left_is_removed_and_what_is_not_ours_stays(merge, tmp_path):
+    text, steps = "merge_method: passthrough\nmodels: [{model: a}]", tmp_path / "out.steps"
+    steps.mkdir()
+    (steps / "mine").touch()
+    with pytest.raises(RecipeError, match="holds something else"):
+        merge(text)
+    assert (steps / "mine").exists()
+    (steps / MARKER).touch()
+    merge(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 # Several documents, adapters, experts
@@ -436,14 +493,35 @@ models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_an_adapter_is_merged_into_its_model_first(merge, folders, tmp_path):
-    import peft
+@pytest.mark.parametrize("place", ["../precious", "{}/precious"])
+def test_a_name_is_no_path(merge, tmp_path, place):
+    precious, name = tmp_path / "precious", place.format(tmp_path)
+    precious.mkdir()
+    (precious / "file").touch()
+    merge(f"""
+merge_method: passthrough
+models: [{{model: {name}}}]
+---
+name: {name}
+merge_method: linear
+models: [{{model: a, parameters: {{weight: 1}}}}, {{model: b, parameters: {{weight: 1}}}}]
+""")
+    assert [path.name for path in precious.iterdir()] == ["file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "precious"]
 
-    with quiet():
-        module = peft.get_peft_model(tiny("llama", seed=1), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-        module.save_pretrained(tmp_path / "adapter")
-    whole = module.merge_and_unload()
-    merged = merge(f"merge_method: passthrough\nmodels: [{{model: a+{tmp_path / 'adapter'}}}]")
+
+def test_an_adapter_from_the_hub_comes_without_pickles(merge, adapter, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(adapter[0]))
+    merge("merge_method: passthrough\nmodels: [{model: a+one/adapter@main}]")
+    assert asked == {"name": "one/adapter", "revision": "main", "allow_patterns": HUB_FILES}
+
+
+def test_an_adapter_is_merged_into_its_model_first(merge, folders, adapter):
+    folder, whole = adapter
+    merged = merge(f"merge_method: passthrough\nmodels: [{{model: a+{folder}}}]")
     for name, value in whole.state_dict().items():
         assert torch.allclose(merged.read(name), value, atol=1e-6), name
     assert not torch.equal(merged.read(Q.format(0)), Checkpoint(folders["a"]).read(Q.format(0)))

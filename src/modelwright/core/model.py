@@ -195,9 +195,11 @@ class Folded(Model):
     """A model with a peft adapter put into its weights: "folder+adapter".
 
     When its folder is first asked for, the result is written to a temporary one, which goes with the object.
+    Raises ModelError when the adapter is not stored as safetensors.
     """
 
     def __init__(self, base: Model, adapter: Path):
+        refuse_pickled(adapter)
         self.base, self.adapter = base, adapter
         self._made: Path | None = None
         super().__init__(name=f"{base.name}+{adapter}", tokenizer=base._tokenizer, trust_remote_code=base.trust_remote_code)
@@ -389,12 +391,13 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
     """The module with its weights; packed layers stay packed; a peft adapter is put on its base.
 
     Raises:
-        ModelError: tensors are missing from the checkpoint.
+        ModelError: tensors are missing from the checkpoint, or an adapter is not stored as safetensors.
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
         from peft import PeftModel
 
+        refuse_pickled(folder)
         base = load_module(base_of(adapter), config, trust_remote_code)
         with quiet():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
@@ -513,6 +516,12 @@ def stored_bytes(module: nn.Module) -> int:
             seen.add(id(value))
             total += value.numel() * value.element_size()
     return total
+
+
+def refuse_pickled(adapter: Path) -> None:
+    """Raise ModelError when the folder of an adapter has no tensors in safetensors."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{adapter} has no adapter_model.safetensors, and pickles are never loaded. Save the adapter as safetensors.")
 
 
 def base_of(adapter: Path) -> Path:

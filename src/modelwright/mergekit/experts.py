@@ -34,8 +34,8 @@ class Mixture:
     text: str
 
 
-def prepared(document: Experts, names: Sequence[str | None] = ()) -> Mixture:
-    """The mixture that a document asks for; `names` are those of earlier documents.
+def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Reference], Path]) -> Mixture:
+    """The mixture that a document asks for; `names` are those of earlier documents, `place` gives the folder of any other model.
 
     Raises: a subclass of ModelwrightError with all that is wrong.
     """
@@ -71,9 +71,9 @@ def prepared(document: Experts, names: Sequence[str | None] = ()) -> Mixture:
         with faults.collected():
             method = find.find("merge.moe").build(settings)
         for reference in (base, *experts):
-            if reference and reference.path not in names:
+            if reference and not (reference.path in names and reference.adapter is None):
                 with faults.collected():
-                    model.open(reference.path)
+                    model.open(place(reference))
     faults.refuse()
     assert method is not None and base is not None
     return Mixture(method, base, tuple(experts), dtype, (*document.notes, *reader.notes), document.text)

@@ -158,6 +158,7 @@ class Planner:
         if len(self.faults) > before:
             return None
         self.check_parameters()
+        self.config = replace(self.config, towers=tuple(self.with_base(tower) for tower in self.config.towers))
         self.check_sources()
         if len(self.faults) > before:
             return None
@@ -183,6 +184,15 @@ class Planner:
             return None
         self.finish(result, tensors)
         return Plan(self.config, tensors, result, self.template, dict(self.models), self.notes, self.as_mergekit, self.words)
+
+    def with_base(self, tower: Tower) -> Tower:
+        """The tower with an unlisted base among its models, where mergekit has it there: in karcher, and in linear with a weight."""
+        (part, *others), base = tower.slices, self.config.base
+        weighed = any("weight" in scope for scope in (self.config.parameters, tower.parameters, part.parameters))
+        joins = self.config.method == "karcher" or self.config.method == "linear" and weighed
+        if not joins or base is None or others or any(source.layers or source.model == base for source in part.sources):
+            return tower
+        return replace(tower, slices=(replace(part, sources=(*part.sources, Source(base))),))
 
     # Checks that need no tensor
 

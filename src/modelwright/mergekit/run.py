@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from torch import Tensor
 from modelwright.anatomy import Site
 from modelwright.core import model, stream
 from modelwright.core.errors import Faults, RecipeError, WeightsError
-from modelwright.core.files import refuse_existing
+from modelwright.core.files import refuse_existing, refuse_inputs
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
 from modelwright.core.model import RECORD, Model, tokenizer_files
 from modelwright.core.progress import track
-from modelwright.core.weights import Checkpoint, Writer, check_finite
+from modelwright.core.weights import HUB_FILES, Checkpoint, Writer, check_finite
 from modelwright.maths.slices import Entries, Sliced, flat
 from modelwright.methods.merge.linear import Linear
 
@@ -32,6 +32,7 @@ from .plan import Input, Made, Piece, Plan, Planner
 from .schema import Config, Experts, Reference, read
 
 DROPPED = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "added_tokens.json")
+MARKER = ".modelwright-steps"  # in the folder of steps: what lies there may be removed
 
 
 def merge(
@@ -56,33 +57,78 @@ def merge(
     final = Path(save)
     refuse_existing(final, overwrite=overwrite)
     final.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.absolute().parent) as folder:
-        between = Path(folder)
+    with _steps(final) as between:
         experts = [document for document in documents if isinstance(document, Experts)]
         if experts and experts != documents[-1:]:
             raise RecipeError("A mixture of experts (`experts:`) is the final document, the one without a name.")
-        plans = _plans([document for document in documents if isinstance(document, Config)], between, as_mergekit=as_mergekit)
-        made = [prepared(document, [plan.config.name for plan in plans]) for document in experts]
-        _refuse_own_input(final, plans)
-        _check_values(plans)
-        for plan in plans if experts else plans[:-1]:
-            write(plan, between / str(plan.config.name), seed=seed)
-            _reopen(plans, str(plan.config.name), between / str(plan.config.name))
+        places = Places(between)
+        plans = _plans([document for document in documents if isinstance(document, Config)], places, as_mergekit=as_mergekit)
+        names = [plan.config.name for plan in plans]
+        made = [prepared(document, names, places) for document in experts]
+        refuse_inputs(final, places.sources)
+        _check_values(places)
+        for number, plan in enumerate(plans if experts else plans[:-1]):
+            folder = between / f"document-{number}"
+            write(plan, folder, seed=seed)
+            _reopen(plans, str(plan.config.name), folder)
+            places.merged[str(plan.config.name)] = folder
         if made:
-            assemble(made[0], lambda model: _place(model, plans, between), final, seed=seed, overwrite=overwrite)
+            assemble(made[0], places, final, seed=seed, overwrite=overwrite)
         else:
             write(plans[-1], final, seed=seed, overwrite=overwrite)
         return model.open(final)
 
 
-def _place(reference: Reference, plans: list[Plan], between: Path) -> Path:
-    """Where a model lies, one of an earlier document among them."""
-    if reference.path in [plan.config.name for plan in plans]:
-        return between / reference.path
-    return _folder(reference, between, len(list(between.iterdir())))
+@contextlib.contextmanager
+def _steps(final: Path) -> Iterator[Path]:
+    """The folder beside the result for what is made on the way; one that a killed process left is removed first.
+
+    Raises:
+        RecipeError: something else has its name.
+    """
+    folder = final.absolute().with_name(final.absolute().name + ".steps")
+    if (folder / MARKER).is_file() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    if folder.is_symlink() or folder.exists():
+        raise RecipeError(f"{folder} is where a merge keeps its steps, but holds something else. Move it, or save elsewhere.")
+    folder.mkdir()
+    try:
+        (folder / MARKER).touch()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _plans(documents: list[Config], between: Path, *, as_mergekit: bool) -> list[Plan]:
+class Places:
+    """Where models lie on disk: results of earlier documents by their name, and all others, each adapter merged in once.
+
+    `sources` are the folders of the user's that are read.
+    """
+
+    def __init__(self, between: Path):
+        self.between = between
+        self.merged: dict[str, Path] = {}
+        self.opened: dict[Reference, Path] = {}
+        self.sources: list[Path] = []
+
+    def __call__(self, reference: Reference) -> Path:
+        """The folder of a model; with an adapter, the one into which it was merged."""
+        if reference.path in self.merged and reference.adapter is None:
+            return self.merged[reference.path]
+        if reference not in self.opened:
+            folder = Checkpoint(reference.path, reference.revision).path
+            self.sources.append(folder)
+            if reference.adapter is not None:
+                adapter = _adapter(reference)
+                self.sources.append(adapter)
+                folded = model.Folded(model.open(folder), adapter)  # its own folder goes with it
+                folder = self.between / f"adapter-{len(self.opened)}"
+                shutil.move(folded.folder, folder)
+            self.opened[reference] = folder
+        return self.opened[reference]
+
+
+def _plans(documents: list[Config], places: Places, *, as_mergekit: bool) -> list[Plan]:
     """The plan of every document; later ones may name earlier ones. All that is wrong is said at once."""
     faults, plans, opened = Faults(), [], dict[Reference, Input]()
     promised: dict[str, Input] = {}
@@ -99,7 +145,7 @@ def _plans(documents: list[Config], between: Path, *, as_mergekit: bool) -> list
                     models[reference] = promised[reference.path]
                 else:
                     if reference not in opened:
-                        opened[reference] = Input.open(str(reference), _folder(reference, between, len(opened)))
+                        opened[reference] = Input.open(str(reference), places(reference))
                     models[reference] = opened[reference]
         if not local:
             plan = Planner(document, models, local, as_mergekit=as_mergekit).plan(tokens.plan)
@@ -115,24 +161,13 @@ def _plans(documents: list[Config], between: Path, *, as_mergekit: bool) -> list
     return plans
 
 
-def _folder(reference: Reference, between: Path, number: int) -> Path:
-    """Where a model lies on disk; with an adapter, the folder into which it was merged."""
-    folder = Checkpoint(reference.path, reference.revision).path
-    if reference.adapter is None:
-        return folder
-    merged = between / f"adapter-{number}"
-    folded = model.Folded(model.open(folder), _adapter(reference))  # its own folder goes with it
-    shutil.move(folded.folder, merged)
-    return merged
-
-
 def _adapter(reference: Reference) -> Path:
     place = Path(str(reference.adapter)).expanduser()
     if not place.is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            place = Path(snapshot_download(str(reference.adapter), revision=reference.adapter_revision))
+            place = Path(snapshot_download(str(reference.adapter), revision=reference.adapter_revision, allow_patterns=HUB_FILES))
         except Exception as error:  # of many kinds: no name, no such repository, no connection
             raise WeightsError(f"{reference}: there is no adapter {reference.adapter} here, and the hub did not give it.") from error
     if not (place / "adapter_config.json").is_file():
@@ -140,20 +175,12 @@ def _adapter(reference: Reference) -> Path:
     return place
 
 
-def _refuse_own_input(final: Path, plans: list[Plan]) -> None:
-    for plan in plans:
-        for reference, found in plan.models.items():
-            if found.folder is not None and found.folder.resolve() == final.resolve():
-                raise RecipeError(f"{final} is one of the models to merge ({reference}), which a merge never touches. Save elsewhere.")
-
-
-def _check_values(plans: list[Plan]) -> None:
+def _check_values(places: Places) -> None:
     """Refuse NaN and infinity in any model, before anything is written."""
     faults = Faults()
-    checked = {found.checkpoint.path: found.checkpoint for plan in plans for found in plan.models.values() if found.checkpoint}
-    for checkpoint in track(list(checked.values()), "check"):
+    for folder in track(list(dict.fromkeys(places.opened.values())), "check"):
         with faults.collected():
-            check_finite(checkpoint)
+            check_finite(Checkpoint(folder))
     faults.refuse()
 
 

@@ -67,10 +67,7 @@ METHODS: dict[str, Entry] = {
         "merge.nuslerp", "used", (2, 2), each=WEIGHT, once={"nuslerp_flatten": ("by_row", True), "nuslerp_row_wise": ("columns", False)}
     ),
     "multislerp": Entry("merge.multislerp", "used", (2, None), each=WEIGHT, once={"normalize_weights": ("", True), "eps": ("", 1e-8)}),
-    "karcher": Entry(
-        "merge.karcher", "unused", (2, None), each={"weight": ("weights", 1.0)},
-        once={"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)},
-    ),
+    "karcher": Entry("merge.karcher", "unused", (2, None), once={"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
     "model_stock": Entry("merge.model_stock", donors=(2, None), once={"filter_wise": ("by_row", False)}),
     "sce": Entry("merge.sce", once={"select_topk": ("keep", 1.0)}),
     "nearswap": Entry("merge.nearswap", donors=(1, 1), once={"t": ("t", REQUIRED)}),
@@ -121,6 +118,8 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
             value = truth(theirs, value)
         found[ours] = value
     found.pop("", None)
+    if method == "multislerp" and not truth("normalize_weights", once["normalize_weights"]) and abs(sum(each["weight"]) - 1) > 1e-6:
+        raise MethodError("normalize_weights: false needs weights that sum to 1 here. Scale them, or leave normalize_weights out.")
     if "rescale" in found:
         rescale = found.pop("rescale")
         random = entry.name in ("merge.dare", "merge.della")
