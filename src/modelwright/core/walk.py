@@ -28,7 +28,7 @@ from .errors import ModelError, PlanError, SiteError
 from .files import refuse_existing
 from .given import Batch, Given, inputs_of
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, open, put, quiet, unwrapped, weight_of, why_not_stored
+from .model import Model, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .progress import bar, track
 from .statistics import Statistics
 from .weights import Checkpoint, Writer
@@ -125,6 +125,7 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
     """What a verb that works on whole models asks for; `calibration`: batches for the model; for methods with `texts`, for each donor."""
     extras: dict[str, Callable[[], Any]] = {
         "rng": given.rng,
+        "seed": lambda: given.seed,
         "teacher": lambda: given.teacher,
         "base": lambda: given.base,
         "donors": lambda: given.donors,
@@ -212,14 +213,21 @@ def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
 
 
 def everything(module: nn.Module) -> list[Site]:
-    """Every float parameter as a site: norms, biases and embeddings too."""
+    """Every float tensor that files hold as a site: norms with their running statistics, biases and embeddings too."""
     anatomy = anatomy_of(module)
     depths = max((site.depths for site in anatomy.sites(module)), default=0)
     return [
         Site(name, name.rpartition(".")[0], *(anatomy.role(name) or ("linear", None)), depths)
-        for name, value in module.named_parameters()
+        for name, value in held(module).items()
         if value.is_floating_point()
     ]
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of what a model's files hold: parameters, and buffers such as the running statistics of norms; ties once."""
+    stored = set(module.state_dict())
+    buffers = {name: value for name, value in module.named_buffers() if name in stored}
+    return {name: value.data for name, value in module.named_parameters()} | buffers
 
 
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
@@ -231,8 +239,8 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
         refuse_other_shapes(
-            {name: tuple(value.shape) for name, value in module.named_parameters()},
-            [(given_.name, {name: tuple(value.shape) for name, value in donor.named_parameters()})
+            {name: tuple(value.shape) for name, value in held(module).items()},
+            [(given_.name, {name: tuple(value.shape) for name, value in held(donor).items()})
              for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
         )  # fmt: skip
         sites = everything(module) if method.every else anatomy_of(module).sites(module)
@@ -244,7 +252,7 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
                 chosen.append((site, local))
 
         def read(model: Model, site: Site) -> Tensor:
-            found = unwrapped(model.module).get_parameter(site.name).data
+            found = tensor_of(unwrapped(model.module), site.name)
             return found.T if site.transposed else found
 
         surveyed = survey(method, given, lambda model: [read(model, site) for site, _ in chosen], model)
