@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import tiny
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import modelwright as mw
 from modelwright.core import stream
@@ -36,3 +37,18 @@ def test_merging_in_parts_equals_merging_whole_tensors(method, tmp_path, monkeyp
     left, right = Checkpoint(whole), Checkpoint(parts)
     assert all(torch.equal(left.read(name), right.read(name)) for name in left)
     assert not all(torch.equal(left.read(name), Checkpoint(folders[0]).read(name)) for name in left)
+
+
+def test_running_statistics_are_merged_in_memory_as_on_disk(tmp_path):
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    for number in (0, 1):
+        module = ResNetForImageClassification(config)
+        for name, value in module.named_buffers():
+            if "running" in name:
+                value.fill_(1.0 + 2 * number)
+        module.save_pretrained(tmp_path / str(number))
+    folders = [str(tmp_path / str(number)) for number in (0, 1)]
+    streamed = mw.apply(folders[0], Linear(), donors=folders, save=tmp_path / "out").module.state_dict()
+    inside = mw.apply(mw.open(folders[0]), Linear(), donors=folders).module.state_dict()
+    assert all(torch.equal(streamed[name], value) for name, value in inside.items())
+    assert all((value == 2).all() for name, value in inside.items() if "running" in name)
