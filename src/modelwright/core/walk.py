@@ -92,7 +92,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method and save to `folder`: streaming from disk to disk where that can be, in memory otherwise."""
     from . import stream
 
-    if stream.possible(model, method, given.notes):
+    if stream.possible(model, method, given.notes, [*given.donors, *([given.base] if given.base else [])]):
         return stream.write(model, method, given, folder, overwrite=overwrite)
     change(model, method, given).save(folder, overwrite=overwrite)
     return open(folder)
@@ -311,6 +311,15 @@ def refuse_stored(models: Sequence[Model]) -> None:
     faults = [model.name for model in models if not model.dense]
     if faults:
         raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+    for model in models:
+        dtypes = (
+            {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
+            if model.checkpoint is not None
+            else {name: value.dtype for name, value in held(unwrapped(model.module)).items()}
+        )
+        narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
+        if narrow:
+            raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
 
 
 def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
