@@ -42,7 +42,7 @@ def method_page(name: str) -> str:
     """A method's page as Markdown."""
     cls, page = find.find(name), find.page(name)
     lines = [f"# {name}", "", (cls.__doc__ or "").strip(), "", linked(page.text), ""]
-    needs = [NEEDS[need].partition(";")[0].partition(":")[0].partition(". ")[0] for need in cls.needs() if need != "rng"]
+    needs = [NEEDS[need].partition(";")[0].partition(":")[0].partition(". ")[0] for need in cls.needs() if need not in ("rng", "seed")]
     facts = {
         "level": cls.level,
         "status": page.status,

@@ -232,3 +232,18 @@ def test_numbers_of_rows_reach_all_their_entries(shape):
     values = task_vectors.spread(found, width)
     whole = torch.cat([torch.empty(0), *(values(at) for at in slices.slices(count))])
     assert torch.equal(whole, found.repeat_interleave(width))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_wider_than_a_slice_is_read_once(threads, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    values, reads = torch.randn(5, 1000), []
+
+    def read(at):
+        reads.append(at)
+        return values.view(-1)[at]
+
+    found = slices.Sliced((5, 1000), torch.float32, task_vectors.by_rows([read], 1000, 5000, lambda rows: rows.cumsum(-1))).whole()
+    assert torch.equal(found, values.cumsum(-1))
+    assert len(reads) == 5

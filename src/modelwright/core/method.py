@@ -42,10 +42,11 @@ NEEDS: dict[str, str] = {
     "tokenizer": "a tokenizer; the model's folder has none",
     "requests": "edit requests. Add `requests:` to the step",
     "rng": "a random generator",
+    "seed": "the seed of the step",
     "survey": "what `survey` found over all tensors",
     "notes": "a list for sentences that the user should read",
 }
-DRIVEN = frozenset({"rng", "survey", "notes"})  # needs that the driver meets by itself
+DRIVEN = frozenset({"rng", "seed", "survey", "notes"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None

@@ -458,8 +458,15 @@ def weight_of(module: nn.Module, site: Site) -> Tensor | None:
     """The dense weight of a site as [out, in] (experts: [n, out, in]); None where a stored layer stands instead."""
     if isinstance(module.get_submodule(site.module), Stored):
         return None
-    weight = module.get_parameter(site.name)
-    return weight.data.T if site.transposed else weight.data
+    weight = tensor_of(module, site.name)
+    return weight.T if site.transposed else weight
+
+
+def tensor_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter's values, or a buffer, by its name."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    return owner.get_buffer(leaf) if leaf in owner._buffers else owner.get_parameter(leaf).data
 
 
 def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
@@ -480,8 +487,7 @@ def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
 def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
     """Put a verb's result in the place of a site's weight: values in place, or a stored layer for the module."""
     if isinstance(result, Tensor):
-        weight = module.get_parameter(site.name)
-        weight.data.copy_(result.T if site.transposed else result)
+        tensor_of(module, site.name).copy_(result.T if site.transposed else result)
         return
     old = module.get_submodule(site.module)
     assert isinstance(result, Stored), result

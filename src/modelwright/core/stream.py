@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import split_experts
 
 from . import loading, walk
-from .errors import WeightsError
+from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, LayerMethod, Method, TensorMethod
 from .model import RECORD, Model, empty_module, open, put, tokenizer_files
@@ -28,17 +29,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
 LARGE = 1 << 20  # bytes from which a tensor is read in parts, by methods that can
 
 
-def possible(model: Model, method: Method, notes: list[str] | None = None) -> bool:
+def possible(model: Model, method: Method, notes: list[str] | None = None, donors: Sequence[Model] = ()) -> bool:
     """Whether the method can stream this model: it lies on disk, and its files name what the module names.
 
-    A layer that stands in the way is named in `notes`.
+    A layer or a donor that stands in the way is named in `notes`.
     """
     if model.checkpoint is None or model.folder is None or (model.folder / "adapter_config.json").is_file():
         return False
     if not isinstance(method, (TensorMethod, LayerMethod, BlockMethod)):
         return False
     if isinstance(method, TensorMethod) and method.every:
-        return True  # the files' names say enough
+        other = _named_otherwise(model, donors)  # without one, the files' names say enough
+        if other and notes is not None:
+            notes.append(f"{method.name()} held all of {model.name} in memory and did not stream it: the files of {other} use other names")
+        return not other
     skeleton = split_skeleton(model)
     if None in disk_names(model.checkpoint, skeleton).values():
         return False
@@ -98,6 +102,21 @@ def disk_names(checkpoint: Checkpoint, module: nn.Module) -> dict[str, str | Non
     for name in module.state_dict():
         found[name] = on_disk(name) or (on_disk(aliases[name]) if name in aliases else None)
     return found
+
+
+def _named_otherwise(model: Model, donors: Sequence[Model]) -> str:
+    """The first donor whose files have the model's tensors under other names, or more beside them; "" where there is none."""
+    own = model.checkpoint
+    others = [donor for donor in donors if donor.checkpoint and own and set(donor.checkpoint.names) != set(own.names)]
+    if not others or not model.dense:
+        return ""
+    try:
+        skeleton = split_skeleton(model)
+    except ModelwrightError:
+        return ""  # no module can be built, so that the files' names are all there is
+    if any(None in disk_names(one.checkpoint, skeleton).values() for one in (model, *others) if one.checkpoint):
+        return ""  # tensors are missing, which is said when the names are compared
+    return others[0].name
 
 
 def revive(module: nn.Module, config: Any) -> str:

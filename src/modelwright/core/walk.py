@@ -28,7 +28,7 @@ from .errors import MethodError, ModelError, PlanError, SiteError
 from .files import refuse_existing
 from .given import Batch, Given, inputs_of
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, check_readable, open, put, quiet, unwrapped, weight_of, why_not_stored
+from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .progress import bar, track
 from .statistics import Statistics
 from .weights import Checkpoint, Writer
@@ -97,7 +97,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method and save to `folder`: streaming from disk to disk where that can be, in memory otherwise."""
     from . import stream
 
-    if stream.possible(model, method, given.notes):
+    if stream.possible(model, method, given.notes, [*given.donors, *([given.base] if given.base else [])]):
         return stream.write(model, method, given, folder, overwrite=overwrite)
     change(model, method, given).save(folder, overwrite=overwrite)
     return open(folder)
@@ -132,6 +132,7 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
     """What a verb that works on whole models asks for; `calibration`: batches for the model; for methods with `texts`, for each donor."""
     extras: dict[str, Callable[[], Any]] = {
         "rng": given.rng,
+        "seed": lambda: given.seed,
         "teacher": lambda: given.teacher,
         "base": lambda: given.base,
         "donors": lambda: given.donors,
@@ -219,14 +220,21 @@ def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
 
 
 def everything(module: nn.Module) -> list[Site]:
-    """Every float parameter as a site: norms, biases and embeddings too."""
+    """Every float tensor that files hold as a site: norms with their running statistics, biases and embeddings too."""
     anatomy = anatomy_of(module)
     depths = max((site.depths for site in anatomy.sites(module)), default=0)
     return [
         Site(name, name.rpartition(".")[0], *(anatomy.role(name) or ("linear", None)), depths)
-        for name, value in module.named_parameters()
+        for name, value in held(module).items()
         if value.is_floating_point()
     ]
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of what a model's files hold: parameters, and buffers such as the running statistics of norms; ties once."""
+    stored = set(module.state_dict())
+    buffers = {name: value for name, value in module.named_buffers() if name in stored}
+    return {name: value.data for name, value in module.named_parameters()} | buffers
 
 
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
@@ -238,8 +246,8 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
         refuse_other_shapes(
-            {name: tuple(value.shape) for name, value in module.named_parameters()},
-            [(given_.name, {name: tuple(value.shape) for name, value in donor.named_parameters()})
+            {name: tuple(value.shape) for name, value in held(module).items()},
+            [(given_.name, {name: tuple(value.shape) for name, value in held(donor).items()})
              for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
         )  # fmt: skip
         sites = everything(module) if method.every else anatomy_of(module).sites(module)
@@ -251,7 +259,7 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
                 chosen.append((site, local))
 
         def read(model: Model, site: Site) -> Tensor:
-            found = unwrapped(model.module).get_parameter(site.name).data
+            found = tensor_of(unwrapped(model.module), site.name)
             return found.T if site.transposed else found
 
         surveyed = survey(method, given, lambda model: [read(model, site) for site, _ in chosen], model)
@@ -310,6 +318,15 @@ def refuse_stored(models: Sequence[Model]) -> None:
     faults = [model.name for model in models if not model.dense]
     if faults:
         raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+    for model in models:
+        dtypes = (
+            {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
+            if model.checkpoint is not None
+            else {name: value.dtype for name, value in held(unwrapped(model.module)).items()}
+        )
+        narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
+        if narrow:
+            raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
 
 
 def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:

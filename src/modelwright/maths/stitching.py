@@ -9,6 +9,11 @@ import torch
 from modelwright.maths.slices import Entries, Sliced, Values, flat
 
 
+def reaching(change: Values, least: float) -> Values:
+    """True where a change is at least `least` in size; never where nothing changed."""
+    return lambda at: change(at).abs_() >= least if least > 0 else change(at) != 0
+
+
 def stitched(base: Entries, donors: Sequence[Entries], masks: Sequence[Values], weights: Sequence[float], scale: float) -> Sliced:
     """θ = θ0 + scale · (Σ m_i w_i θ_i / Σ m_i w_i - θ0) where some mask m_i is true, and θ0 elsewhere.
 

@@ -8,6 +8,7 @@ never held whole.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -127,13 +128,38 @@ def _order(sizes: Tensor) -> Tensor:
 
 
 def by_rows(parts: Sequence[Values], width: int, count: int, function: Callable[..., Tensor]) -> Values:
-    """A function of whole rows [n, width], one argument for each part, read by slices that may begin and end inside a row."""
+    """A function of whole rows [n, width], one argument for each part, read by slices that may begin and end inside a row.
+
+    Of rows that are wider than a slice, the two last ones are held, so that each is computed once on the way through.
+    """
+    if width > slices.SLICE:
+        return _by_wide_rows(parts, width, function)
 
     def found(at: slice) -> Tensor:
         first, last = at.start // width, -(-at.stop // width)
         whole = slice(first * width, min(last * width, count))
         rows = [part(whole).reshape(-1, width) for part in parts]
         return function(*rows).reshape(-1)[at.start - first * width : at.stop - first * width]
+
+    return found
+
+
+def _by_wide_rows(parts: Sequence[Values], width: int, function: Callable[..., Tensor]) -> Values:
+    known: dict[int, Tensor] = {}
+    lock = threading.Lock()  # the threads' slices are of the same rows
+
+    def row(number: int) -> Tensor:
+        with lock:
+            if number not in known:
+                if len(known) > 1:
+                    del known[next(iter(known))]  # the one that was computed first
+                at = slice(number * width, (number + 1) * width)
+                known[number] = function(*(part(at).reshape(1, width) for part in parts)).reshape(-1)
+            return known[number]
+
+    def found(at: slice) -> Tensor:
+        rows = range(at.start // width, -(-at.stop // width))
+        return torch.cat([row(number)[max(at.start - number * width, 0) : at.stop - number * width] for number in rows])
 
     return found
 

@@ -55,3 +55,7 @@ def test_odd_shapes_are_merged():
 def test_two_donors_are_refused():
     with pytest.raises(NeedError, match=r"merge\.arcee_fusion takes 1 donor; the step gives 2"):
         mw.apply(tiny(), ArceeFusion(), donors=[tiny(), tiny()])
+
+
+def test_an_empty_tensor_stays_empty():
+    assert merged(ArceeFusion(), torch.zeros(0, 4), [torch.zeros(0, 4)]).shape == (0, 4)

@@ -24,6 +24,16 @@ def test_the_best_is_no_worse_than_the_first_and_what_is_told_gives_it_again(sam
         assert torch.equal(value, again.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("name", ["dare", "pcb", "lines", "localize_and_stitch", "auto"])
+def test_what_is_told_of_a_method_that_draws_or_surveys_gives_the_model_again(name, batches, donors):  # noqa: F811
+    model = mw.open(tiny(seed=0))
+    mw.apply(model, Evolve(method=f"merge.{name}", trials=3), donors=donors, data=batches, seed=5)
+    step = read("steps:\n- " + model.history[-1]["notes"][1].split(": ", 1)[1]).steps[0]
+    again = mw.apply(tiny(seed=0), step.method, donors=donors, seed=5)
+    for parameter, value in model.module.named_parameters():
+        assert torch.equal(value, again.get_parameter(parameter)), parameter
+
+
 def test_more_trials_are_never_worse(batches, donors):  # noqa: F811
     found = [loss(mw.apply(tiny(seed=0), Evolve(trials=trials), donors=donors, data=batches), batches) for trials in (1, 6, 14)]
     assert found[0] >= found[1] - 1e-6

@@ -42,6 +42,16 @@ def test_where_masks_are_disjoint_each_donors_entries_are_copied_bit_for_bit(dty
         assert torch.equal(result[number::3][~taken[number::3]], base[number::3][~taken[number::3]])
 
 
+def test_where_fewer_entries_changed_than_are_kept_those_that_did_not_are_left_out():
+    base = normal(1000)
+    donors = [base.clone(), base.clone()]
+    donors[0][:50] += 1
+    donors[1][100:150] += 1
+    result = merged(LocalizeAndStitch(keep=0.1), base, donors)
+    assert torch.equal(result[:100], donors[0][:100])
+    assert torch.equal(result[100:], donors[1][100:])
+
+
 def test_with_every_change_it_is_the_average():
     assert torch.allclose(merged(LocalizeAndStitch(keep=1.0), BASE, DONORS), sum(DONORS) / 3, atol=1e-6)
 

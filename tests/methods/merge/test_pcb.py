@@ -121,3 +121,7 @@ def test_shares_by_role_need_the_scope_of_a_tensor():
     assert Pcb(keep={"mlp": 0.1}, scope="tensor")
     with pytest.raises(SettingError, match="clamp must be a number from 0 to 0.49; got 0.5"):
         Pcb(clamp=0.5)
+
+
+def test_an_empty_tensor_stays_empty():
+    assert merged(Pcb(scope="tensor"), torch.zeros(0, 4), [torch.zeros(0, 4)]).shape == (0, 4)

@@ -34,6 +34,8 @@ class ArceeFusion(PointWise):
         shape, count = tuple(weight.shape), math.prod(weight.shape)
         width = shape[-1] if shape else 1
         start, donor = flat(weight), flat(donors[0])
+        if not count:
+            return Sliced(shape, weight.dtype, start)
         change, apart = delta(start, donor), spread(of_rows([start, donor], width, count, divergence), width)
 
         def scores(at: slice) -> Tensor:

@@ -9,9 +9,10 @@ Differs: minimises the loss of the next token on the calibration text, where the
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,10 +20,13 @@ import torch
 from torch import Tensor
 
 from modelwright.core import find, walk
+from modelwright.core.given import Given
 from modelwright.core.method import DRIVEN, ModelMethod, fields_of
 from modelwright.core.model import Model, unwrapped
+from modelwright.core.model import put as write
 from modelwright.core.progress import bar
 from modelwright.core.settings import count, number
+from modelwright.maths.slices import Sliced
 from modelwright.methods.merge._mechanism import Merger
 from modelwright.methods.merge._objective import nats, refuse_unlike
 
@@ -52,49 +56,66 @@ class Evolve(ModelMethod):
         return found
 
     def model(
-        self, model: Model, donors: Sequence[Model], calibration: Sequence[Mapping[str, Tensor]], rng: torch.Generator, notes: list[str]
+        self,
+        model: Model,
+        donors: Sequence[Model],
+        calibration: Sequence[Mapping[str, Tensor]],
+        rng: torch.Generator,
+        seed: int,
+        notes: list[str],
     ) -> Model:
-        import optuna
-
         module = unwrapped(model.module)
         refuse_unlike(model, donors)
-        base = {name: value.detach().clone() for name, value in module.named_parameters()}
-        pots = [dict(unwrapped(donor.module).named_parameters()) for donor in donors]
-        sites = walk.everything(module)
-        seed = rng.initial_seed()
+        with contextlib.ExitStack() as stack:
+            for each in (module, *(unwrapped(donor.module) for donor in donors)):
+                stack.enter_context(walk.split_experts(each))  # so that a trial's tensors are those of the step that is told
+            pots = {id(each): walk.held(unwrapped(each.module)) for each in (*donors, model)}
+            pots[id(model)] = {name: value.clone() for name, value in pots[id(model)].items()}
+            sites = walk.everything(module)
 
-        def put(genes: Mapping[str, float]) -> None:
-            """Merge with these coefficients, into the model."""
-            made = [self.merger(genes, group, len(donors)) for group in range(self.groups)]
-            with torch.no_grad():
-                for site in sites:
-                    merger, others = made[self.group(site)], [pot[site.name].detach() for pot in pots]
-                    extras: dict[str, Any] = {"rng": torch.Generator().manual_seed(seed)} if "rng" in merger.needs() else {}
-                    if "survey" in merger.needs():
-                        extras["survey"] = None
-                    module.get_parameter(site.name).data.copy_(merger.tensor(base[site.name], others, **extras).whole())  # type: ignore[attr-defined]
+            @torch.no_grad()
+            def put(genes: Mapping[str, float]) -> Given:
+                """Merge with these coefficients, into the model, as a step with this seed does."""
+                given = Given(donors=donors, seed=seed)
+                for group in range(self.groups):
+                    merger = self.merger(genes, group, len(donors))
+                    chosen = walk.choose(module, sites, merger)
+                    surveyed = walk.survey(merger, given, lambda one: [pots[id(one)][site.name] for site, _ in chosen], model)  # noqa: B023
+                    for site, local in chosen:
+                        if self.group(site) == group:
+                            extras = walk.needed(local, given, site, lambda one: pots[id(one)][site.name], surveyed)  # noqa: B023
+                            result = walk.call(local, pots[id(model)][site.name], site, extras)
+                            write(module, site, result.whole() if isinstance(result, Sliced) else result)
+                return given
 
-        def objective(trial: Any) -> float:
-            put({gene: trial.suggest_float(gene, low, high) for gene, (low, high) in self.genes(len(donors)).items()})
-            with torch.no_grad():
+            def objective(trial: Any) -> float:
+                put({gene: trial.suggest_float(gene, low, high) for gene, (low, high) in self.genes(len(donors)).items()})
                 return nats(module, calibration)
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=self.strategy(len(donors), seed % (1 << 31)))
-        if self.sampler != "grid":
-            study.enqueue_trial(self.first(len(donors)))
-        with bar(self.name(), self.trials) as tick:
-            study.optimize(objective, self.trials, callbacks=[lambda study, _: tick(note=f"{study.best_value:.4f} nats")])
-        put(study.best_params)
+            study = self.study(objective, len(donors), rng.initial_seed() % (1 << 31))
+            told = put(study.best_params).notes
         shown = [self.merger(study.best_params, group, len(donors)) for group in range(self.groups)]
         first = study.trials[0].value
         notes.append(
             f"{self.name()}: {first:.4f} nats with the first coefficients, {study.best_value:.4f} with the best of {len(study.trials)}"
         )
         notes += [f"blocks of group {group + 1} of {self.groups}: {{{one.name()}: {one.settings()}}}" for group, one in enumerate(shown)]
+        notes += told
         return model
+
+    def study(self, objective: Callable[[Any], float], donors: int, seed: int) -> Any:
+        """The trials, made."""
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(sampler=self.strategy(donors, seed))
+        if self.sampler != "grid":
+            study.enqueue_trial(self.first(donors))
+        with bar(self.name(), self.trials) as tick:
+            study.optimize(objective, self.trials, callbacks=[lambda study, _: tick(note=f"{study.best_value:.4f} nats")])
+        return study
 
     def genes(self, donors: int) -> dict[str, tuple[float, float]]:
         """Each coefficient with its range, such as "weight 0 1" of group 0 and donor 1."""

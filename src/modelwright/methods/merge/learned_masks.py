@@ -63,7 +63,7 @@ class LearnedMasks(Reader):
         change = {name: end[name].float() - start.float() for name, start in base.items()}
         every = Joined(list(change.values()))
         least = least_of_largest(every.__getitem__, every.shape[0], self.keep)
-        score = {name: torch.where(one.abs() >= least, self.start, -self.start) for name, one in change.items()}
+        score = {name: torch.where((one.abs() >= least) & (one != 0), self.start, -self.start) for name, one in change.items()}
         labels = None if batches and "input_ids" in batches[0] else [_likeliest(donor, batch) for batch in batches]
         for _ in range(self.iterations):
             for name, start in base.items():

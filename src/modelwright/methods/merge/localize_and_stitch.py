@@ -1,7 +1,7 @@
 """Take over each donor's largest changes and stitch them together, without data.
 
 He, Hu, Lin, Zhang, Zhao 2024, arXiv:2408.13656, section 4 (dataless): the mask of a donor covers the `keep` largest of
-all its changes; where masks overlap, the donors' mean stands. `merge.learned_masks` trains the masks on text.
+all its changes, of those that are not 0; where masks overlap, the donors' mean stands. `merge.learned_masks` trains the masks on text.
 Differs: overlaps are counted over all donors, where the benchmark's code looks at the last pair alone.
 """
 
@@ -13,7 +13,7 @@ from typing import ClassVar
 from modelwright.core.method import Places
 from modelwright.core.settings import fraction, number
 from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.stitching import stitched
+from modelwright.maths.stitching import reaching, stitched
 from modelwright.maths.task_vectors import delta, least_of_largest
 from modelwright.methods.merge._mechanism import Merger
 
@@ -34,6 +34,5 @@ class LocalizeAndStitch(Merger):
         return [least_of_largest(delta(flat(weight), flat(donor)), weight.shape[0], self.keep) for donor in donors]
 
     def tensor(self, weight: Entries, donors: list[Entries], survey: list[float]) -> Sliced:
-        changes = [delta(flat(weight), flat(donor)) for donor in donors]
-        masks = [lambda at, change=change, least=least: change(at).abs_() >= least for change, least in zip(changes, survey, strict=True)]
+        masks = [reaching(delta(flat(weight), flat(donor)), least) for donor, least in zip(donors, survey, strict=True)]
         return stitched(weight, donors, masks, self.weights_for(len(donors)), self.scale)

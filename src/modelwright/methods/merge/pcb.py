@@ -52,6 +52,8 @@ class Pcb(Merger):
         return self.ends(weight, donors) if self.scope == "model" else None
 
     def tensor(self, weight: Entries, donors: list[Entries], survey: list[Ends] | None) -> Sliced:
+        if not math.prod(weight.shape):
+            return Sliced(tuple(weight.shape), weight.dtype, flat(weight))
         ends = survey or self.ends(weight, donors)
         changes, weights = changes_of(weight, donors), torch.tensor(self.weights_for(len(donors))).double()[:, None]
 
