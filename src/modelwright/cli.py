@@ -233,7 +233,7 @@ def merge(
     method: Annotated[str, typer.Argument(help="A method of the merge family, such as ties; or a configuration of mergekit, a YAML file.")],
     base: Annotated[str, typer.Argument(help="The model that the donors were fine-tuned from; of a configuration, the folder to write.")],
     donors: Annotated[list[str] | None, typer.Argument(help="The models to merge.")] = None,
-    save: Annotated[Path, typer.Option(help="The folder to write.")] = Path("merged"),
+    save: Annotated[Path | None, typer.Option(help="The folder to write, for a method; by default merged.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, such as keep=0.3. Repeatable.")] = None,
     as_mergekit: Annotated[bool, typer.Option("--as-mergekit", help="Of a configuration, compute the numbers that mergekit does.")] = False,
     overwrite: Overwrite = False,
@@ -244,7 +244,7 @@ def merge(
     from .core.progress import silence
 
     if Path(method).suffix in (".yaml", ".yml"):
-        if donors or set_:
+        if donors or set_ or save:
             raise typer.BadParameter("a configuration names its models and settings itself: modelwright merge config.yaml folder")
         from .mergekit import merge as merge_config
 
@@ -257,7 +257,7 @@ def merge(
     from .core import recipe
 
     name = method if "." in method else f"merge.{method}"
-    stated = {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save)}
+    stated = {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save or "merged")}
     with silence(quiet):
         done = recipe.run(recipe.read(stated, [f"steps.0.{text}" for text in set_ or []]), overwrite=overwrite)
     _print_merged(done.model, as_json)

@@ -556,3 +556,19 @@ slices:
 """)
     assert merged.config["n_layer"] == 5
     assert outputs(merged.model.module).isfinite().all()
+
+
+def test_a_filter_that_is_part_of_no_name_is_said(merge):
+    merged = merge("""
+        merge_method: linear
+        models:
+        - {model: a, parameters: {weight: [{filter: self_atn, value: 0.5}, {value: 1.0}]}}
+        - {model: b, parameters: {weight: 1.0}}
+    """)
+    assert any("'self_atn' is part of no tensor's name. Did you mean 'self_attn'?" in note for note in merged.notes)
+
+
+def test_a_base_of_other_widths_gives_no_config(merge, folders, tmp_path):
+    tiny("llama", hidden_size=32).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(ModelError, match="hidden_size 32; a has 64"):
+        merge(f"merge_method: passthrough\nbase_model: {tmp_path / 'narrow'}\nslices: [{{sources: [{{model: a, layer_range: [1, 3]}}]}}]")

@@ -22,6 +22,7 @@ from .schema import Config, Parameters, Reference, Slice, Source, Tower
 
 BLOCK = re.compile(r"(.*?\.)??(\d+)\.(.*)")
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers", "depth")
+WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head", "d_model")  # alike in all models
 TEXT = ("text_decoder", "language_model", "text_model")
 BETWEEN = ("multi_modal_projector", "mm_projector", "projector", "merger", "connector")  # of sight and text
 SIGHT = ("vision_tower", "vision_model", "visual", "image_encoder")
@@ -259,6 +260,17 @@ class Planner:
         if len(kinds) > 1:
             listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
             raise ModelError(f"Models that are merged must be of one architecture; found {listed}.")
+        own, merged = (
+            self.template.config,
+            {source.model for tower in self.config.towers for part in tower.slices for source in part.sources},
+        )
+        for reference, config in {reference: model.config for reference, model in self.models.items() if reference in merged}.items():
+            for key in WIDTHS:
+                if None not in (own.get(key), config.get(key)) and own[key] != config[key]:
+                    raise ModelError(
+                        f"The config of the result comes from {self.template.label}, with {key} {own[key]}; {reference} has {config[key]}. "
+                        "Name a base_model of the models' own kind."
+                    )
 
     # Towers
 
@@ -497,6 +509,11 @@ class Planner:
         if self.out is not None:
             result["dtype" if "torch_dtype" not in result else "torch_dtype"] = str(self.out).removeprefix("torch.")
         assert len(names) == len(tensors), "a tensor is planned twice"
+        known = names.union(*(model.tensors for model in self.models.values()))
+        words = {part for name in known for part in name.split(".")}
+        for wanted in sorted(self.config.filters()):
+            if not any(wanted in name for name in known):
+                self.notes.append(f"the filter {wanted!r} is part of no tensor's name.{nearest(wanted, words)}")
         if self.as_mergekit:
             return
         if self.config.dtype and self.entry.name != "merge.linear":

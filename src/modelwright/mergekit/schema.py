@@ -142,6 +142,16 @@ class Config:
             found += [row.model for row in self.vocabulary.tokens.values() if row.model]
         return list(dict.fromkeys(found))
 
+    def filters(self) -> set[str]:
+        """All parts of tensor names for which some parameter has a value of its own."""
+        scopes = [self.parameters]
+        for tower in self.towers:
+            scopes.append(tower.parameters)
+            for part in tower.slices:
+                scopes += [part.parameters, *(source.parameters for source in part.sources)]
+        entries = [entry for scope in scopes for parameter in scope.values() for entry in parameter.entries]
+        return {wanted for wanted, _ in entries if wanted not in (None, "*")}  # type: ignore[misc]
+
 
 @dataclass(frozen=True)
 class Experts:
