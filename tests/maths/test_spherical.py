@@ -2,9 +2,12 @@ import math
 
 import pytest
 import torch
-from calibration import normal
 
 from modelwright.maths import slices, spherical
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(autouse=True)

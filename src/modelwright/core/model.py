@@ -27,7 +27,7 @@ from modelwright.blocks.packed import PackedLinear
 from . import loading
 from .errors import ModelError, WeightsError, nearest
 from .files import restore, whole_folder, write_json
-from .weights import Checkpoint, check_finite
+from .weights import Checkpoint, check_finite, not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -292,7 +292,7 @@ def check_readable(model: Model) -> None:
     if model.checkpoint is not None:
         check_finite(model.checkpoint)
     else:
-        bad = [name for name, value in model.module.named_parameters() if value.is_floating_point() and not value.isfinite().all()]
+        bad = [name for name, value in model.module.named_parameters() if value.is_floating_point() and not_finite(value.detach())]
         if bad:
             raise WeightsError(f"{model.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
 

@@ -230,7 +230,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
         place = checkpoint.place(name)
         stored = OnDisk(place)
         bad = 0
-        for found in each(lambda at, stored=stored: _not_finite(stored[at]), math.prod(place.shape)):  # type: ignore[misc]
+        for found in each(lambda at, stored=stored: not_finite(stored[at]), math.prod(place.shape)):  # type: ignore[misc]
             bad += found
         done += place.nbytes
         if progress:
@@ -241,7 +241,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
         raise WeightsError(f"{checkpoint.path} is not finite: {'; '.join(faults)}. Fetch it again, or train it again in a wider dtype.")
 
 
-def _not_finite(values: Tensor) -> int:
+def not_finite(values: Tensor) -> int:
     """How many values are NaN or infinite. One sum tells whether any can be: both stay in it."""
     values = torch.view_as_real(values) if values.dtype.is_complex else values
     values = values.to(torch.bfloat16) if values.dtype.itemsize == 1 else values

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from modelwright.core import walk
 from modelwright.core.errors import SiteError
 from modelwright.core.measure import window_losses
 from modelwright.core.model import Model, unwrapped
+from modelwright.core.progress import bar
 from modelwright.maths import task_vectors
 
 
@@ -44,3 +46,36 @@ def refuse_unlike(model: Model, donors: Sequence[Model]) -> None:
     walk.refuse_stored([model, *donors])
     own, *others = ({name: tuple(value.shape) for name, value in unwrapped(each.module).named_parameters()} for each in (model, *donors))
     walk.refuse_other_shapes(own, list(zip([donor.name for donor in donors], others, strict=True)))
+
+
+def search(
+    objective: Callable[[Any], float],
+    ranges: Mapping[str, tuple[float, float]],
+    first: Mapping[str, float],
+    sampler: str,
+    trials: int,
+    points: int,
+    seed: int,
+    name: str,
+) -> Any:
+    """Optuna's study of `trials` trials for the least objective, the first with the coefficients `first`.
+
+    sampler: "cmaes", "tpe", or "grid" with so many points for each coefficient, without the first.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        grid = {gene: torch.linspace(low, high, points).tolist() for gene, (low, high) in ranges.items()}
+        made = {
+            "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
+            "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
+            "grid": lambda: optuna.samplers.GridSampler(grid, seed=seed),
+        }
+        study = optuna.create_study(sampler=made[sampler]())
+    if sampler != "grid":
+        study.enqueue_trial(dict(first))
+    with bar(name, trials) as tick:
+        study.optimize(objective, trials, callbacks=[lambda study, _: tick(note=f"{study.best_value:.4f} nats")])
+    return study

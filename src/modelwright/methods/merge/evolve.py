@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,11 +23,10 @@ from modelwright.core.given import Given
 from modelwright.core.method import DRIVEN, ModelMethod, fields_of
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.model import put as write
-from modelwright.core.progress import bar
 from modelwright.core.settings import count, number
 from modelwright.maths.slices import Sliced
 from modelwright.methods.merge._mechanism import Merger
-from modelwright.methods.merge._objective import nats, refuse_unlike
+from modelwright.methods.merge._objective import nats, refuse_unlike, search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +90,15 @@ class Evolve(ModelMethod):
                 put({gene: trial.suggest_float(gene, low, high) for gene, (low, high) in self.genes(len(donors)).items()})
                 return nats(module, calibration)
 
-            study = self.study(objective, len(donors), rng.initial_seed() % (1 << 31))
+            ranges, first = self.genes(len(donors)), self.first(len(donors))
+            study = search(objective, ranges, first, self.sampler, self.trials, self.points, rng.initial_seed() % (1 << 31), self.name())
             told = put(study.best_params).notes
         shown = [self.merger(study.best_params, group, len(donors)) for group in range(self.groups)]
-        first = study.trials[0].value
-        notes.append(
-            f"{self.name()}: {first:.4f} nats with the first coefficients, {study.best_value:.4f} with the best of {len(study.trials)}"
-        )
+        before, after = study.trials[0].value, study.best_value
+        notes.append(f"{self.name()}: {before:.4f} nats with the first coefficients, {after:.4f} with the best of {len(study.trials)}")
         notes += [f"blocks of group {group + 1} of {self.groups}: {{{one.name()}: {one.settings()}}}" for group, one in enumerate(shown)]
         notes += told
         return model
-
-    def study(self, objective: Callable[[Any], float], donors: int, seed: int) -> Any:
-        """The trials, made."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study = optuna.create_study(sampler=self.strategy(donors, seed))
-        if self.sampler != "grid":
-            study.enqueue_trial(self.first(donors))
-        with bar(self.name(), self.trials) as tick:
-            study.optimize(objective, self.trials, callbacks=[lambda study, _: tick(note=f"{study.best_value:.4f} nats")])
-        return study
 
     def genes(self, donors: int) -> dict[str, tuple[float, float]]:
         """Each coefficient with its range, such as "weight 0 1" of group 0 and donor 1."""
@@ -142,15 +125,3 @@ class Evolve(ModelMethod):
         return {
             gene: min(max(1 / donors if gene.startswith("weight") else 1.0, low), high) for gene, (low, high) in self.genes(donors).items()
         }
-
-    def strategy(self, donors: int, seed: int) -> Any:
-        """Optuna's sampler."""
-        from optuna import samplers
-
-        ranges = self.genes(donors)
-        if self.sampler == "tpe":
-            return samplers.TPESampler(seed=seed)
-        if self.sampler == "grid":
-            grid = {gene: torch.linspace(low, high, self.points).tolist() for gene, (low, high) in ranges.items()}
-            return samplers.GridSampler(grid, seed=seed)
-        return samplers.CmaEsSampler(seed=seed)
