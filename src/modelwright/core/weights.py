@@ -230,7 +230,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
         place = checkpoint.place(name)
         stored = OnDisk(place)
         bad = 0
-        for found in each(lambda at, stored=stored: not_finite(stored[at]), math.prod(place.shape)):  # type: ignore[misc]
+        for found in each(lambda at, stored=stored: not_finite(stored[at]), math.prod(place.shape), 1 << 18):  # type: ignore[misc]
             bad += found
         done += place.nbytes
         if progress:
@@ -314,7 +314,7 @@ class Writer:
     def add(self, name: str, tensor: Tensor | Sliced) -> None:
         """Store `tensor` under `name`; a sliced one is computed as it is written.
 
-        Raises WeightsError when its dtype has no place in safetensors.
+        Raises WeightsError when its dtype has no place in safetensors, or a sliced one is not finite.
         """
         if tensor.dtype not in CODES:
             raise WeightsError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot store.")
@@ -326,6 +326,8 @@ class Writer:
             return
         shard.enter(name, tensor.dtype, tensor.shape, nbytes)
         for part in [tensor] if isinstance(tensor, Tensor) else tensor:
+            if not isinstance(tensor, Tensor) and _is_float(part.dtype) and not_finite(part):
+                raise WeightsError(f"{name!r} would hold NaN or infinity: look for them in the models that it is computed from.")
             _write(shard.file, _bytes(part))
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelwright.anatomy import Site
 from modelwright.core import model, stream
-from modelwright.core.errors import Faults, RecipeError, WeightsError
+from modelwright.core.errors import Faults, RecipeError, SiteError, WeightsError
 from modelwright.core.files import refuse_existing, refuse_inputs
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
@@ -66,16 +66,21 @@ def merge(
         names = [plan.config.name for plan in plans]
         made = [prepared(document, names, places) for document in experts]
         refuse_inputs(final, places.sources)
-        _check_values(places)
-        for number, plan in enumerate(plans if experts else plans[:-1]):
-            folder = between / f"document-{number}"
-            write(plan, folder, seed=seed)
-            _reopen(plans, str(plan.config.name), folder)
-            places.merged[str(plan.config.name)] = folder
-        if made:
-            assemble(made[0], places, final, seed=seed, overwrite=overwrite)
-        else:
-            write(plans[-1], final, seed=seed, overwrite=overwrite)
+        if experts:
+            _check_values(places)
+        try:
+            for number, plan in enumerate(plans if experts else plans[:-1]):
+                folder = between / f"document-{number}"
+                write(plan, folder, seed=seed)
+                _reopen(plans, str(plan.config.name), folder)
+                places.merged[str(plan.config.name)] = folder
+            if made:
+                assemble(made[0], places, final, seed=seed, overwrite=overwrite)
+            else:
+                write(plans[-1], final, seed=seed, overwrite=overwrite)
+        except (SiteError, WeightsError):  # a merge finds NaN as it goes; which model has it is worth a look at all
+            _check_values(places)
+            raise
         return model.open(final)
 
 
@@ -176,7 +181,7 @@ def _adapter(reference: Reference) -> Path:
 
 
 def _check_values(places: Places) -> None:
-    """Refuse NaN and infinity in any model, before anything is written."""
+    """Refuse NaN and infinity in any model, by name."""
     faults = Faults()
     for folder in track(list(dict.fromkeys(places.opened.values())), "check"):
         with faults.collected():

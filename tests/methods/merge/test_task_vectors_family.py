@@ -196,6 +196,6 @@ def test_a_donor_with_nan_is_refused_before_work(tmp_path):
         donor.lm_head.weight[0, 0] = float("nan")
     donor.save_pretrained(tmp_path / "donor")
     tiny(seed=0).save_pretrained(tmp_path / "base")
-    with pytest.raises(WeightsError, match=r"lm_head.weight has 1 values"):
+    with pytest.raises(WeightsError, match=r"lm_head.weight.* NaN"):
         mw.apply(tmp_path / "base", Ties(), donors=[tmp_path / "donor"], save=tmp_path / "out")
     assert not (tmp_path / "out").exists()
