@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from killing import TEXT
 
 from modelwright.core.contract import letters
 from modelwright.core.model import Model
 from modelwright.core.tiny import tiny
+
+
+@pytest.fixture(autouse=True)
+def threads_stay() -> Iterator[None]:
+    """No test leaves torch another number of threads, with which later ones would sum in another order."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before
 
 
 @pytest.fixture(scope="session")

@@ -234,10 +234,17 @@ def test_numbers_of_rows_reach_all_their_entries(shape):
     assert torch.equal(whole, found.repeat_interleave(width))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_a_row_wider_than_a_slice_is_read_once(threads, monkeypatch):
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_row_wider_than_a_slice_is_read_once(monkeypatch):
     monkeypatch.setattr(slices, "SLICE", 64)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     values, reads = torch.randn(5, 1000), []
 
     def read(at):
