@@ -13,6 +13,7 @@ from modelwright.core import weights
 from modelwright.core.errors import WeightsError
 from modelwright.core.files import claim
 from modelwright.core.weights import Checkpoint, Writer, check_finite
+from modelwright.maths.slices import Sliced
 
 
 def same_bits(a, b):
@@ -321,7 +322,8 @@ def test_a_file_truncated_after_opening(folder):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2])
 def test_values_that_are_not_finite_are_named_and_counted(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(weights, "SLICE", 64)
+    monkeypatch.setattr(weights, "CHECKED", 40)
+    monkeypatch.setattr(weights, "PIECE", 64)
     bad = torch.ones(100).to(torch.float32)
     bad[[3, 70]] = torch.tensor([float("nan"), float("inf")])
     save_file(
@@ -332,6 +334,24 @@ def test_values_that_are_not_finite_are_named_and_counted(tmp_path, monkeypatch,
     with pytest.raises(WeightsError, match="bad has 2 values of 100 that are NaN or infinite"):
         check_finite(Checkpoint(tmp_path), progress=lambda done, total: seen.append((done, total)))
     assert seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("place", [0, 39, 40, 55, 79, 80, 99])
+def test_no_value_is_passed_over(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(weights, "CHECKED", 40)
+    monkeypatch.setattr(weights, "PIECE", 64)
+    values = torch.zeros(100)
+    values[place] = -float("inf")
+    save_file({"a": values}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match="a has 1 values of 100"):
+        check_finite(Checkpoint(tmp_path))
+
+
+def test_a_sum_too_large_for_its_dtype_is_refused(tmp_path):
+    large = Sliced((16,), torch.float16, lambda at: torch.full((at.stop - at.start,), 1e6))
+    with pytest.raises(WeightsError, match="'a' would hold NaN or infinity.*too large for torch.float16"), Writer(tmp_path / "out") as out:
+        out.add("a", large)
+    assert not list(tmp_path.iterdir())
 
 
 def test_finite_weights_pass(tmp_path):

@@ -108,7 +108,31 @@ def test_masks_leave_the_global_generator_alone():
 def test_quantiles_lie_between_their_neighbours(share, count, monkeypatch):
     monkeypatch.setattr(slices, "SLICE", 300)
     score = torch.randn(count, generator=torch.Generator().manual_seed(1))
-    assert masks.quantile(slices.flat(score), count, share) == pytest.approx(score.double().quantile(share).item())
+    shares = [share, 0.75, 0.75, 0.76]
+    expected = score.double().quantile(torch.tensor(shares, dtype=torch.float64))
+    assert masks.quantiles(slices.flat(score), count, shares) == pytest.approx(expected.tolist())
+
+
+def test_several_cuts_are_found_in_one_pass(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 5000)
+    monkeypatch.setattr(masks, "SAMPLE", 1000)
+    monkeypatch.setattr(masks, "RUN", 20)
+    score, read = torch.randn(50_000, generator=torch.Generator().manual_seed(1)), []
+
+    def values(at):
+        read.append(at.stop - at.start)
+        return score[at]
+
+    ranks = [12_500, 25_000, 12_501, 0, 37_500, 25_000]
+    cuts = masks.find_cuts(values, 50_000, ranks)
+    assert [cut.value for cut in cuts] == [score.kthvalue(rank).values.item() if rank else float("-inf") for rank in ranks]
+    assert sum(read) == 50_000 + 1000  # all of it once, and the sample
+
+
+def test_the_sample_grows_with_the_values(monkeypatch):
+    monkeypatch.setattr(masks, "SAMPLE", 64)
+    monkeypatch.setattr(masks, "RUN", 4)
+    assert [len(masks._sample(torch.arange(count).__getitem__, count)) for count in (64, 65, 51_200, 10_000_000)] == [0, 64, 100, 4096]
 
 
 def test_values_without_an_order_are_refused():

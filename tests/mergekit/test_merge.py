@@ -12,7 +12,7 @@ from tiny import outputs, tiny
 import modelwright as mw
 from modelwright.core.errors import MethodError, ModelError, ModelwrightError, RecipeError, SettingError, WeightsError
 from modelwright.core.model import Model, quiet
-from modelwright.core.weights import HUB_FILES, Checkpoint
+from modelwright.core.weights import HUB_FILES, Checkpoint, Writer
 from modelwright.mergekit.plan import belongs
 from modelwright.mergekit.run import MARKER
 from modelwright.methods.merge.ties import Ties
@@ -320,10 +320,13 @@ def test_a_tensor_missing_in_a_donor_is_merged_without_it_and_said(merge, read, 
     assert any(f"lacks are left out, first {NORM}" in note for note in alone.notes)
 
 
-def test_nan_in_a_donor_is_refused_before_anything_is_written(merge, broken, tmp_path):
+def test_nan_in_a_donor_is_refused_before_anything_is_written(merge, broken, tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: begun.append("a folder"))
     folder = broken(lambda tensors: tensors[NORM].fill_(float("nan")))
     with pytest.raises(WeightsError, match="is not finite: model.norm.weight has 64 values"):
         merge(f"merge_method: linear\nmodels: [{{model: {folder}, parameters: {{weight: 1}}}}, {{model: a, parameters: {{weight: 1}}}}]")
+    assert not begun
     assert not list(tmp_path.glob("out*"))
 
 

@@ -74,8 +74,7 @@ def apply(
     for each in methods:
         if not isinstance(each, Method):
             raise MethodError(f"apply takes methods, such as Wanda(sparsity=0.5); got {each!r}. A recipe names methods by text: see run.")
-    streams = save is not None and isinstance(methods[0], TensorMethod)  # which finds NaN as it goes
-    for checked in [model, *given.donors] if given.donors and not streams else []:
+    for checked in [model, *given.donors] if given.donors else []:
         check_readable(checked)
     for step in methods:
         given.refuse_lacking(step)

@@ -51,6 +51,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 SLICE = 1 << 26  # bytes that one read or write moves
+CHECKED = 1 << 22  # values that one thread checks at a time
+PIECE = 1 << 19  # bytes of them that are in memory, so few that they stay in the processor's cache
 
 
 class Place(NamedTuple):
@@ -228,10 +230,7 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
     faults = []
     for name in names:
         place = checkpoint.place(name)
-        stored = OnDisk(place)
-        bad = 0
-        for found in each(lambda at, stored=stored: not_finite(stored[at]), math.prod(place.shape), 1 << 18):  # type: ignore[misc]
-            bad += found
+        bad = sum(each(functools.partial(_stored_not_finite, place), math.prod(place.shape), CHECKED))
         done += place.nbytes
         if progress:
             progress(done, total)
@@ -239,6 +238,19 @@ def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | 
             faults.append(f"{name} has {bad:,} values of {math.prod(place.shape):,} that are NaN or infinite")
     if faults:
         raise WeightsError(f"{checkpoint.path} is not finite: {'; '.join(faults)}. Fetch it again, or train it again in a wider dtype.")
+
+
+def _stored_not_finite(place: Place, at: slice) -> int:
+    """How many of a stored tensor's values at a slice are NaN or infinite; read into one small buffer."""
+    step = PIECE // place.dtype.itemsize
+    buffer, bad = torch.empty(min(step, at.stop - at.start), dtype=place.dtype), 0
+    with open(place.file, "rb", buffering=0) as file:
+        file.seek(place.start + at.start * place.dtype.itemsize)
+        for start in range(at.start, at.stop, step):
+            part = buffer[: min(step, at.stop - start)]
+            _fill(file, part.view(torch.uint8))
+            bad += not_finite(part)
+    return bad
 
 
 def not_finite(values: Tensor) -> int:
@@ -327,7 +339,10 @@ class Writer:
         shard.enter(name, tensor.dtype, tensor.shape, nbytes)
         for part in [tensor] if isinstance(tensor, Tensor) else tensor:
             if not isinstance(tensor, Tensor) and _is_float(part.dtype) and not_finite(part):
-                raise WeightsError(f"{name!r} would hold NaN or infinity: look for them in the models that it is computed from.")
+                raise WeightsError(
+                    f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
+                    f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
+                )
             _write(shard.file, _bytes(part))
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
@@ -590,16 +605,21 @@ def _json(file: Path) -> dict[str, Any]:
 def _read(place: Place, offset: int, count: int) -> Tensor:
     """`count` bytes of a tensor from byte `offset` of it, as a new uint8 tensor."""
     data = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(data.numpy())  # type: ignore[arg-type]
     with open(place.file, "rb", buffering=0) as file:
         file.seek(place.start + offset)
-        done = 0
-        while done < count:
-            got = file.readinto(view[done : done + SLICE])
-            if not got:
-                raise _shortened(place.file)
-            done += got
+        _fill(file, data)
     return data
+
+
+def _fill(file, data: Tensor) -> None:
+    """Read as many bytes as a uint8 tensor holds."""
+    view = memoryview(data.numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        got = file.readinto(view[done : done + SLICE])
+        if not got:
+            raise _shortened(file.name)
+        done += got
 
 
 def _bytes(tensor: Tensor) -> Tensor:

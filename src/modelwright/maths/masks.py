@@ -6,7 +6,7 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from torch import Tensor
 from modelwright.core.errors import SiteError
 from modelwright.maths.slices import Sliced, Values, each, flat, slices
 
-SAMPLE = 1 << 16  # entries that tell about where a cut lies
+SAMPLE = 1 << 16  # entries that tell about where a cut lies, at least
 RUN = 1 << 8  # of which so many lie beside each other
+SPREAD = 10.0  # width of a bracket, in standard deviations of a fair sample; where it misses, a wider one is tried
 
 
 class Cut(NamedTuple):
@@ -59,47 +60,69 @@ def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern
     return Sliced(score.shape, torch.bool, lambda at: cut.mark(values(at), at)).whole(score.new_empty(score.shape, dtype=torch.bool))
 
 
-def find_cut(values: Values, count: int, lowest: int, *, spread: float = 10.0) -> Cut:
-    """Find where the `lowest` lowest of `count` values end, without a copy of them all.
+def find_cut(values: Values, count: int, lowest: int) -> Cut:
+    """Find where the `lowest` lowest of `count` values end, without a copy of them all."""
+    return find_cuts(values, count, [lowest])[0]
 
-    A sample brackets the cut and one pass counts what lies below the bracket and collects what lies inside: O(count).
-    spread: width of the bracket, in standard deviations of a fair sample; where it misses, a wider one is tried.
+
+def find_cuts(values: Values, count: int, lowest: Sequence[int]) -> list[Cut]:
+    """Find where the lowest of `count` values end, for several numbers of them, without a copy of them all.
+
+    A sample brackets the cuts, and one pass counts what lies below each bracket and collects what lies inside: O(count).
     """
-    if lowest <= 0:
-        return Cut(float("-inf"))
-    low, high = _bracket(values, count, lowest / count, spread)
+    found = {rank: Cut(float("-inf")) for rank in lowest if rank <= 0}
+    sample, spread = _sample(values, count), SPREAD
+    while missing := [rank for rank in dict.fromkeys(lowest) if rank not in found]:
+        brackets = _joined(_bracket(sample, rank / count, spread) for rank in missing)
+        found |= _cuts_within(values, count, brackets, missing)
+        spread *= 8
+    return [found[rank] for rank in lowest]
 
-    def look(at: slice) -> tuple[int, int, int, Tensor]:
+
+def quantiles(values: Values, count: int, shares: Sequence[float]) -> list[float]:
+    """The values below which those shares of `count` values lie, each on a straight line between its two neighbours."""
+    spots = [share * (count - 1) for share in shares]
+    ranks = [min(int(spot) + after, count) for after in (1, 2) for spot in spots]
+    ends = [cut.value for cut in find_cuts(values, count, ranks)]
+    pairs = zip(spots, ends[: len(spots)], ends[len(spots) :], strict=True)
+    return [below + (spot - int(spot)) * (above - below) if spot > int(spot) else below for spot, below, above in pairs]
+
+
+def _cuts_within(values: Values, count: int, brackets: list[tuple[float, float]], ranks: Sequence[int]) -> dict[int, Cut]:
+    """Those of the cuts that lie within brackets, by rank."""
+
+    def look(at: slice) -> list[tuple[int, int, int, Tensor]]:
         part = values(at)
-        reaches = part >= low
-        below = part.numel() - int(reaches.count_nonzero())
-        part = part[reaches.logical_and_(part <= high)]
-        inside = part[(part > low) & (part < high)]
-        return below, int((part == low).count_nonzero()), int((part == high).count_nonzero()), inside
+        return [_look(part, low, high) for low, high in brackets]
 
-    below, at_low, at_high, inside = zip(*each(look, count), strict=True)
-    rank = lowest - sum(below)
-    if 0 < rank <= sum(at_low):
-        return _cut_at(low, rank, at_low, count)
-    rank -= sum(at_low)
-    middle = torch.cat(inside)
-    if 0 < rank <= middle.numel():
-        value = middle.kthvalue(rank).values
-        equals = [int((part == value).count_nonzero()) for part in inside]
-        return _cut_at(value.item(), rank - int((middle < value).count_nonzero()), equals, count)
-    rank -= middle.numel()
-    if 0 < rank <= sum(at_high):
-        return _cut_at(high, rank, at_high, count)
-    if (low, high) == (float("-inf"), float("inf")):
+    found = {}
+    for (low, high), seen in zip(brackets, zip(*each(look, count), strict=True), strict=True):
+        below, at_low, at_high, inside = zip(*seen, strict=True)
+        middle = torch.cat(inside)
+        for number in ranks:
+            rank = number - sum(below)
+            if 0 < rank <= sum(at_low):
+                found[number] = _cut_at(low, rank, at_low, count)
+            rank -= sum(at_low)
+            if 0 < rank <= middle.numel():
+                value = middle.kthvalue(rank).values
+                equals = [int((part == value).count_nonzero()) for part in inside]
+                found[number] = _cut_at(value.item(), rank - int((middle < value).count_nonzero()), equals, count)
+            rank -= middle.numel()
+            if 0 < rank <= sum(at_high):
+                found[number] = _cut_at(high, rank, at_high, count)
+    if len(found) < len(ranks) and brackets == [(float("-inf"), float("inf"))]:
         raise SiteError("Some values are NaN, so they have no order. Look for NaN in the models.")
-    return find_cut(values, count, lowest, spread=8 * spread)
+    return found
 
 
-def quantile(values: Values, count: int, share: float) -> float:
-    """The value below which that share of `count` values lies, on a straight line between its two neighbours."""
-    spot = share * (count - 1)
-    below = find_cut(values, count, int(spot) + 1).value
-    return below if spot == int(spot) else below + (spot - int(spot)) * (find_cut(values, count, int(spot) + 2).value - below)
+def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:
+    """Of a slice's values: how many lie below a bracket, on its lower and its upper end, and those that lie inside."""
+    reaches = part >= low
+    below = part.numel() - int(reaches.count_nonzero())
+    part = part[reaches.logical_and_(part <= high)]
+    inside = part[(part > low) & (part < high)]
+    return below, int((part == low).count_nonzero()), int((part == high).count_nonzero()), inside
 
 
 def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
@@ -111,17 +134,33 @@ def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
     raise AssertionError(f"{ties} more ties than entries that equal {value}")
 
 
-def _bracket(values: Values, count: int, fraction: float, spread: float) -> tuple[float, float]:
-    """Two values between which the given quantile very likely lies."""
-    if count <= SAMPLE:
-        return float("-inf"), float("inf")
+def _sample(values: Values, count: int) -> Tensor:
+    """Some of the values, the more the more there are, in runs from all over; none when the whole is small."""
+    size = max(SAMPLE, min(count >> 9, 64 * SAMPLE))
+    if count <= size:
+        return torch.empty(0)
     random = torch.Generator().manual_seed(0)
-    starts = torch.randint(count - RUN, (SAMPLE // RUN,), generator=random).tolist()
-    sample = torch.cat([values(slice(start, start + RUN)) for start in starts])
+    starts = torch.randint(count - RUN, (size // RUN,), generator=random).tolist()
+    return torch.cat([values(slice(start, start + RUN)) for start in starts])
+
+
+def _bracket(sample: Tensor, fraction: float, spread: float) -> tuple[float, float]:
+    """Two values between which the given quantile very likely lies; everything when there is no sample."""
     middle, width = len(sample) * fraction, spread * ((len(sample) * fraction * (1 - fraction)) ** 0.5 + 1)
     low = sample.kthvalue(int(middle - width) + 1).values.item() if middle >= width else float("-inf")
     high = sample.kthvalue(int(middle + width) + 1).values.item() if middle + width < len(sample) else float("inf")
     return low, high
+
+
+def _joined(brackets: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same stretches without overlaps, in order."""
+    joined: list[tuple[float, float]] = []
+    for low, high in sorted(brackets):
+        if joined and low <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(high, joined[-1][1]))
+        else:
+            joined.append((low, high))
+    return joined
 
 
 def _lowest_of_rows(score: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelwright.anatomy import Site
 from modelwright.core import model, stream
-from modelwright.core.errors import Faults, RecipeError, SiteError, WeightsError
+from modelwright.core.errors import Faults, RecipeError, WeightsError
 from modelwright.core.files import refuse_existing, refuse_inputs
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
@@ -66,21 +66,17 @@ def merge(
         names = [plan.config.name for plan in plans]
         made = [prepared(document, names, places) for document in experts]
         refuse_inputs(final, places.sources)
-        if experts:
-            _check_values(places)
-        try:
-            for number, plan in enumerate(plans if experts else plans[:-1]):
-                folder = between / f"document-{number}"
-                write(plan, folder, seed=seed)
-                _reopen(plans, str(plan.config.name), folder)
-                places.merged[str(plan.config.name)] = folder
-            if made:
-                assemble(made[0], places, final, seed=seed, overwrite=overwrite)
-            else:
-                write(plans[-1], final, seed=seed, overwrite=overwrite)
-        except (SiteError, WeightsError):  # a merge finds NaN as it goes; which model has it is worth a look at all
-            _check_values(places)
-            raise
+        stream._steady_memory()
+        _check_values(places)
+        for number, plan in enumerate(plans if experts else plans[:-1]):
+            folder = between / f"document-{number}"
+            write(plan, folder, seed=seed)
+            _reopen(plans, str(plan.config.name), folder)
+            places.merged[str(plan.config.name)] = folder
+        if made:
+            assemble(made[0], places, final, seed=seed, overwrite=overwrite)
+        else:
+            write(plans[-1], final, seed=seed, overwrite=overwrite)
         return model.open(final)
 
 
@@ -181,7 +177,7 @@ def _adapter(reference: Reference) -> Path:
 
 
 def _check_values(places: Places) -> None:
-    """Refuse NaN and infinity in any model, by name."""
+    """Refuse NaN and infinity in any model, by name, before anything is written."""
     faults = Faults()
     for folder in track(list(dict.fromkeys(places.opened.values())), "check"):
         with faults.collected():
@@ -203,7 +199,6 @@ def _reopen(plans: list[Plan], name: str, folder: Path) -> None:
 def write(plan: Plan, folder: Path, *, seed: int, overwrite: bool = False) -> None:
     """Write the result of a plan."""
     given = Given(seed=seed)
-    stream._steady_memory()
     with torch.no_grad(), Writer(folder, overwrite=overwrite) as out:
         for made in track(plan.tensors, plan.config.method):
             stream._give_back()

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from modelwright.maths.masks import quantile
+from modelwright.maths.masks import quantiles
 from modelwright.maths.slices import Entries, Sliced, flat
 from modelwright.maths.task_vectors import delta, of_rows, spread
 from modelwright.methods.merge._mechanism import PointWise
@@ -41,7 +41,7 @@ class ArceeFusion(PointWise):
         def scores(at: slice) -> Tensor:
             return change(at).abs_().mul_(apart(at))
 
-        low, middle, high = (quantile(scores, count, share) for share in (0.25, 0.5, 0.75))
+        low, middle, high = quantiles(scores, count, (0.25, 0.5, 0.75))
         least = middle + FAR * (high - low)
 
         def values(at: slice) -> Tensor:

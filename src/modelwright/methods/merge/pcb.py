@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.settings import fraction, number
-from modelwright.maths.masks import find_cut, quantile
+from modelwright.maths.masks import find_cut, quantiles
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
 from modelwright.maths.task_vectors import delta, onto
 from modelwright.methods.merge._mechanism import Merger
@@ -69,8 +69,10 @@ class Pcb(Merger):
     def ends(self, weight: Entries, donors: list[Entries]) -> list[Ends]:
         """Where each donor's sizes and balances end."""
         count, changes = math.prod(weight.shape), changes_of(weight, donors)
-        sizes = [[quantile(absolute(one), count, share) for share in (self.clamp, 1 - self.clamp)] for one in changes]
-        ends = [Ends((low, high)) for low, high in sizes]
+        ends = []
+        for one in changes:
+            low, high = quantiles(absolute(one), count, (self.clamp, 1 - self.clamp))
+            ends.append(Ends((low, high)))
         dropped = max(count - int(self.keep * count), 1)
 
         def balances(number: int) -> tuple[float, float]:
