@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,12 @@ class Cut(NamedTuple):
         if at.start == self.last and self.ties:
             mask[(part == self.value).nonzero()[: self.ties, 0]] = True
         return mask
+
+    def before(self, part: Tensor, at: slice) -> Tensor:
+        """The same as 1 and 0 in the place of the values; to multiply with it is faster than to fill by a mask."""
+        if at.start == self.last:
+            return part.copy_(self.mark(part, at))
+        return part.le_(self.value) if at.start < self.last else part.lt_(self.value)
 
 
 def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern: tuple[int, int] | None = None) -> Tensor:
@@ -120,9 +127,14 @@ def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]
     """Of a slice's values: how many lie below a bracket, on its lower and its upper end, and those that lie inside."""
     reaches = part >= low
     below = part.numel() - int(reaches.count_nonzero())
-    part = part[reaches.logical_and_(part <= high)]
-    inside = part[(part > low) & (part < high)]
+    part = part[_places(reaches.logical_and_(part <= high))]
+    inside = part[_places((part > low) & (part < high))]
     return below, int((part == low).count_nonzero()), int((part == high).count_nonzero()), inside
+
+
+def _places(mask: Tensor) -> Tensor:
+    """Where a mask [n] is true. On a processor numpy finds that several times as fast as torch."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
 
 
 def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modelwright.maths.slices import Entries, Sliced, each, flat
-from modelwright.maths.task_vectors import by_rows
+from modelwright.maths.task_vectors import average, by_rows
 
 Coefficients = Callable[[Tensor], Tensor]  # G [..., n, n] -> what each vector counts in the sum [..., n]
 
@@ -46,13 +46,13 @@ def mean(
         whole, _ = vectors([part(at) for part in parts])
         return whole @ whole.T
 
-    shares = coefficients(torch.stack(list(each(products, count))).sum(0) if count else torch.zeros(len(tensors), len(tensors)).double())
-
-    def values(at: slice) -> Tensor:
-        whole, start = vectors([part(at) for part in parts])
-        return shares @ whole + start
-
-    return Sliced(shape, dtype, values)
+    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+    for part in each(products, count):
+        gram += part
+    shares = coefficients(gram).tolist()
+    if base is not None:
+        tensors, shares = [*tensors, base], [*shares, 1 - sum(shares)]
+    return average(tensors, shares, normalize=False, dtype=dtype)
 
 
 def lengths(gram: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modelwright.maths import slices
-from modelwright.maths.masks import find_cut
+from modelwright.maths.masks import find_cut, find_cuts
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
 
 NOTHING = 1e-7  # of the sum of weights' sizes: a sum that is no larger is 0 but for rounding
@@ -75,13 +75,12 @@ def without_outliers(values: Values, count: int, keep: float, top: float) -> Val
     """
     gone = count - min(count, int(keep * count))
     highest = min(int(top * count), gone)
-    kept = without_lowest(values, count, gone - highest) if gone > highest else values
-    if not highest:
-        return kept
-    cut = find_cut(lambda at: values(at).abs(), count, count - highest)
+    low, high = find_cuts(lambda at: values(at).abs(), count, [gone - highest, count - highest])
 
     def inside(at: slice) -> Tensor:
-        return kept(at).masked_fill(~cut.mark(values(at).abs(), at), 0)
+        part = values(at)
+        within = high.before(part.abs(), at).sub_(low.before(part.abs(), at))
+        return part.mul_(within)
 
     return inside
 
@@ -170,7 +169,12 @@ def of_rows(parts: Sequence[Values], width: int, count: int, function: Callable[
     def work(at: slice) -> Tensor:
         return function(*(part(slice(at.start * width, at.stop * width)).view(-1, width) for part in parts))
 
-    return torch.cat([torch.empty(0), *each(work, count // width if width else 0, max(1, slices.SLICE // max(1, width)))])
+    rows = count // width if width else 0
+    found = torch.empty(rows)  # at first, because small tensors among large ones that come and go keep these from their places
+    size = max(1, slices.SLICE // max(1, width))
+    for at, part in zip(slices.slices(rows, size), each(work, rows, size), strict=True):
+        found[at] = part
+    return found
 
 
 def spread(numbers: Tensor, width: int) -> Values:
@@ -307,4 +311,9 @@ def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor | None,
         if normalize:
             shares.add_(agreeing.sign_(), alpha=weight)
     total.mul_(sign)
-    return total.div_(shares.masked_fill_(shares.abs() <= NOTHING * sum(map(abs, weights)), 1)) if normalize else total
+    if not normalize:
+        return total
+    nothing = NOTHING * sum(map(abs, weights))
+    if min(weights) > nothing:  # so that a share of nothing is one without donors, where the total is 0 too
+        return total.div_(shares.clamp_(min=nothing))
+    return total.div_(shares.masked_fill_(shares.abs() <= nothing, 1))

@@ -45,10 +45,10 @@ class Sce(PointWise):
             parts = [change(at) for change in changes]
             if cut is None:
                 return parts
-            kept = ~cut.mark(apart(parts), at)
+            kept = cut.before(apart(parts), at).sub_(1).neg_()
             return [part.mul_(kept) for part in parts]
 
-        squares = each(lambda at: [float(torch.linalg.vector_norm(part, dtype=torch.float64)) ** 2 for part in selected(at)], count)
+        squares = each(lambda at: [float(part.square().sum(dtype=torch.float64)) for part in selected(at)], count)
         sizes = torch.tensor([[0.0] * len(donors), *squares], dtype=torch.float64).sum(0)
         weights = (sizes / sizes.sum().clamp(min=1e-300)).tolist()
 
@@ -62,12 +62,12 @@ class Sce(PointWise):
 
 def apart(parts: list[Tensor]) -> Tensor:
     """The variance at each entry [n] over parts, as a mean square; exactly 0 where all are equal."""
-    gaps = [part - parts[0] for part in parts]
+    gaps = [part - parts[0] for part in parts[1:]]
     mean = torch.zeros_like(parts[0])
     for gap in gaps:
         mean.add_(gap, alpha=1 / len(parts))
-    total = torch.zeros_like(mean)
+    total = mean.square()
     for gap in gaps:
         gap.sub_(mean)
-        total.addcmul_(gap, gap, value=1 / len(parts))
-    return total
+        total.addcmul_(gap, gap)
+    return total.div_(len(parts))
