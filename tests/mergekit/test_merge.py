@@ -516,7 +516,14 @@ def test_an_adapter_from_the_hub_comes_without_pickles(merge, adapter, monkeypat
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(adapter[0]))
     merge("merge_method: passthrough\nmodels: [{model: a+one/adapter@main}]")
-    assert asked == {"name": "one/adapter", "revision": "main", "allow_patterns": HUB_FILES}
+    assert asked == {"name": "one/adapter", "revision": "main", "allow_patterns": HUB_FILES, "repo_type": "model"}
+
+
+def test_an_adapter_that_is_nowhere_is_named_with_its_model(merge, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, wanted in (("one/adapter", "the hub did not give it"), ("./adapter", "there is no such folder")):
+        with pytest.raises(WeightsError, match=rf"a\+{name}: an adapter .*was asked for.*{wanted}"):
+            merge(f"merge_method: passthrough\nmodels: [{{model: a+{name}}}]")
 
 
 def test_an_adapter_is_merged_into_its_model_first(merge, folders, adapter):

@@ -24,7 +24,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.blocks.embedding import PackedEmbedding
 from modelwright.blocks.packed import PackedLinear
 
-from . import loading
+from . import hub, loading
 from .errors import ModelError, WeightsError, nearest
 from .files import restore, whole_folder, write_json
 from .weights import Checkpoint, check_finite, not_finite
@@ -267,7 +267,8 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
     if "+" in str(source) and not Path(source).exists():
         base, _, adapter = str(source).rpartition("+")
         if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ModelError(f"{source}: {adapter} is no folder with a peft adapter. Name one behind the +, after the model.")
+            hint = hub.nearest_path(adapter)
+            raise ModelError(f"{source}: {adapter} is no folder with a peft adapter.{hint} Name one behind the +, after the model.")
         return Folded(open(base, tokenizer=tokenizer, trust_remote_code=trust_remote_code), Path(adapter))
     if str(source) == "starter":
         from modelwright.starter import path

@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modelwright.core import hub
 from modelwright.core.errors import WeightsError, nearest, refuse
 from modelwright.core.files import claim, explain_full_disk, partial_of, publish, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
@@ -476,24 +476,15 @@ class _Shard:
 
 
 def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     restore(path.absolute())
     restore(path.absolute().parent)  # a fit's folder has the model inside
     if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
         return path.absolute()
-    local = not isinstance(source, str) or path.exists() or path.suffix == ".safetensors"
-    if local or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise WeightsError(f"A checkpoint at {source} was asked for, but there is no such folder or .safetensors file.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(
-            f"{source!r} was asked for; there is no such folder here, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the connection or your login."
-        ) from error
+    if path.exists() or not isinstance(source, str) or path.suffix == ".safetensors":
+        hint = hub.nearest_path(str(source))
+        raise WeightsError(f"A checkpoint at {source} was asked for, but there is no such folder or .safetensors file.{hint}")
+    return hub.fetch(source, HUB_FILES, what="A checkpoint", error=WeightsError, revision=revision)
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:

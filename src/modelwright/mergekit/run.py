@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modelwright.anatomy import Site
-from modelwright.core import model, stream
+from modelwright.core import hub, model, stream
 from modelwright.core.errors import Faults, RecipeError, SiteError, WeightsError
 from modelwright.core.files import refuse_existing, refuse_inputs
 from modelwright.core.given import Given
@@ -167,14 +168,10 @@ def _plans(documents: list[Config], places: Places, *, as_mergekit: bool) -> lis
 
 
 def _adapter(reference: Reference) -> Path:
-    place = Path(str(reference.adapter)).expanduser()
+    name = str(reference.adapter)
+    place = Path(os.path.expanduser(name))
     if not place.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            place = Path(snapshot_download(str(reference.adapter), revision=reference.adapter_revision, allow_patterns=HUB_FILES))
-        except Exception as error:  # of many kinds: no name, no such repository, no connection
-            raise WeightsError(f"{reference}: there is no adapter {reference.adapter} here, and the hub did not give it.") from error
+        place = hub.fetch(name, HUB_FILES, what=f"{reference}: an adapter", error=WeightsError, revision=reference.adapter_revision)
     if not (place / "adapter_config.json").is_file():
         raise WeightsError(f"{reference}: {reference.adapter} has no adapter_config.json. After the + stands a peft adapter.")
     return place
