@@ -273,15 +273,6 @@ def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
     assert torch.equal(merged.read("model.layers.0.block_sparse_moe.experts.1.w2.weight"), whole.bfloat16())
 
 
-def test_where_there_is_no_moe_method_a_mixture_is_refused(merge, monkeypatch):
-    from modelwright.core import find
-
-    names = [name for name in find.names() if name != "merge.moe"]
-    monkeypatch.setattr(find, "names", lambda: names)
-    with pytest.raises(RecipeError, match="mixture of experts .* which needs merge.moe"):
-        merge(EXPERTS)
-
-
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
