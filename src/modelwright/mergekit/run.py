@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelwright import starter
 from modelwright.anatomy import Site
 from modelwright.core import hub, model, stream
 from modelwright.core.errors import Faults, RecipeError, SiteError, WeightsError
@@ -122,7 +123,7 @@ class Places:
         if reference.path in self.merged and reference.adapter is None:
             return self.merged[reference.path]
         if reference not in self.opened:
-            folder = Checkpoint(reference.path, reference.revision).path
+            folder = starter.path() if reference.path == "starter" else Checkpoint(reference.path, reference.revision).path
             self.sources.append(folder)
             if reference.adapter is not None:
                 adapter = _adapter(reference)
