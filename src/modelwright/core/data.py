@@ -50,7 +50,8 @@ class Text:
             raise DataError(
                 f"{self.source} cannot be split into calibration and held-out text: it is too short or repeats itself. Give more text."
             )
-        return Text(tuple(ours), self.source), Text(tuple(theirs), f"{self.source} (held out)")
+        part = "part" if self.held else f"{held:.0%}"
+        return Text(tuple(ours), self.source), Text(tuple(theirs), f"the held-out {part} of {self.source}")
 
 
 def read(source: str | Path | Text | Sequence[str]) -> Text:
