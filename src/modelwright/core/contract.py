@@ -133,10 +133,15 @@ def check(method: str | type[Method], kinds: tuple[str, ...] = KINDS) -> list[Re
     """Run every check on a method, on every kind of model where it applies.
 
     method: its name, `path/file.py:Class`, or the class.
+
+    Raises:
+        MethodError: there is no such method or file; one that cannot be imported is a failing check.
     """
     try:
         cls = find.find(method) if isinstance(method, str) else method
     except MethodError as error:
+        if isinstance(method, str) and not find.exists(method):
+            raise
         return [Result("imports", "failed", str(error))]
     return [run(cls, name, kind) for name, kind in checks(kinds)]
 

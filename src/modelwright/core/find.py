@@ -55,13 +55,23 @@ def page(name: str) -> Page:
     return Page(name, text.partition("\n")[0], text, path, _class_constant(tree, "status") or Method.status)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is that of a file, `path/file.py` or `path/file.py:Class`."""
+    return name.endswith(".py") or ".py:" in name
+
+
+def exists(name: str) -> bool:
+    """Whether a method has this name or there is such a file, whatever it holds."""
+    return Path(name.partition(":")[0]).is_file() if is_path(name) else name in names()
+
+
 def find(name: str) -> type[Method]:
     """The class of the method with this name, or of `path/file.py:Class`.
 
     Raises:
         MethodError: no such method, or its file fails to import; the text says which and why.
     """
-    if name.endswith(".py") or ".py:" in name:
+    if is_path(name):
         return _outside(name)
     path = FOLDER.joinpath(*name.split(".")).with_suffix(".py")
     if path.is_file() and not path.name.startswith("_"):

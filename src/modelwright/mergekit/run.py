@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwright import starter
 from modelwright.anatomy import Site
 from modelwright.core import hub, model, stream
 from modelwright.core.errors import Faults, RecipeError, SiteError, WeightsError
@@ -123,7 +122,9 @@ class Places:
         if reference.path in self.merged and reference.adapter is None:
             return self.merged[reference.path]
         if reference not in self.opened:
-            folder = starter.path() if reference.path == "starter" else Checkpoint(reference.path, reference.revision).path
+            from modelwright.starter import path
+
+            folder = path() if reference.path == "starter" else Checkpoint(reference.path, reference.revision).path
             self.sources.append(folder)
             if reference.adapter is not None:
                 adapter = _adapter(reference)

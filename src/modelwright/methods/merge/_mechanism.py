@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import torch
 
 from modelwright.core.errors import SettingError, refuse
-from modelwright.core.method import Method, ModelMethod, TensorMethod
+from modelwright.core.method import Method, ModelMethod, Places, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
@@ -31,6 +31,8 @@ class PointWise(TensorMethod):
     every: ClassVar[bool] = True
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default every tensor, norms and embeddings too
 
     def everywhere(self, *names: str) -> list[str]:
         """The problems with settings that must be one number, because all tensors are surveyed together."""
