@@ -20,9 +20,10 @@ from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Stored
 
 from . import data as texts
-from . import stream, walk
+from . import stream
 from .errors import DataError, NeedError
 from .model import Model, open, stored_bytes, unwrapped
+from .passage import fill
 from .progress import track
 from .weights import Checkpoint
 
@@ -87,7 +88,7 @@ def count_on_disk(checkpoint: Checkpoint, skeleton: nn.Module) -> tuple[int, int
     for path, layer in skeleton.named_modules():
         if isinstance(layer, Stored) and layer.stands_for_dense:
             own = [f"{path}.{leaf}" for leaf in layer.state_dict()]
-            walk.fill(skeleton, own, lambda name: checkpoint.read(names[name] or name))
+            fill(skeleton, own, lambda name: checkpoint.read(names[name] or name))
             total += layer.weights()
             zeros += layer.weights() - layer.nonzeros()
             layer.to("meta")

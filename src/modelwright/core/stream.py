@@ -22,6 +22,7 @@ from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, LayerMethod, Method, TensorMethod
 from .model import RECORD, Model, empty_module, open, put, tokenizer_files
+from .passage import Resident, fill
 from .progress import track
 from .weights import Checkpoint, Writer
 
@@ -210,7 +211,7 @@ def _files(model: Model) -> Checkpoint:
 # Layer and block level
 
 
-class Streamed(walk.Resident):
+class Streamed(Resident):
     """The walk over an empty module whose blocks are read from disk when their turn comes and dropped afterwards."""
 
     def __init__(self, model: Model, work: Path):
@@ -230,7 +231,7 @@ class Streamed(walk.Resident):
     def load_outside(self, *, head: bool = True) -> None:
         """Have the tensors outside the blocks ready; without the head, large embeddings are read row by row as they are used."""
         left = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"} | self._embed_from_disk()
-        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in left], self._read)
+        fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in left], self._read)
         if hasattr(self.module, "tie_weights"):
             self.module.tie_weights()  # type: ignore[operator]
 
@@ -249,12 +250,12 @@ class Streamed(walk.Resident):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
+        fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
 
     def load(self, depth: int) -> None:
         prefix = f"{self.path}.{depth}."
         with walk.split_experts(self.module, prefix):
-            walk.fill(self.module, [name for name in self.names if name.startswith(prefix)], self._read)
+            fill(self.module, [name for name in self.names if name.startswith(prefix)], self._read)
 
     def finish(self, depth: int) -> None:
         self.stack[depth].to("meta")
