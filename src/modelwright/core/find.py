@@ -14,6 +14,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from .errors import MethodError, nearest
 from .method import Method
@@ -103,7 +104,7 @@ def _outside(name: str) -> type[Method]:
     cls = getattr(module, wanted, None) if wanted else _only_class(module, name)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"{name}: {path} has no method class {wanted!r}.")
-    cls._outside_name = f"{path}:{cls.__name__}"  # type: ignore[attr-defined]
+    cls._outside_name = f"{path}:{cls.__name__}"
     return cls
 
 
@@ -119,11 +120,9 @@ def _load_outside(name: str, path: Path, unique: str) -> None:
         raise MethodError(f"{name}: the file cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _only_class(module: object, name: str) -> type[Method]:
+def _only_class(module: ModuleType, name: str) -> type[Method]:
     found = [
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__  # type: ignore[attr-defined]
+        cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__
     ]
     if len(found) != 1:
         listed = ", ".join(cls.__name__ for cls in found) or "none"

@@ -126,8 +126,9 @@ def flops_per_token(module: nn.Module) -> int:
         if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
             total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
-    if tied and module.get_output_embeddings() is not None:  # type: ignore[operator]
-        total += 2 * module.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    whole: Any = module
+    if tied and whole.get_output_embeddings() is not None:
+        total += 2 * whole.get_input_embeddings().weight.numel()
     return int(total)
 
 

@@ -78,8 +78,7 @@ class Model:
     def module(self) -> nn.Module:
         """The module with its weights, in evaluation mode."""
         if self._module is None:
-            assert self.folder is not None
-            self._module = load_module(self.folder, self.config, self.trust_remote_code).eval()
+            self._module = load_module(self.stored_in, self.config, self.trust_remote_code).eval()
         return self._module
 
     @module.setter
@@ -97,6 +96,12 @@ class Model:
     def sources(self) -> list[Path]:
         """The folders whose files it is made of; none for a model that came as a module."""
         return [] if self.folder is None else [self.folder]
+
+    @property
+    def stored_in(self) -> Path:
+        """The folder of a model that lies in one."""
+        assert self.folder is not None, self
+        return self.folder
 
     @property
     def loaded(self) -> bool:
@@ -238,11 +243,10 @@ class Folded(Model):
 
         if not base.dense or "adapters" in base.marks:
             raise ModelError(f"{self.name}: only a dense model can take an adapter into its weights, and {base.name} is none.")
-        assert base.folder is not None
         with quiet():
             try:
-                borne = PeftModel.from_pretrained(load_module(base.folder, base.config, base.trust_remote_code), str(self.adapter))
-                return borne.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+                borne: Any = PeftModel.from_pretrained(load_module(base.stored_in, base.config, base.trust_remote_code), str(self.adapter))
+                return borne.merge_and_unload(safe_merge=True)
             except (ValueError, RuntimeError, KeyError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise ModelError(
@@ -364,7 +368,7 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     return causal.get(type(config), None) or plain[type(config)]
 
 
-def empty_module(config: Any) -> nn.Module:
+def empty_module(config: Any) -> PreTrainedModel:
     """The model with meta tensors, and with the layers that its checkpoint describes in place."""
     with torch.device("meta"), quiet():
         module = class_of(config)._from_config(config)
@@ -447,7 +451,14 @@ def save_module(module: nn.Module, folder: Path) -> None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The base model under peft's wrapper; another module as it is."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    bearer: Any = module
+    return bearer.get_base_model() if hasattr(bearer, "get_base_model") else module
+
+
+def unloaded(module: nn.Module) -> nn.Module:
+    """The base model, without the layers of the adapter that it bears; another module as it is."""
+    bearer: Any = module
+    return bearer.unload() if hasattr(bearer, "get_base_model") else module
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

@@ -34,7 +34,7 @@ from .progress import bar, track
 from .statistics import Statistics
 
 Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
-Result = Tensor | Sliced | nn.Module
+Result = Tensor | Sliced | Stored
 
 
 def apply(
@@ -124,7 +124,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
             _train(model, method, given)
         else:
             assert isinstance(method, ModelMethod), method
-            model = method.model(model, **_given_whole(model, method, given))  # type: ignore[attr-defined]
+            model = method.model(model, **_given_whole(model, method, given))
     record(model, method, given)
     return model
 
@@ -477,7 +477,7 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
         walk.load(depth)
         after = list(walk.run_block(depth))
         rows = [(_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
-        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))  # type: ignore[attr-defined]
+        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))
         walk.states = after
         walk.finish(depth)
     kept = method.keep(scores)
@@ -502,7 +502,7 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     targets = [site.module for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[attr-defined, arg-type]
+        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[arg-type]
 
 
 # Training
@@ -525,7 +525,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             model.module,
             given.ids(model),
             settings,
-            lambda module, ids, mask: method.loss(module, ids, mask, **extras),  # type: ignore[attr-defined]
+            lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),

@@ -77,6 +77,11 @@ class Source:
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
 
+    @property
+    def first(self) -> int:
+        """Its first layer."""
+        return self.layers[0] if self.layers else 0
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -151,7 +156,7 @@ class Config:
             for part in tower.slices:
                 scopes += [part.parameters, *(source.parameters for source in part.sources)]
         entries = [entry for scope in scopes for parameter in scope.values() for entry in parameter.entries]
-        return {wanted for wanted, _ in entries if wanted not in (None, "*")}  # type: ignore[misc]
+        return {wanted for wanted, _ in entries if wanted is not None and wanted != "*"}
 
 
 @dataclass(frozen=True)
@@ -326,10 +331,12 @@ class Reader:
                 self.wrong(f"{where} has one adapter at most, model+adapter; got {stated!r}.")
         else:
             parts = [None]
-        if None in parts or not parts[0] or not parts[0][0]:
+        found = [part for part in parts if part and part[0]]
+        if len(found) < len(parts):
             self.wrong(f"{where} must be a model: a folder, a hub name, or {{model: ..., lora: ...}}; got {stated!r}.")
             return None
-        return Reference(*parts[0], *(parts[1] if len(parts) > 1 else ()))  # type: ignore[misc]
+        (path, revision), (adapter, adapter_revision) = found[0], found[1] if len(found) > 1 else (None, None)
+        return Reference(path, revision, adapter, adapter_revision)
 
     def path(self, stated: Any, where: str) -> tuple[str, str | None] | None:
         if isinstance(stated, Mapping):

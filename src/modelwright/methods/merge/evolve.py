@@ -115,7 +115,9 @@ class Evolve(ModelMethod):
         settings: dict[str, Any] = {"weights": [genes[f"weight {group} {donor}"] for donor in range(donors)]}
         if f"keep {group} 0" in genes:
             settings["keep_each"] = [genes[f"keep {group} {donor}"] for donor in range(donors)]
-        return find.find(self.method).build(settings)  # type: ignore[return-value]
+        made = find.find(self.method).build(settings)
+        assert isinstance(made, Merger), made
+        return made
 
     def group(self, site: Any) -> int:
         """The group of a weight; what stands outside the blocks belongs to the first."""
