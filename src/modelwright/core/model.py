@@ -26,7 +26,7 @@ from modelwright.blocks.packed import PackedLinear
 
 from . import hub, loading
 from .errors import ModelError, WeightsError, nearest
-from .files import restore, whole_folder, write_json
+from .files import read_json, restore, whole_folder, write_json
 from .weights import Checkpoint, check_finite, not_finite
 
 if TYPE_CHECKING:
@@ -314,13 +314,7 @@ def stated_config(folder: Path) -> dict[str, Any]:
         if adapter.is_file():
             return stated_config(base_of(adapter))
         raise ModelError(f"{folder} has no config.json, so its architecture is unknown. Copy it from the original model.")
-    try:
-        stated = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}. Copy it from the original model.") from error
-    if not isinstance(stated, dict):
-        raise ModelError(f"{file} holds {type(stated).__name__} and no mapping. Copy it from the original model.")
-    return stated
+    return read_json(file, ModelError, "Copy it from the original model.")
 
 
 def refuse_unknown(folder: Path, trust_remote_code: bool = False) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from modelwright.core import hub
 from modelwright.core.errors import WeightsError, nearest, refuse
-from modelwright.core.files import claim, explain_full_disk, partial_of, publish, refuse_existing, restore
+from modelwright.core.files import claim, explain_full_disk, partial_of, publish, read_json, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
 
 DTYPES = {
@@ -51,6 +51,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 SLICE = 1 << 26  # bytes that one read or write moves
+AGAIN = "Fetch or write it again."
 
 
 class Place(NamedTuple):
@@ -151,7 +152,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The content of config.json, or {} where there is none. Raises WeightsError when it is not a JSON object."""
         file = self.path / "config.json"
-        return _json(file) if file.is_file() else {}
+        return read_json(file, WeightsError, AGAIN) if file.is_file() else {}
 
 
 class OnDisk:
@@ -495,7 +496,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     file = path / "model.safetensors.index.json"
     found = sorted(path.glob("*.safetensors"))
     if not single.exists() and file.is_file():
-        index = {"metadata": {}} | _json(file)
+        index = {"metadata": {}} | read_json(file, WeightsError, AGAIN)
         shards = index["weight_map"].values() if isinstance(index.get("weight_map"), dict) else [None]
         if not all(isinstance(name, str) for name in shards) or not isinstance(index["metadata"], dict):
             raise WeightsError(f"{file} has no weight_map from tensor names to file names. Fetch or write it again.")
@@ -565,16 +566,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name stands in it twice")
-    return content
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is no JSON: {error}. Fetch or write it again.") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} holds JSON, but no object. Fetch or write it again.")
     return content
 
 
