@@ -15,13 +15,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from . import __version__
 from .core.errors import ModelwrightError
 
 app = typer.Typer(
     help="Give it a model and a budget; get back the best model that fits, with a measured account of what was paid.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
-out = Console(highlight=False)
+out = Console(highlight=False, emoji=False)
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -29,6 +30,19 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="Change a recipe's 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")]
 Data = Annotated[str, typer.Option(help="Text: .txt, .jsonl, .parquet, a folder, a hub data set, or corpus.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Let the model's folder run code of its own.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"modelwright {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=app.info.help)
+def start(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """What stands before the verbs."""
 
 
 def main() -> None:
@@ -42,10 +56,12 @@ def _plain_errors() -> Iterator[None]:
     try:
         yield
     except ModelwrightError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escape(str(error))}")
+        Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(f"[red]error:[/] {_escape(str(error))}")
         raise SystemExit(2) from None
     except OSError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"[red]error:[/] {_escape(f'{type(error).__name__}: {error}')}")
+        Console(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(
+            f"[red]error:[/] {_escape(f'{type(error).__name__}: {error}')}"
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on from here")
@@ -210,7 +226,7 @@ def measure(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Measure models side by side. Size, quality on held-out text, speed, memory, energy."""
+    """Measure models side by side. Size, quality on text (of corpus, its held-out part), speed, memory, energy."""
     from . import report
     from .core.measure import measure as measured
     from .core.model import open as opened
@@ -300,7 +316,7 @@ def new(
     family: Annotated[str, typer.Argument(help="The family it belongs to, such as prune.")],
     name: Annotated[str, typer.Argument(help="Its name, such as mine.")],
 ) -> None:
-    """Write the two files of a new method: the method and its test."""
+    """Write a new method and its test. Inside a checkout of Modelwright into its folders, elsewhere into this one."""
     from .core.template import write
 
     method, test = write(family, name)

@@ -243,7 +243,7 @@ def fit(
     effort = effort.of(tokens) if tokens is not None else effort.for_size(sum(value.numel() for value in source.skeleton().parameters()))
     source = open(str(source.folder), trust_remote_code=source.trust_remote_code)  # a reader of its own, to forget
     check_readable(source)
-    limits = Budget.parse(budget, measure.disk_bytes(source.folder))  # type: ignore[arg-type]
+    limits = Budget.parse(budget, measure.disk_bytes(source.stored_in))
     key = recipe._hash(
         __version__, recipe.model_digest(source), texts.digest(texts.read(data)), limits.bytes, dataclasses.asdict(effort), seed
     )
@@ -300,7 +300,7 @@ def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[Fro
     with_folder = work / "out"
     shutil.rmtree(with_folder, ignore_errors=True)
     with_folder.mkdir()
-    shutil.copytree(result.model.folder, with_folder / "model", ignore=shutil.ignore_patterns("recipe.yaml"))  # type: ignore[arg-type]
+    shutil.copytree(result.model.stored_in, with_folder / "model", ignore=shutil.ignore_patterns("recipe.yaml"))
     write_text(with_folder / "recipe.yaml", best.yaml())
     write_text(with_folder / "frontier.csv", as_csv(frontier))
     samples = list(zip(prompts(job), *written, strict=True))
@@ -350,24 +350,23 @@ def probe(job: Job) -> dict[str, dict[str, float]]:
 @torch.no_grad()
 def _with_weights(job: Job, module: nn.Module, sites: list[Any], method: Any) -> float:
     """The score with a tensor-level method applied to these sites alone; the module is as before afterwards."""
-    before = {}
+    before = []
     for site in sites:
         weight = weight_of(module, site)
         assert weight is not None
-        before[site.name] = weight.clone()
+        before.append((weight, weight.clone()))
         for part in weight if weight.ndim == 3 else [weight]:
             result = method.tensor(part)
             part.copy_(result if isinstance(result, torch.Tensor) else result.dense())
     score = job.score(module, PROBE_EVERY)
-    for site in sites:
-        weight_of(module, site).copy_(before[site.name])  # type: ignore[union-attr]
+    for weight, own in before:
+        weight.copy_(own)
     return score
 
 
 def _without_block(job: Job, module: nn.Module, path: str, depth: int) -> float:
     """The score with one block handing its input on."""
-    stack = module.get_submodule(path)
-    block = stack[depth]  # type: ignore[index]
+    block = module.get_submodule(f"{path}.{depth}")
 
     def hand_on(_: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
         return (args[0], *out[1:]) if isinstance(out, tuple) else args[0]
@@ -522,7 +521,7 @@ def try_out(job: Job, steps: list[Step]) -> tuple[int, float]:
     model = job.source()
     for number, step in enumerate(steps):
         model = walk.write(model, step.method, replace(job.given, notes=[]), folder / str(number))
-    size, score = measure.disk_bytes(model.folder), job.score(model.module)  # type: ignore[arg-type]
+    size, score = measure.disk_bytes(model.stored_in), job.score(model.module)
     model.forget()
     gc.collect()
     shutil.rmtree(folder)
@@ -568,7 +567,7 @@ def settle(job: Job, trials: list[FrozenTrial], sensitivity: dict[str, dict[str,
     """
     for trial in within_budget(job, trials):
         candidates = candidates_of(job, steps_of(job, trial.params, sensitivity))
-        fitting = [each for each in candidates if measure.disk_bytes(each[2].model.folder) <= job.budget.bytes]  # type: ignore[arg-type]
+        fitting = [each for each in candidates if measure.disk_bytes(each[2].model.stored_in) <= job.budget.bytes]
         if fitting:
             score, made, done = min(fitting, key=lambda each: each[0])
             return trial, made, done, score

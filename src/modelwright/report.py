@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .core import loading
@@ -115,9 +116,16 @@ def heading(text: str) -> str:
     return textwrap.fill(text, 10, break_long_words=False)
 
 
+def measured_on(rows: list[dict[str, Any]]) -> str:
+    """The text that quality was measured on, as "all of my.txt"; "" where none was."""
+    return " and ".join(dict.fromkeys(row["text"] for row in rows if "text" in row))
+
+
 def table(rows: list[dict[str, Any]], title: str = "") -> Table:
-    """Rows as a table for the terminal: models side by side, steps one below the other."""
+    """Rows as a table for the terminal: models side by side, with the text that they were measured on; steps one below the other."""
     made = plain_table(title)
+    if text := measured_on(rows):
+        made.caption, made.caption_justify = Text(f"Measured on {text}."), "left"
     columns = columns_of(rows)
     if "step" in columns:
         columns = [column for column in columns if column not in ("bytes_memory", "flops_per_token")]  # they stay in the account
@@ -272,7 +280,7 @@ def lead(page: Page) -> str:
         f"{size(before['bytes_disk'])} became {size(after['bytes_disk'])}, "
         f"{after['bytes_disk'] / before['bytes_disk']:.0%} of the weight files. "
         f"Perplexity on held-out text went from {before['perplexity']:.2f} to {after['perplexity']:.2f}, "
-        f"bits per byte from {before['bits_per_byte']:.3f} to {after['bits_per_byte']:.3f}, on {short(after['tokens'])} tokens."
+        f"bits per byte from {before['bits_per_byte']:.3f} to {after['bits_per_byte']:.3f}. Measured on {measured_on(page.table)}."
     )
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import standin
 
+import modelwright
 from modelwright import cli, report
 from modelwright.core import find
+from modelwright.core.method import SiteMethod
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +44,12 @@ def test_help_names_every_verb(call):
     assert code == 0
     for verb in ("list", "show", "plan", "run", "fit", "measure", "merge", "check", "new"):
         assert verb in printed
+
+
+def test_version_is_that_of_the_package(call):
+    code, printed, _ = call("--version")
+    assert code == 0
+    assert printed == f"modelwright {modelwright.__version__}\n"
 
 
 def test_list_has_a_line_for_every_method_with_its_status(call):
@@ -91,6 +99,14 @@ def test_show_prints_the_schema_as_json(call):
     code, printed, _ = call("show", "--schema")
     assert code == 0
     assert json.loads(printed)["title"] == "A Modelwright recipe"
+
+
+@pytest.mark.parametrize("name", find.names())
+def test_show_says_where_a_method_works_by_default(call, name):
+    cls = find.find(name)
+    if issubclass(cls, SiteMethod):
+        wanted = "by default every tensor, norms and embeddings too" if cls.every else "by default the matrices of the blocks"
+        assert wanted in one_line(call("show", name)[1])
 
 
 def test_plan_has_a_row_for_every_step(call, starter):
@@ -164,6 +180,22 @@ def test_measure_sets_models_side_by_side(call, starter):
     assert first["bits_per_byte"] == second["bits_per_byte"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (("--tokens", "128"), "the first 128 tokens of the held-out part of corpus"),
+        ((), "all of the held-out part of corpus"),
+        (("--data", "my[1].txt"), "all of my[1].txt"),
+    ],
+)
+def test_measure_says_which_text_it_read(call, starter, arguments, wanted):
+    Path("my[1].txt").write_text(standin.documents()[0][0], "utf-8")
+    code, printed, _ = call("measure", "starter", *arguments)
+    assert code == 0
+    assert f"Measured on {wanted}." in one_line(printed)
+    assert json.loads(call("measure", "starter", *arguments, "--json")[1])[0]["text"] == wanted
+
+
 def test_measure_of_a_model_that_is_nowhere_says_so(call, starter):
     code, _, said = call("measure", "nowhere")
     assert code == 2
@@ -192,9 +224,32 @@ def test_new_writes_a_method_and_its_test_outside_a_checkout(call, monkeypatch, 
     assert "mine.py exists" in one_line(said)
 
 
+def test_new_writes_into_a_checkout_only_from_inside_of_it(call, monkeypatch, tmp_path):
+    folder, tests = tmp_path / "checkout" / "src" / "modelwright" / "methods", tmp_path / "checkout" / "tests" / "methods"
+    shutil.copytree(find.FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    tests.mkdir(parents=True)
+    monkeypatch.setattr(find, "FOLDER", folder)
+    assert call("new", "prune", "mine")[0] == 0
+    assert Path("mine.py").is_file()
+    assert not (folder / "prune" / "mine.py").exists()
+    monkeypatch.chdir(tests)
+    code, printed, _ = call("new", "prune", "mine")
+    assert code == 0
+    assert "modelwright check prune.mine" in printed
+    assert (folder / "prune" / "mine.py").is_file()
+    assert (tests / "prune" / "test_mine.py").is_file()
+
+
 def test_new_refuses_unknown_families_and_bad_names(call):
     assert "There is no family 'prun'. Did you mean 'prune'?" in one_line(call("new", "prun", "mine")[2])
     assert "A method's name is in lower case" in one_line(call("new", "prune", "My-Method")[2])
+
+
+def test_check_of_what_is_no_method_says_so(call):
+    assert call("check", "ties")[::2] == (2, "error: There is no method 'ties'. Did you mean 'merge.ties'? `modelwright list` shows all " +
+                                          f"{len(find.names())}.\n")  # fmt: skip
+    assert call("check", "nothing.at.all")[0] == 2
+    assert call("check", "no.py:X")[2] == "error: no.py:X: there is no file no.py. Write path/file.py:Class.\n"
 
 
 def test_check_ends_with_one_when_something_fails(call):

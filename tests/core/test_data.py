@@ -113,7 +113,7 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
         raise OSError("unreachable")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(DataError, match=r"'owner/name' is no file or folder here.*unreachable"):
+    with pytest.raises(DataError, match=r"'owner/name' was asked for; there is no such folder here.*unreachable.*\.jsonl"):
         read("owner/name")
 
 

@@ -84,6 +84,13 @@ def test_report_needs_no_other_file_and_shows_all_plots(fitted):
         assert words in page
 
 
+def test_report_card_and_table_say_which_text_was_measured(fitted, text):
+    wanted = f"all of the held-out 10% of {text}"
+    assert [row["text"] for row in fitted.table] == [wanted, wanted]
+    for file in ("report.html", "model/README.md"):
+        assert f"Measured on {wanted}." in (fitted.folder / file).read_text()
+
+
 def test_card_says_how_to_load(fitted):
     card = (fitted.folder / "model" / "README.md").read_text()
     config = json.loads((fitted.folder / "model" / "config.json").read_text())

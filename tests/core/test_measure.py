@@ -38,6 +38,7 @@ def test_uniform_model_has_the_vocabulary_as_perplexity_and_its_logarithm_as_bit
     assert found["perplexity_low"] == pytest.approx(97, rel=1e-4) == pytest.approx(found["perplexity_high"], rel=1e-4)
     ids = data.tokens(text, letters())
     assert found["tokens"] == len(ids) - 1
+    assert found["text"] == "all of the given strings"
     assert found["bits_per_byte"] == pytest.approx((len(ids) - 1) * math.log2(97) / len(LETTERS * 10))
 
 

@@ -17,6 +17,7 @@ from modelwright.core.find import find
 from modelwright.core.given import Given
 from modelwright.core.method import LayerMethod
 from modelwright.core.model import Model
+from modelwright.core.passage import Resident
 from modelwright.core.tiny import outputs, tiny, tiny_inputs
 from modelwright.core.weights import Checkpoint
 from modelwright.maths import second_order
@@ -113,7 +114,7 @@ def test_with_stages_the_later_matrices_of_a_block_see_the_changed_earlier_ones(
 def test_walk_without_a_change_ends_with_the_models_own_last_state(kind):
     module = tiny(kind)
     batches = [tiny_inputs(module, seed) for seed in range(2)]
-    passage = walk.Resident(Model(name=kind, module=module))
+    passage = Resident(Model(name=kind, module=module))
     last = []
     stack = module.get_submodule(passage.path)
     handle = stack[-1].register_forward_hook(lambda _, __, out: last.append(out[0] if isinstance(out, tuple) else out))
@@ -263,17 +264,17 @@ def test_a_resumed_step_repeats_the_notes_of_blocks_that_were_finished(on_disk, 
 
     whole = notes(tmp_path / "whole")
     assert len(whole) >= 4
-    keep = walk.Resident.keep
+    keep = Resident.keep
 
     def killed(self, depth, *rest):
         if depth == 2:
             raise KeyboardInterrupt
         keep(self, depth, *rest)
 
-    monkeypatch.setattr(walk.Resident, "keep", killed)
+    monkeypatch.setattr(Resident, "keep", killed)
     with pytest.raises(KeyboardInterrupt):
         notes(tmp_path / "broken")
-    monkeypatch.setattr(walk.Resident, "keep", keep)
+    monkeypatch.setattr(Resident, "keep", keep)
     assert notes(tmp_path / "broken") == whole
 
 

@@ -182,10 +182,39 @@ def test_a_hub_name_that_cannot_be_fetched_is_a_clear_error(monkeypatch):
 # faults
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "/no/where/at/all", "nowhere.safetensors"])
-def test_a_missing_folder(source):
+@pytest.mark.parametrize("source", ["./nowhere", "/no/where/at/all", "nowhere.safetensors", "some/where/else", "~nobody/model", "some/"])
+def test_a_missing_folder_is_not_looked_for_on_the_hub(source, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(WeightsError, match="there is no such folder"):
         Checkpoint(source)
+
+
+@pytest.mark.parametrize(
+    ("source", "wanted"),
+    [
+        ("./modles/mine", "there is no such folder. Did you mean 'models/mine'?"),
+        ("models/mien", "the hub did not give it (OSError: no connection). Did you mean 'models/mine'? Check the name"),
+        ("models/mine/last/", "there is no such folder."),
+        ("modles", "the hub did not give it (OSError: no connection). Did you mean 'models'?"),
+        ("gpt2", "the hub did not give it (OSError: no connection). Check the name"),
+        ("models/mine.safetensor", "Did you mean 'models/mine.safetensors'?"),
+    ],
+)
+def test_a_folder_of_nearly_the_name_is_suggested(source, wanted, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def snapshot(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "models" / "mine.safetensors").touch()
+    with pytest.raises(WeightsError) as error:
+        Checkpoint(source)
+    assert wanted in str(error.value)
 
 
 def test_a_folder_of_pickles_is_never_loaded(tmp_path):

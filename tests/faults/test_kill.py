@@ -14,7 +14,7 @@ from modelwright import fit
 from modelwright.core.errors import RecipeError
 
 STEPS = {
-    "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.walk", "Resident.keep", 3)),
+    "layer step, between blocks": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.passage", "Resident.keep", 3)),
     "layer step, while writing": ("- quantize.gptq: {bits: 4, group: 32}", ("modelwright.core.weights", "Writer.copy", 20)),
     "tensor step": ("- quantize.rtn: {bits: 4, group: 32}", ("modelwright.core.weights", "Writer.add", 9)),
     "block step": ("- prune.shortgpt: {blocks: 1}", ("modelwright.core.weights", "Writer.copy", 5)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from standin import stand_in, starter  # noqa: F401
 from tiny import tiny
 
 import modelwright as mw

@@ -273,21 +273,13 @@ def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
     assert torch.equal(merged.read("model.layers.0.block_sparse_moe.experts.1.w2.weight"), whole.bfloat16())
 
 
-def test_where_there_is_no_moe_method_a_mixture_is_refused(merge, monkeypatch):
-    from modelwright.core import find
-
-    names = [name for name in find.names() if name != "merge.moe"]
-    monkeypatch.setattr(find, "names", lambda: names)
-    with pytest.raises(RecipeError, match="mixture of experts .* which needs merge.moe"):
-        merge(EXPERTS)
-
-
 @pytest.mark.parametrize(
     ("change", "wanted"),
     [
         (("gate_mode: hidden", "gate_mode: hiden"), "Did you mean 'hidden'?"),
         (("experts_per_token: 1", "shared_experts: [1]"), "experts that every token is sent to are not here"),
         (("source_model: b", "source_modl: b"), "experts.1.source_model must be a model"),
+        (('positive_prompts: ["tell', 'positive_prompt: ["tell'), "experts.1.positive_prompt is no key here. Did you mean"),
         (("source_model: b", "noise_scale: 0.1, source_model: b"), "experts.1.noise_scale is not here"),
         (("base_model: a", "base_model: a\nname: mixed"), "one has no `name`"),
         (("bfloat16", "float8"), "dtype is one of"),

@@ -15,6 +15,7 @@ from modelwright.core.model import Model, quiet
 from modelwright.core.weights import HUB_FILES, Checkpoint, Writer
 from modelwright.mergekit.plan import belongs
 from modelwright.mergekit.run import MARKER
+from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.merge.ties import Ties
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -519,7 +520,14 @@ def test_an_adapter_from_the_hub_comes_without_pickles(merge, adapter, monkeypat
     asked = {}
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.update(options, name=name) or str(adapter[0]))
     merge("merge_method: passthrough\nmodels: [{model: a+one/adapter@main}]")
-    assert asked == {"name": "one/adapter", "revision": "main", "allow_patterns": HUB_FILES}
+    assert asked == {"name": "one/adapter", "revision": "main", "allow_patterns": HUB_FILES, "repo_type": "model"}
+
+
+def test_an_adapter_that_is_nowhere_is_named_with_its_model(merge, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, wanted in (("one/adapter", "the hub did not give it"), ("./adapter", "there is no such folder")):
+        with pytest.raises(WeightsError, match=rf"a\+{name}: an adapter .*was asked for.*{wanted}"):
+            merge(f"merge_method: passthrough\nmodels: [{{model: a+{name}}}]")
 
 
 def test_an_adapter_is_merged_into_its_model_first(merge, folders, adapter):
@@ -536,6 +544,36 @@ def test_the_result_carries_its_configuration_and_its_record(merge):
     step = json.loads((merged.path / "modelwright.json").read_text("utf-8"))["steps"][0]
     assert step["method"] == "merge.passthrough"
     assert merged.model.tokenizer is not None
+
+
+def test_a_result_of_several_documents_carries_all_of_them_and_they_make_it_again(merge):
+    text = """
+merge_method: slerp
+base_model: c
+models: [{model: c}, {model: both}]
+parameters: {t: 0.3}
+---
+name: both
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 3}}]
+"""
+    merged = merge(text)
+    kept = (merged.path / "mergekit_config.yml").read_text("utf-8")
+    assert kept.index("merge_method: slerp") < kept.index("---") < kept.index("name: both")
+    assert same(merge(kept, save="again"), merged.path)
+
+
+def test_the_starter_is_a_model_too(merge, starter, tmp_path):
+    merged = merge("merge_method: passthrough\nmodels: [{model: starter}]")
+    assert same(merged, starter)
+    model = mw.apply("starter", Lora(rank=2))
+    for name, value in model.module.named_parameters():
+        if "lora_B" in name:
+            value.data.fill_(0.1)
+    model.save(tmp_path / "adapter")
+    whole = model.module.merge_and_unload().state_dict()["model.layers.0.mlp.down_proj.weight"]
+    merged = merge(f"merge_method: passthrough\nmodels: [{{model: starter+{tmp_path}/adapter}}]", save="with")
+    assert torch.equal(merged.read("model.layers.0.mlp.down_proj.weight"), whole)
 
 
 def test_nothing_but_the_tensors_slices_is_held(merge, monkeypatch):

@@ -60,11 +60,40 @@ def test_references_have_revisions_and_adapters(text, expected):
     assert config.towers[0].slices[0].sources[0].model == expected
 
 
-def test_unknown_keys_are_named_with_the_nearest_known_one():
-    config = one("dtpye: float32\nmerge_method: linear\nmodels: [{model: a, layer_range: [0, 4], paramters: {weight: 1}}]\n")
-    assert any("dtpye" in note and "Did you mean 'dtype'?" in note for note in config.notes)
-    assert any("models.0.paramters" in note and "'parameters'" in note for note in config.notes)
-    assert any("models.0.layer_range" in note for note in config.notes)
+def test_keys_that_mean_nothing_are_left_out_with_a_note():
+    config = one("bogus: 1\nmerge_method: linear\nmodels: [{model: a, layer_range: [0, 4]}]\nparameters: {weight: 1}\nparameters_old: {}\n")
+    assert [note.partition(": left out, as mergekit does")[0] for note in config.notes] == [
+        "bogus",
+        "parameters_old",
+        "models.0.layer_range",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "meant"),
+    [
+        (LINEAR + "dtpye: float32\n", "dtpye", "dtype"),
+        (LINEAR + "paramters: {normalize: true}\n", "paramters", "parameters"),
+        ("merge_method: linear\nmodels: [{model: a, paramters: {weight: 1}}]\n", "models.0.paramters", "parameters"),
+        ("merge_method: linear\nmodels: [{model: {model: {path: a, revison: b}}}]\n", "models.0.model.model.revison", "revision"),
+        ("merge_method: linear\nmodels: [{model: a, parameters: {weight: {value: 1, fliter: mlp}}}]\n",
+         "models.0.parameters.weight.fliter", "filter"),
+        ("merge_method: linear\nmodules: {text: {models: [{model: a}], parameter: {weight: 1}}}\n", "modules.text.parameter", "parameters"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1]}], base_modle: b}]\n", "slices.0.base_modle",
+         "base_model"),
+        ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 1], parmeters: {weight: 1}}]}]\n",
+         "slices.0.sources.0.parmeters", "parameters"),
+        (LINEAR + "tokenizer: {soruce: union}\n", "tokenizer.soruce", "source"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: a, froce: true}}}\n", "tokenizer.tokens.x.froce", "force"),
+        (LINEAR + "tokenizer: {tokens: {x: {source: {kind: model_token, modle: a, token: y}}}}\n", "tokenizer.tokens.x.source.modle",
+         "model"),
+        ("base_model: a\nexpert_per_token: 1\nexperts: [{source_model: a}, {source_model: b}]\n", "expert_per_token", "experts_per_token"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_key_is_refused_at_every_level(text, where, meant):
+    with pytest.raises(RecipeError) as error:
+        read(text)
+    assert f"{where} is no key here. Did you mean {meant!r}?" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -96,10 +96,10 @@ def attach(module: nn.Module, updates: Mapping[str, Update], whole: Whole) -> nn
     )  # fmt: skip
     with quiet(), torch.random.fork_rng():
         wrapped = peft.get_peft_model(module, config)  # type: ignore[arg-type]
-    layers = dict(unwrapped(wrapped).named_modules())
+    layers: dict[str, Any] = dict(unwrapped(wrapped).named_modules())
     with torch.no_grad():
         for path, update in kept.items():
-            layer: Any = layers[path]
+            layer = layers[path]
             if "default" in layer.lora_embedding_A:
                 layer.lora_embedding_A["default"].copy_(update.down)
                 layer.lora_embedding_B["default"].copy_(update.up)
@@ -109,7 +109,7 @@ def attach(module: nn.Module, updates: Mapping[str, Update], whole: Whole) -> nn
             if layer.lora_B["default"].bias is not None:
                 layer.lora_B["default"].bias.copy_(torch.zeros(len(update.up)) if update.bias is None else update.bias)
         for path, tensors in whole.items():
-            layers[path].modules_to_save["default"].load_state_dict(tensors)  # type: ignore[union-attr, index]
+            layers[path].modules_to_save["default"].load_state_dict(tensors)
     return wrapped.eval()
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modelwright.core import hub
 from modelwright.core.errors import DataError, ModelError
 from modelwright.starter import corpus_text, paragraphs
 
@@ -50,7 +50,8 @@ class Text:
             raise DataError(
                 f"{self.source} cannot be split into calibration and held-out text: it is too short or repeats itself. Give more text."
             )
-        return Text(tuple(ours), self.source), Text(tuple(theirs), f"{self.source} (held out)")
+        part = "part" if self.held else f"{held:.0%}"
+        return Text(tuple(ours), self.source), Text(tuple(theirs), f"the held-out {part} of {self.source}")
 
 
 def read(source: str | Path | Text | Sequence[str]) -> Text:
@@ -71,9 +72,11 @@ def read(source: str | Path | Text | Sequence[str]) -> Text:
         return _text(_file(path), str(source))
     if path.is_dir():
         return _text(_folder(path), str(source))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and path.suffix not in READABLE:
-        return _text(_folder(_download(str(source))), str(source))
-    raise DataError(f"The data {str(source)!r} was asked for; there is no such file or folder. {FORMS}")
+    if "/" in str(source) and hub.is_name(str(source)) and path.suffix not in READABLE:
+        patterns = [f"*{suffix}" for suffix in READABLE]
+        folder = hub.fetch(str(source), patterns, what="Text", error=DataError, kind="dataset", advice=f"Check the connection. {FORMS}")
+        return _text(_folder(folder), str(source))
+    raise DataError(f"The data {str(source)!r} was asked for; there is no such file or folder.{hub.nearest_path(str(source))} {FORMS}")
 
 
 def corpus() -> Text:
@@ -200,19 +203,6 @@ def _parquet(file: Path) -> list[str]:
     except (ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable parquet file: {error}") from error
     return [row for row in rows if row is not None]
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [f"*{suffix}" for suffix in READABLE]
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
-    except Exception as error:  # whatever the hub or the network says
-        raise DataError(
-            f"The data {name!r} is no file or folder here, and the hub gave no data set of that name "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason'}). {FORMS}"
-        ) from error
 
 
 def _set_aside(documents: tuple[str, ...], held: float) -> tuple[list[str], list[str]]:

@@ -68,9 +68,9 @@ class RecipeError(ModelwrightError, ValueError):
     """A recipe cannot be read."""
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the known name nearest to `name`, or nothing when none is near."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.55)
+def nearest(name: str, known: Iterable[str], likeness: float = 0.55) -> str:
+    """`" Did you mean 'x'?"` for the known name nearest to `name`, or nothing when none is as alike as `likeness`, at most 1."""
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=likeness)
     return f" Did you mean {found[0]!r}?" if found else ""
 
 

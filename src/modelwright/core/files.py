@@ -43,6 +43,17 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
+def read_json(file: Path, error: type[ModelwrightError], advice: str) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error`, with `advice`, when it is none."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{file} is no JSON: {reason}. {advice}") from None
+    if not isinstance(content, dict):
+        raise error(f"{file} holds JSON, but no object. {advice}")
+    return content
+
+
 def partial_of(final: Path) -> Path:
     """Where a folder is written until it is whole."""
     return final.with_name(final.name + ".partial")

@@ -14,6 +14,7 @@ import inspect
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 from .errors import MethodError, nearest
 from .method import Method
@@ -55,13 +56,23 @@ def page(name: str) -> Page:
     return Page(name, text.partition("\n")[0], text, path, _class_constant(tree, "status") or Method.status)
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is that of a file, `path/file.py` or `path/file.py:Class`."""
+    return name.endswith(".py") or ".py:" in name
+
+
+def exists(name: str) -> bool:
+    """Whether a method has this name or there is such a file, whatever it holds."""
+    return Path(name.partition(":")[0]).is_file() if is_path(name) else name in names()
+
+
 def find(name: str) -> type[Method]:
     """The class of the method with this name, or of `path/file.py:Class`.
 
     Raises:
         MethodError: no such method, or its file fails to import; the text says which and why.
     """
-    if name.endswith(".py") or ".py:" in name:
+    if is_path(name):
         return _outside(name)
     path = FOLDER.joinpath(*name.split(".")).with_suffix(".py")
     if path.is_file() and not path.name.startswith("_"):
@@ -93,7 +104,7 @@ def _outside(name: str) -> type[Method]:
     cls = getattr(module, wanted, None) if wanted else _only_class(module, name)
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise MethodError(f"{name}: {path} has no method class {wanted!r}.")
-    cls._outside_name = f"{path}:{cls.__name__}"  # type: ignore[attr-defined]
+    cls._outside_name = f"{path}:{cls.__name__}"
     return cls
 
 
@@ -109,11 +120,9 @@ def _load_outside(name: str, path: Path, unique: str) -> None:
         raise MethodError(f"{name}: the file cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def _only_class(module: object, name: str) -> type[Method]:
+def _only_class(module: ModuleType, name: str) -> type[Method]:
     found = [
-        cls
-        for cls in vars(module).values()
-        if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__  # type: ignore[attr-defined]
+        cls for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, Method) and cls.__module__ == module.__name__
     ]
     if len(found) != 1:
         listed = ", ".join(cls.__name__ for cls in found) or "none"

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from .errors import DataError, ModelError
 from .given import Batch
 from .model import Model, unwrapped
+from .passage import Resident
 from .progress import track
-from .walk import Resident
 
 Targets = Literal["predicted", "sampled", "exact", "text"]
 

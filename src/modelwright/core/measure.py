@@ -20,9 +20,10 @@ from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Stored
 
 from . import data as texts
-from . import stream, walk
+from . import stream
 from .errors import DataError, NeedError
 from .model import Model, open, stored_bytes, unwrapped
+from .passage import fill
 from .progress import track
 from .weights import Checkpoint
 
@@ -87,7 +88,7 @@ def count_on_disk(checkpoint: Checkpoint, skeleton: nn.Module) -> tuple[int, int
     for path, layer in skeleton.named_modules():
         if isinstance(layer, Stored) and layer.stands_for_dense:
             own = [f"{path}.{leaf}" for leaf in layer.state_dict()]
-            walk.fill(skeleton, own, lambda name: checkpoint.read(names[name] or name))
+            fill(skeleton, own, lambda name: checkpoint.read(names[name] or name))
             total += layer.weights()
             zeros += layer.weights() - layer.nonzeros()
             layer.to("meta")
@@ -125,8 +126,9 @@ def flops_per_token(module: nn.Module) -> int:
         if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
             total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
-    if tied and module.get_output_embeddings() is not None:  # type: ignore[operator]
-        total += 2 * module.get_input_embeddings().weight.numel()  # type: ignore[operator, union-attr]
+    whole: Any = module
+    if tied and whole.get_output_embeddings() is not None:
+        total += 2 * whole.get_input_embeddings().weight.numel()
     return int(total)
 
 
@@ -242,7 +244,8 @@ def window_losses(module: nn.Module, ids: Tensor, length: int, batch: int = 8) -
 def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int | None = None) -> dict[str, Any]:
     """Perplexity per token and bits per byte on a text, with a 95 % interval over windows.
 
-    Every byte of the text counts in bits per byte; the marks between documents cost bits but count no bytes.
+    Every byte of the text counts in bits per byte; the marks between documents cost bits but count no bytes. "text" says
+    what was read.
     """
     if model.tokenizer is None:
         raise NeedError(
@@ -250,9 +253,9 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
         )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     ids = texts.tokens(text, model.tokenizer, needed=64, vocabulary=config.vocab_size)
-    size = sum(len(document.encode()) for document in text.documents)
+    size, part = sum(len(document.encode()) for document in text.documents), f"all of {text.source}"
     if most_tokens is not None and len(ids) > most_tokens:
-        ids = ids[:most_tokens]
+        ids, part = ids[:most_tokens], f"the first {most_tokens:,} tokens of {text.source}"
         size = len(model.tokenizer.decode(ids, skip_special_tokens=True).encode())
     losses, counts = window_losses(model.module, ids, texts.within(model.config, length))
     tokens = int(counts.sum())
@@ -269,6 +272,7 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
         "bits_per_byte": float(losses.sum()) / math.log(2) / size,
         "tokens": tokens,
         "bytes": size,
+        "text": part,
     }
 
 
@@ -326,7 +330,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Measure models side by side: sizes, quality on held-out text, speed, peak memory; a row each.
 
-    data: text that none of the models has been fitted to; of "corpus", the held-out part is taken.
+    data: text that none of the models has been fitted to: all of it is read; of "corpus", the held-out part. The row says which.
     tasks: names of lm-eval tasks; needs the package lm-eval.
     """
     text = texts.read(data)

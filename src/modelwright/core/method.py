@@ -24,7 +24,7 @@ import io
 import tokenize
 import typing
 from abc import ABC
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
@@ -50,6 +50,7 @@ DRIVEN = frozenset({"rng", "seed", "survey", "notes"})  # needs that the driver 
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
+Verb = Callable[..., Any]  # which a method writes, with parameters for what it needs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,7 @@ class Method(ABC):
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
+    _outside_name: ClassVar[str] = ""  # of one that is not among the package's files
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -101,7 +103,7 @@ class Method(ABC):
     @classmethod
     def name(cls) -> str:
         """The path that is the method's name, such as "prune.wanda"."""
-        return getattr(cls, "_outside_name", None) or cls.__module__.removeprefix("modelwright.methods.")
+        return cls._outside_name or cls.__module__.removeprefix("modelwright.methods.")
 
     @classmethod
     def needs(cls) -> tuple[str, ...]:
@@ -167,6 +169,7 @@ class TensorMethod(SiteMethod):
     level: ClassVar[str] = "tensor"
     in_parts: ClassVar[bool] = False  # only reads slices of its flattened inputs: they may be `core.weights.OnDisk`
     verb: ClassVar[str] = "tensor"
+    tensor: ClassVar[Verb]
 
     def survey(self, weight: Any, donors: list[Any]) -> Any:
         """What the verb must know of all tensors before the first, for methods whose verb asks for `survey`.
@@ -182,6 +185,7 @@ class LayerMethod(SiteMethod):
 
     level: ClassVar[str] = "layer"
     verb: ClassVar[str] = "layer"
+    layer: ClassVar[Verb]
     gathers: ClassVar[tuple[str, ...]] = ()  # of `core.statistics`: "norm", "mean", "moment", ...
 
     stages: bool = False  # gather anew for q k v, o, gate up and down in turn, with what came before already changed
@@ -193,6 +197,7 @@ class BlockMethod(Method):
 
     level: ClassVar[str] = "block"
     verb: ClassVar[str] = "block"
+    block: ClassVar[Verb]
     subjects: ClassVar[int] = 2
 
     def keep(self, scores: list[float]) -> list[int]:
@@ -206,6 +211,7 @@ class ModelMethod(Method):
 
     level: ClassVar[str] = "model"
     verb: ClassVar[str] = "model"
+    model: ClassVar[Verb]
 
     def planned(self, module: Any, donors: int) -> Any:
         """The empty module as it will be, for sizes before any work; with so many donors."""
@@ -218,6 +224,7 @@ class AdapterMethod(Method):
 
     level: ClassVar[str] = "adapter"
     verb: ClassVar[str] = "adapter"
+    adapter: ClassVar[Verb]
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
 
@@ -232,6 +239,7 @@ class TrainMethod(Method):
     level: ClassVar[str] = "train"
     causal: ClassVar[bool] = True
     verb: ClassVar[str] = "loss"
+    loss: ClassVar[Verb]
     subjects: ClassVar[int] = 3
 
     tokens: int = count(1_000_000, unit="tokens")  # seen in all, repeats too

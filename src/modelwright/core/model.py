@@ -24,9 +24,9 @@ from modelwright.blocks._stored import Stored
 from modelwright.blocks.embedding import PackedEmbedding
 from modelwright.blocks.packed import PackedLinear
 
-from . import loading
+from . import hub, loading
 from .errors import ModelError, WeightsError, nearest
-from .files import restore, whole_folder, write_json
+from .files import read_json, restore, whole_folder, write_json
 from .weights import Checkpoint, check_finite, not_finite
 
 if TYPE_CHECKING:
@@ -78,8 +78,7 @@ class Model:
     def module(self) -> nn.Module:
         """The module with its weights, in evaluation mode."""
         if self._module is None:
-            assert self.folder is not None
-            self._module = load_module(self.folder, self.config, self.trust_remote_code).eval()
+            self._module = load_module(self.stored_in, self.config, self.trust_remote_code).eval()
         return self._module
 
     @module.setter
@@ -97,6 +96,12 @@ class Model:
     def sources(self) -> list[Path]:
         """The folders whose files it is made of; none for a model that came as a module."""
         return [] if self.folder is None else [self.folder]
+
+    @property
+    def stored_in(self) -> Path:
+        """The folder of a model that lies in one."""
+        assert self.folder is not None, self
+        return self.folder
 
     @property
     def loaded(self) -> bool:
@@ -238,11 +243,10 @@ class Folded(Model):
 
         if not base.dense or "adapters" in base.marks:
             raise ModelError(f"{self.name}: only a dense model can take an adapter into its weights, and {base.name} is none.")
-        assert base.folder is not None
         with quiet():
             try:
-                borne = PeftModel.from_pretrained(load_module(base.folder, base.config, base.trust_remote_code), str(self.adapter))
-                return borne.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+                borne: Any = PeftModel.from_pretrained(load_module(base.stored_in, base.config, base.trust_remote_code), str(self.adapter))
+                return borne.merge_and_unload(safe_merge=True)
             except (ValueError, RuntimeError, KeyError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise ModelError(
@@ -267,7 +271,8 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
     if "+" in str(source) and not Path(source).exists():
         base, _, adapter = str(source).rpartition("+")
         if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ModelError(f"{source}: {adapter} is no folder with a peft adapter. Name one behind the +, after the model.")
+            hint = hub.nearest_path(adapter)
+            raise ModelError(f"{source}: {adapter} is no folder with a peft adapter.{hint} Name one behind the +, after the model.")
         return Folded(open(base, tokenizer=tokenizer, trust_remote_code=trust_remote_code), Path(adapter))
     if str(source) == "starter":
         from modelwright.starter import path
@@ -309,13 +314,7 @@ def stated_config(folder: Path) -> dict[str, Any]:
         if adapter.is_file():
             return stated_config(base_of(adapter))
         raise ModelError(f"{folder} has no config.json, so its architecture is unknown. Copy it from the original model.")
-    try:
-        stated = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}. Copy it from the original model.") from error
-    if not isinstance(stated, dict):
-        raise ModelError(f"{file} holds {type(stated).__name__} and no mapping. Copy it from the original model.")
-    return stated
+    return read_json(file, ModelError, "Copy it from the original model.")
 
 
 def refuse_unknown(folder: Path, trust_remote_code: bool = False) -> None:
@@ -363,7 +362,7 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     return causal.get(type(config), None) or plain[type(config)]
 
 
-def empty_module(config: Any) -> nn.Module:
+def empty_module(config: Any) -> PreTrainedModel:
     """The model with meta tensors, and with the layers that its checkpoint describes in place."""
     with torch.device("meta"), quiet():
         module = class_of(config)._from_config(config)
@@ -446,7 +445,14 @@ def save_module(module: nn.Module, folder: Path) -> None:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The base model under peft's wrapper; another module as it is."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
+    bearer: Any = module
+    return bearer.get_base_model() if hasattr(bearer, "get_base_model") else module
+
+
+def unloaded(module: nn.Module) -> nn.Module:
+    """The base model, without the layers of the adapter that it bears; another module as it is."""
+    bearer: Any = module
+    return bearer.unload() if hasattr(bearer, "get_base_model") else module
 
 
 def tokenizer_files(folder: Path) -> list[Path]:

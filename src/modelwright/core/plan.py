@@ -25,7 +25,7 @@ from .errors import Faults, PlanError, SiteError
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, emptied, put, quiet, stored_bytes, unwrapped, weight_of
+from .model import Model, emptied, put, quiet, stored_bytes, unloaded, unwrapped, weight_of
 from .settings import ByRole
 
 # Memory: what the drivers hold, in copies. A method's own working copies are its `holds`.
@@ -150,7 +150,7 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     if isinstance(method, BlockMethod):
         path = anatomy_of(module).blocks(module)
         if path is not None:
-            depths = len(module.get_submodule(path))  # type: ignore[arg-type]
+            depths = len(list(module.get_submodule(path).children()))
             kept = method.keep([float(depth) for depth in range(depths)])
             removal.remove_blocks(module, [depth for depth in range(depths) if depth not in kept])
     elif isinstance(method, AdapterMethod):
@@ -158,12 +158,12 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
 
         targets = [site.module for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
         with quiet():
-            module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[attr-defined, arg-type]
+            module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[arg-type]
     elif isinstance(method, ModelMethod) and not method.drops & {"adapters"}:
         module = method.planned(module, len(given.donors))
         split_experts(module)
-    elif "adapters" in method.drops and hasattr(module, "get_base_model"):
-        module = module.unload()  # type: ignore[operator]
+    elif "adapters" in method.drops:
+        module = unloaded(module)
     return module, None
 
 

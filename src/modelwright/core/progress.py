@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -44,11 +44,10 @@ def bar(title: str, total: int | None = None) -> Iterator[Tick]:
         task = progress.add_task(title, total=total, note="")
 
         def tick(*, note: str | None = None, done: int | None = None) -> None:
-            fields = {} if note is None else {"note": note}
-            if done is None:
-                progress.update(task, advance=1, **fields)  # type: ignore[arg-type]
-            else:
-                progress.update(task, completed=done, **fields)  # type: ignore[arg-type]
+            fields: dict[str, Any] = {"advance": 1} if done is None else {"completed": done}
+            if note is not None:
+                fields["note"] = note
+            progress.update(task, **fields)
 
         try:
             yield tick

@@ -308,7 +308,8 @@ def run(
             console.print(f"step {number} {step.method.name()}: done before, taken from {folder.name}")
             row = json.loads((beside / f"{folder.name}.json").read_text("utf-8"))
         else:
-            local = replace(given, **step_models(step, source), work=beside / f"{folder.name}.work", notes=[])
+            unfinished = beside / f"{folder.name}.work"
+            local = replace(given, **step_models(step, source), work=unfinished, notes=[])
             started = time.perf_counter()
             whole = beside / f"{folder.name}.whole"
             with peak_memory() as memory:
@@ -317,7 +318,7 @@ def run(
             row["notes"] = local.notes + _surprises(predicted[number + 1], row)
             write_json(beside / f"{folder.name}.json", row)
             os.rename(whole, folder)
-            shutil.rmtree(local.work, ignore_errors=True)  # type: ignore[arg-type]
+            shutil.rmtree(unfinished, ignore_errors=True)
         account.append(row)
         model = open(folder)
     assert folder is not None

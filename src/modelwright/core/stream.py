@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,13 @@ from . import loading, walk
 from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, LayerMethod, Method, TensorMethod
-from .model import RECORD, Model, empty_module, open, put, tokenizer_files
+from .model import RECORD, Model, empty_module, open, put, tensor_of, tokenizer_files
+from .passage import Resident, fill
 from .progress import track
 from .weights import Checkpoint, Writer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's numbers for mallopt
 LARGE = 1 << 20  # bytes from which a tensor is read in parts, by methods that can
@@ -179,7 +183,7 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
             result = walk.call(local, read(checkpoint), site, extras)
             with_it = biases.get(name)
             if not isinstance(result, Stored):
-                out.add(name, result.T if site.transposed else result)  # type: ignore[union-attr, arg-type]
+                out.add(name, result.T if site.transposed and isinstance(result, Tensor) else result)
                 if with_it:
                     out.copy(with_it, checkpoint)
                 continue
@@ -210,8 +214,10 @@ def _files(model: Model) -> Checkpoint:
 # Layer and block level
 
 
-class Streamed(walk.Resident):
+class Streamed(Resident):
     """The walk over an empty module whose blocks are read from disk when their turn comes and dropped afterwards."""
+
+    module: PreTrainedModel
 
     def __init__(self, model: Model, work: Path):
         assert model.checkpoint is not None
@@ -230,9 +236,8 @@ class Streamed(walk.Resident):
     def load_outside(self, *, head: bool = True) -> None:
         """Have the tensors outside the blocks ready; without the head, large embeddings are read row by row as they are used."""
         left = set() if head else {site.name for site in self.anatomy.sites(self.module) if site.role == "head"} | self._embed_from_disk()
-        walk.fill(self.module, [name for name in self.outside if self._at(name).is_meta and name not in left], self._read)
-        if hasattr(self.module, "tie_weights"):
-            self.module.tie_weights()  # type: ignore[operator]
+        fill(self.module, [name for name in self.outside if tensor_of(self.module, name).is_meta and name not in left], self._read)
+        self.module.tie_weights()
 
     def _embed_from_disk(self) -> set[str]:
         """Let every large embedding read the rows that it is asked for; returns the names of their tables."""
@@ -249,22 +254,16 @@ class Streamed(walk.Resident):
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
-        walk.fill(self.module, self.outside, lambda name: torch.empty_like(self._at(name), device="meta"))
+        fill(self.module, self.outside, lambda name: torch.empty_like(tensor_of(self.module, name), device="meta"))
 
     def load(self, depth: int) -> None:
         prefix = f"{self.path}.{depth}."
         with walk.split_experts(self.module, prefix):
-            walk.fill(self.module, [name for name in self.names if name.startswith(prefix)], self._read)
+            fill(self.module, [name for name in self.names if name.startswith(prefix)], self._read)
 
     def finish(self, depth: int) -> None:
         self.stack[depth].to("meta")
         _give_back()
-
-    def _at(self, name: str) -> Tensor:
-        path, _, leaf = name.rpartition(".")
-        owner = self.module.get_submodule(path)
-        found = owner._parameters.get(leaf)
-        return found if found is not None else owner._buffers[leaf]  # type: ignore[return-value]
 
     def _read(self, name: str) -> Tensor:
         found = self.names[name]
@@ -324,7 +323,7 @@ def _write_kept_blocks(model: Model, method: BlockMethod, given: Given, folder: 
                 if name.startswith(before):
                     assert found is not None
                     out.copy(found.replace(f".{old}.", f".{new}.", 1), passage.checkpoint, found)
-        _write_beside(out, model, method, given, shorter.config.to_dict(), loading.quantization_config(shorter))  # type: ignore[union-attr, operator]
+        _write_beside(out, model, method, given, shorter.config.to_dict(), loading.quantization_config(shorter))
 
 
 def _steady_memory() -> None:

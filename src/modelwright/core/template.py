@@ -60,7 +60,7 @@ def test_one_weight_worked_by_hand():
 
 
 def write(family: str, name: str) -> list[Path]:
-    """Write the method's file and its test into the checkout, or beside each other in the current folder.
+    """Write the method's file and its test: into the checkout of this package inside which one stands, else into the current folder.
 
     Raises:
         MethodError: the name is taken, not a Python name, or the family is unknown.
@@ -69,8 +69,9 @@ def write(family: str, name: str) -> list[Path]:
         raise MethodError(f"A method's name is in lower case with underscores, such as mine; got {name!r}.")
     if family not in find.families():
         raise MethodError(f"There is no family {family!r}.{nearest(family, find.families())} Families are {', '.join(find.families())}.")
-    tests = find.FOLDER.parents[2] / "tests" / "methods"
-    inside = tests.is_dir()
+    checkout = find.FOLDER.parents[2]
+    tests = checkout / "tests" / "methods"
+    inside = tests.is_dir() and Path.cwd().is_relative_to(checkout)
     method = find.FOLDER / family / f"{name}.py" if inside else Path(f"{name}.py")
     test = tests / family / f"test_{name}.py" if inside else Path(f"test_{name}.py")
     taken = [path for path in (method, test) if path.exists()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,9 +16,10 @@ from . import walk
 from .errors import SiteError
 from .given import Batch
 from .model import Model, unwrapped, weight_of
+from .passage import Resident, gather
 from .progress import track
 from .statistics import Statistics
-from .walk import Resident, gather, split_experts
+from .walk import split_experts
 
 ROLES = ("attn", "mlp", "experts", "linear")  # of the matrices that are walked
 
@@ -72,7 +74,7 @@ def inputs_of_layers(
         with _split([own.module, *modules]):
             sites = [site for site in own.anatomy.sites(own.module) if _is_linear(own.module, site)]
             found = [
-                gather(way, [(site, None) for site in sites], gathers, lambda way=way, batches=batches: map(way.forward, batches))  # type: ignore[misc]
+                gather(way, sites, gathers, functools.partial(map, way.forward, batches))
                 for way, batches in zip(walks, calibration, strict=True)
             ]
             yield from _shared(sites, modules, found)
@@ -85,13 +87,12 @@ def inputs_of_layers(
             blocks = [module.get_submodule(f"{own.path}.{depth}") for module in modules]
             found = []
             for way, block in zip(walks, blocks, strict=True):
-                with _standing(way, depth, block):
-                    run = lambda way=way: way.run_block(depth)  # type: ignore[misc]  # noqa: E731, B023
-                    found.append(gather(way, [(site, None) for site in sites], gathers, run, stop=True))
+                with way.standing({depth: block}):
+                    found.append(gather(way, sites, gathers, functools.partial(way.run_block, depth), stop=True))
             yield from _shared(sites, modules, found)
             for way, block in zip(walks, blocks, strict=True):
                 if depth + 1 < own.depths:
-                    with _standing(way, depth, own.stack[depth] if onward == "model" else block):
+                    with way.standing({depth: own.stack[depth] if onward == "model" else block}):
                         way.states = list(way.run_block(depth))
 
 
@@ -114,17 +115,6 @@ def _dense(module: nn.Module, site: Site) -> Tensor:
 
 def _is_linear(module: nn.Module, site: Site) -> bool:
     return site.role.partition(".")[0] in ROLES and type(module.get_submodule(site.module)).__name__ in ("Linear", "Conv1D")
-
-
-@contextlib.contextmanager
-def _standing(way: Resident, depth: int, block: nn.Module) -> Iterator[None]:
-    """Another model's block in the place of the walk's own."""
-    own = way.stack[depth]
-    way.stack[depth] = block
-    try:
-        yield
-    finally:
-        way.stack[depth] = own
 
 
 @contextlib.contextmanager

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import functools
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +23,18 @@ from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
-from . import loading, training
+from . import training
 from .errors import MethodError, ModelError, PlanError, SiteError
 from .files import refuse_existing
-from .given import Batch, Given, inputs_of
+from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
+from .passage import Resident, gather
 from .progress import bar, track
 from .statistics import Statistics
-from .weights import Checkpoint, Writer
 
 Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
-Result = Tensor | Sliced | nn.Module
+Result = Tensor | Sliced | Stored
 
 
 def apply(
@@ -123,7 +123,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
             _train(model, method, given)
         else:
             assert isinstance(method, ModelMethod), method
-            model = method.model(model, **_given_whole(model, method, given))  # type: ignore[attr-defined]
+            model = method.model(model, **_given_whole(model, method, given))
     record(model, method, given)
     return model
 
@@ -265,7 +265,7 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
         surveyed = survey(method, given, lambda model: [read(model, site) for site, _ in chosen], model)
         for site, local in track(chosen, method.name()):
             weight = read(model, site)
-            result = call(local, weight, site, needed(local, given, site, lambda donor, site=site: read(donor, site), surveyed))  # type: ignore[misc]
+            result = call(local, weight, site, needed(local, given, site, functools.partial(read, site=site), surveyed))
             put(module, site, result.whole() if isinstance(result, Sliced) else result)
 
 
@@ -362,245 +362,6 @@ def split_experts(module: nn.Module, inside: str = "") -> Iterator[None]:
 # Layer and block level
 
 
-class _Stub(nn.Module):
-    """Stands for a block: hands its input on, remembers how it was called, answers for the block's attributes."""
-
-    def __init__(self, block: nn.Module, calls: list[Any], in_tuple: bool, play: Iterator[Tensor] | None = None):
-        super().__init__()
-        self._original = [block]  # in a list, so that it is no submodule
-        self._calls, self._in_tuple, self._play = calls, in_tuple, play
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_original"][0], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._calls.append((args, kwargs))
-        out = next(self._play) if self._play is not None else hidden
-        return (out,) if self._in_tuple else out
-
-
-class _Entered(Exception):
-    """The blocks were reached."""
-
-
-class _Gathered(Exception):
-    """A batch has reached every matrix whose inputs are gathered."""
-
-
-class Resident:
-    """A model in memory, walked block by block with the activations that enter each block carried on."""
-
-    def __init__(self, model: Model, work: Path | None = None):
-        self.model = model
-        self.work = work
-        self.module = unwrapped(model.module)
-        self.anatomy = anatomy_of(self.module)
-        self.path = self.anatomy.blocks(self.module)
-        self.depths = len(self.stack) if self.path else 0
-
-    @property
-    def stack(self) -> nn.ModuleList:
-        assert self.path is not None
-        return cast(nn.ModuleList, self.module.get_submodule(self.path))
-
-    # What the streaming walk does otherwise.
-
-    def load_outside(self, *, head: bool = True) -> None:
-        """Have the tensors outside the blocks ready, with or without the head."""
-
-    def free_outside(self) -> None:
-        """They are not needed until further notice."""
-
-    def load(self, depth: int) -> None:
-        """Have a block's tensors ready."""
-
-    def finish(self, depth: int) -> None:
-        """The block is done with."""
-
-    # Resume: with a work folder, every finished block is kept there.
-
-    def keep(self, depth: int, notes: Sequence[str] = ()) -> None:
-        """Store a finished block in the work folder, with the notes that were made of it."""
-        if self.work is None:
-            return
-        block = self.stack[depth]
-        prefix = f"{self.path}.{depth}."
-        with Writer(self.work / f"block-{depth:05d}", overwrite=True) as out:
-            for name, value in block.state_dict().items():
-                out.add(prefix + name, value)
-            out.write_json("layers.json", {prefix + name: text for name, text in loading.described(block).items()})
-            out.write_json("notes.json", {"notes": list(notes)})
-
-    def restore(self, depth: int, notes: list[str]) -> bool:
-        """Put a block that was finished before back in place, and add its notes; say whether there was one."""
-        if self.work is None or not (self.work / f"block-{depth:05d}").is_dir():
-            return False
-        kept = Checkpoint(self.work / f"block-{depth:05d}")
-        loading.install(self.module, json.loads((kept.path / "layers.json").read_text("utf-8")))
-        fill(self.module, kept.names, kept.read)
-        notes += json.loads((kept.path / "notes.json").read_text("utf-8"))["notes"]
-        return True
-
-    def enter(self, batches: Sequence[Batch]) -> None:
-        """Run the batches up to the first block; keep what enters it and how every block is called."""
-        self.load_outside(head=False)
-        self.masks = [batch.get("attention_mask") for batch in batches]
-        originals = list(self.stack)
-        caught: list[Any] = []
-
-        def catch(_: nn.Module, args: Any, kwargs: Any) -> None:
-            caught.append((args, kwargs))
-            raise _Entered
-
-        self.load(0)
-        handle = originals[0].register_forward_pre_hook(catch, with_kwargs=True)
-        with contextlib.suppress(_Entered):
-            self.forward(batches[0])
-        handle.remove()
-        if not caught:
-            raise ModelError(f"{self.model.name}: the calibration inputs never reach its first block.")
-        args, kwargs = caught[0]
-        in_tuple = isinstance(originals[0](*args, **kwargs), tuple)
-        calls: list[list[Any]] = [[] for _ in originals]
-        states: list[Tensor] = []
-        self._in_tuple = in_tuple
-
-        class Recorder(_Stub):
-            def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-                if self._calls is calls[0]:
-                    states.append(hidden)
-                out = super().forward(hidden, *args, **kwargs)
-                if self._calls is calls[-1]:
-                    raise _Entered  # what follows the last block is not needed
-                return out
-
-        for depth, block in enumerate(originals):
-            self.stack[depth] = Recorder(block, calls[depth], in_tuple)
-        try:
-            for batch in batches:
-                with contextlib.suppress(_Entered):
-                    self.forward(batch)
-        finally:
-            for depth, block in enumerate(originals):
-                self.stack[depth] = block
-        self.states, self.calls = states, calls
-        self.free_outside()
-
-    def forward(self, batch: Batch) -> Any:
-        """The whole module on one batch, without a cache."""
-        config = getattr(self.module, "config", None)
-        cached = getattr(config, "use_cache", None)
-        if cached:
-            config.use_cache = False  # type: ignore[union-attr]
-        try:
-            return self.module(**inputs_of(self.module, batch))
-        finally:
-            if cached:
-                config.use_cache = True  # type: ignore[union-attr]
-
-    def run_block(self, depth: int) -> Iterator[Tensor]:
-        """What leaves a block, batch by batch."""
-        block = self.stack[depth]
-        for state, (args, kwargs) in zip(self.states, self.calls[depth], strict=True):
-            try:
-                out = block(state, *args, **kwargs)
-            except _Gathered:
-                out = state  # nobody asks for what leaves the block
-            yield out[0] if isinstance(out, tuple) else out
-
-    def tail(self, batches: Sequence[Batch]) -> None:
-        """Run what follows the last block, on the carried activations."""
-        self.load_outside()
-        originals = list(self.stack)
-        last = len(originals) - 1
-        for depth, block in enumerate(originals):
-            self.stack[depth] = _Stub(block, [], self._in_tuple, iter(self.states) if depth == last else None)
-        try:
-            for batch in batches:
-                self.forward(batch)
-        finally:
-            for depth, block in enumerate(originals):
-                self.stack[depth] = block
-        self.free_outside()
-
-
-def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
-    """Give the named parameters and buffers of a module the tensors that `read` returns, whatever was there."""
-    for name in names:
-        path, _, leaf = name.rpartition(".")
-        owner = module.get_submodule(path)
-        tensor = read(name)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            owner._buffers[leaf] = tensor
-
-
-def gather(walk: Resident, chosen: Chosen, gathers: Sequence[str], run: Callable[[], Any], *, stop: bool = False) -> dict[str, Statistics]:
-    """The statistics of the inputs of the chosen matrices while `run` runs; pad tokens do not count.
-
-    With `stop`, a batch ends when it has reached all of them, if the first batch has reached each exactly once.
-    """
-    found: dict[str, Statistics] = {}
-    handles = []
-    turn: dict[str, Any] = {"batch": 0, "input": None, "reached": [], "all": 0}
-    for site, _ in chosen:
-        layer = walk.module.get_submodule(site.module)
-        weight = weight_of(walk.module, site)
-        assert weight is not None
-        collector = found[site.name] = Statistics(weight[0].numel(), gathers, weight.device)
-        collector.sharers = 1
-        if isinstance(layer, nn.Conv2d):
-            handles.append(layer.register_forward_pre_hook(_convolution_hook(collector)))
-        else:
-            handles.append(layer.register_forward_pre_hook(_linear_hook(site.name, found, walk, turn)))
-    try:
-        for number, _ in enumerate(run(), 1):
-            if stop and number == 1 and sorted(turn["reached"]) == sorted(found):
-                turn["all"] = len(found)
-            turn |= {"batch": number, "reached": []}
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: dict[str, Any]) -> Callable[..., None]:
-    """Count a matrix's inputs. Matrices that are given the same tensor one after another, as q, k and v are, share."""
-    own = found[name]
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x, mask = args[0], walk.masks[turn["batch"]]
-        if turn["input"] is not None and turn["input"][0] is x and turn["input"][1] == x._version and own.tokens == 0:
-            if found[name] is own:
-                turn["input"][2].sharers += 1
-            found[name] = turn["input"][2]
-        else:
-            assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
-            turn["input"] = (x, x._version, own)
-            if mask is not None and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-            own.add(x)
-        turn["reached"].append(name)
-        if len(turn["reached"]) == turn["all"]:
-            raise _Gathered
-
-    return hook
-
-
-def _convolution_hook(collector: Statistics) -> Callable[..., None]:
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        layer = cast(nn.Conv2d, layer)
-        if layer.groups == 1 and not isinstance(layer.padding, str):
-            columns = nn.functional.unfold(args[0], layer.kernel_size, layer.dilation, layer.padding, layer.stride)
-            collector.add(columns.transpose(1, 2))
-
-    return hook
-
-
 def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     """Block after block: gather, change, run again with the changed weights, carry on."""
     batches = given.batches(walk.model)
@@ -625,7 +386,9 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                 for stage in groups:
                     now = [(site, local) for site, local in chosen if site.role in stage]
                     if now:
-                        statistics = gather(walk, now, method.gathers, lambda depth=depth: walk.run_block(depth), stop=True)  # type: ignore[misc]
+                        statistics = gather(
+                            walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
+                        )
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -634,7 +397,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, outside, method, notes), notes)
     if chosen:
         walk.load_outside()
-        statistics = gather(walk, chosen, method.gathers, lambda: _each(walk.tail, batches))
+        statistics = gather(walk, [site for site, _ in chosen], method.gathers, lambda: _each(walk.tail, batches))
         walk.load_outside()
         _change_stage(walk.module, method, chosen, statistics, given)
 
@@ -654,7 +417,7 @@ def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, ba
         chosen = _dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
         for start in track(range(0, len(chosen), 16), method.name()):
             part = chosen[start : start + 16]
-            statistics = gather(walk, part, method.gathers, lambda: (walk.forward(batch) for batch in batches))
+            statistics = gather(walk, [site for site, _ in part], method.gathers, lambda: map(walk.forward, batches))
             results += [(site, _verb(walk.module, method, site, local, statistics[site.name], given)) for site, local in part]
         for site, result in results:
             put(walk.module, site, result)
@@ -713,7 +476,7 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
         walk.load(depth)
         after = list(walk.run_block(depth))
         rows = [(_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
-        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))  # type: ignore[attr-defined]
+        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))
         walk.states = after
         walk.finish(depth)
     kept = method.keep(scores)
@@ -738,7 +501,7 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     targets = [site.module for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[attr-defined, arg-type]
+        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[arg-type]
 
 
 # Training
@@ -761,7 +524,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             model.module,
             given.ids(model),
             settings,
-            lambda module, ids, mask: method.loss(module, ids, mask, **extras),  # type: ignore[attr-defined]
+            lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),

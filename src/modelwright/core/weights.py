@@ -13,7 +13,6 @@ import functools
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modelwright.core import hub
 from modelwright.core.errors import WeightsError, nearest, refuse
-from modelwright.core.files import claim, explain_full_disk, partial_of, publish, refuse_existing, restore
+from modelwright.core.files import claim, explain_full_disk, partial_of, publish, read_json, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
 
 DTYPES = {
@@ -53,6 +53,7 @@ LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 SLICE = 1 << 26  # bytes that one read or write moves
 CHECKED = 1 << 22  # values that one thread checks at a time
 PIECE = 1 << 19  # bytes of them that are in memory, so few that they stay in the processor's cache
+AGAIN = "Fetch or write it again."
 
 
 class Place(NamedTuple):
@@ -153,7 +154,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """The content of config.json, or {} where there is none. Raises WeightsError when it is not a JSON object."""
         file = self.path / "config.json"
-        return _json(file) if file.is_file() else {}
+        return read_json(file, WeightsError, AGAIN) if file.is_file() else {}
 
 
 class OnDisk:
@@ -491,24 +492,15 @@ class _Shard:
 
 
 def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     restore(path.absolute())
     restore(path.absolute().parent)  # a fit's folder has the model inside
     if path.is_dir() or (path.suffix == ".safetensors" and path.is_file()):
         return path.absolute()
-    local = not isinstance(source, str) or path.exists() or path.suffix == ".safetensors"
-    if local or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(source)):
-        raise WeightsError(f"A checkpoint at {source} was asked for, but there is no such folder or .safetensors file.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(
-            f"{source!r} was asked for; there is no such folder here, and the hub did not give it "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name, the connection or your login."
-        ) from error
+    if path.exists() or not isinstance(source, str) or path.suffix == ".safetensors":
+        hint = hub.nearest_path(str(source))
+        raise WeightsError(f"A checkpoint at {source} was asked for, but there is no such folder or .safetensors file.{hint}")
+    return hub.fetch(source, HUB_FILES, what="A checkpoint", error=WeightsError, revision=revision)
 
 
 def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
@@ -519,7 +511,7 @@ def _files(path: Path) -> tuple[list[Path], dict[str, Any]]:
     file = path / "model.safetensors.index.json"
     found = sorted(path.glob("*.safetensors"))
     if not single.exists() and file.is_file():
-        index = {"metadata": {}} | _json(file)
+        index = {"metadata": {}} | read_json(file, WeightsError, AGAIN)
         shards = index["weight_map"].values() if isinstance(index.get("weight_map"), dict) else [None]
         if not all(isinstance(name, str) for name in shards) or not isinstance(index["metadata"], dict):
             raise WeightsError(f"{file} has no weight_map from tensor names to file names. Fetch or write it again.")
@@ -589,16 +581,6 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a name stands in it twice")
-    return content
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{file} is no JSON: {error}. Fetch or write it again.") from None
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file} holds JSON, but no object. Fetch or write it again.")
     return content
 
 

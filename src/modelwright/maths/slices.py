@@ -26,7 +26,7 @@ Found = TypeVar("Found")
 
 
 class Entries(Protocol):
-    """What can be read by slices: a tensor, or one on disk (`core.weights.OnDisk`)."""
+    """What can be read by slices: a tensor, one on disk (`core.weights.OnDisk`), or one that is computed (`Sliced`)."""
 
     @property
     def shape(self) -> Any:
@@ -42,15 +42,18 @@ class Entries(Protocol):
 
 @dataclass(frozen=True)
 class Sliced:
-    """A tensor of `shape` and `dtype` that is computed when it is asked for: `values(at)` are its entries at a slice."""
+    """A tensor of `shape` and `dtype` that is computed when it is asked for: its entries at a slice are `values(at)` in `dtype`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     values: Values
 
+    def __getitem__(self, at: slice) -> Tensor:
+        return self.values(at).to(self.dtype)
+
     def __iter__(self) -> Iterator[Tensor]:
         """Its slices in order, as they are to be stored."""
-        return each(lambda at: self.values(at).to(self.dtype), math.prod(self.shape))
+        return each(self.__getitem__, math.prod(self.shape))
 
     def whole(self, out: Tensor | None = None) -> Tensor:
         """The tensor. out: a contiguous tensor for the result; of a formula entry by entry it may be one of the inputs."""

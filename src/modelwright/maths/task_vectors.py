@@ -28,6 +28,12 @@ def delta(start: Values, end: Values) -> Values:
     return lambda at: end(at).to(torch.float32, copy=True).sub_(start(at))
 
 
+def changes(base: Entries, donors: Sequence[Entries]) -> list[Values]:
+    """What each donor, a tensor of base's shape, adds to the base, in float32."""
+    start = flat(base)
+    return [delta(start, flat(donor)) for donor in donors]
+
+
 # Sparsify
 
 
@@ -41,6 +47,12 @@ def least_of_largest(values: Values, count: int, keep: float) -> float:
     """The least size among the int(keep · count) values that are largest in size; infinite when that is none."""
     largest = min(count, int(keep * count))
     return find_cut(lambda at: -values(at).abs(), count, largest).value * -1 if largest else math.inf
+
+
+def least_of_changes(base: Entries, donors: Sequence[Entries], keeps: Sequence[float]) -> list[float]:
+    """The size that an entry of each donor's change must reach to be among the int(keep · n) largest; 0 where all n are kept."""
+    count = math.prod(base.shape)
+    return [least_of_largest(change, count, keep) if keep < 1 else 0.0 for change, keep in zip(changes(base, donors), keeps, strict=True)]
 
 
 def without_below(values: Values, count: int, least: float) -> Values:
@@ -278,9 +290,8 @@ def added(
 ) -> Values:
     """What `merge` adds to the base at scale 1, in float32."""
     assert all(tuple(donor.shape) == tuple(base.shape) for donor in donors), [donor.shape for donor in donors]
-    start, shape = flat(base), tuple(base.shape)
-    changes = [delta(start, flat(donor)) for donor in donors]
-    kept = [one(change, shape) for one, change in zip(sparsify, changes, strict=True)] if sparsify else changes
+    whole, shape = changes(base, donors), tuple(base.shape)
+    kept = [one(change, shape) for one, change in zip(sparsify, whole, strict=True)] if sparsify else whole
 
     def values(at: slice) -> Tensor:
         parts = [part(at) for part in kept]

@@ -39,11 +39,6 @@ def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Re
 
     Raises: a subclass of ModelwrightError with all that is wrong.
     """
-    if "merge.moe" not in find.names():
-        raise RecipeError(
-            "The configuration asks for a mixture of experts (`experts:`), which needs merge.moe; this version of modelwright does not "
-            "have it. Merge the dense models, or use mergekit-moe."
-        )
     stated, reader, faults = document.stated, Reader(), Faults()
     base = reader.reference(stated.get("base_model"), "base_model")
     entries = stated["experts"] if isinstance(stated["experts"], list) else []

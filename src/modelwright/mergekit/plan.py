@@ -331,7 +331,7 @@ class Planner:
                 continue
             (length,) = lengths
             leader = self.leader(part)
-            first = next(source for source in part.sources if self.models[source.model] is leader).layers[0]  # type: ignore[index]
+            first = next(source for source in part.sources if self.models[source.model] is leader).first
             rests = {index: [place[2] for place in leader.placed.values() if place and place[:2] == (path, index)]
                      for index in range(first, first + length)}  # fmt: skip
             for step in range(length):
@@ -382,7 +382,7 @@ class Planner:
         base, donors, owners = None, [], []
         for source in part.sources:
             model = self.models[source.model]
-            own = name if inside is None else f"{inside[0]}{source.layers[0] + inside[1]}.{inside[2]}"  # type: ignore[index]
+            own = name if inside is None else f"{inside[0]}{source.first + inside[1]}.{inside[2]}"
             found = model.stored(own)
             is_base = source.model == base_reference
             if is_base and self.entry.base != "unused":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from modelwright.anatomy import Site
-from modelwright.core import model, stream
+from modelwright.core import hub, model, stream
 from modelwright.core.errors import Faults, RecipeError, WeightsError
 from modelwright.core.files import refuse_existing, refuse_inputs
 from modelwright.core.given import Given
@@ -23,7 +22,7 @@ from modelwright.core.method import TensorMethod
 from modelwright.core.model import RECORD, Model, tokenizer_files
 from modelwright.core.progress import track
 from modelwright.core.weights import HUB_FILES, Checkpoint, Writer, check_finite
-from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.slices import Entries, Sliced, Values, flat
 from modelwright.methods.merge.linear import Linear
 
 from . import table, tokens
@@ -117,7 +116,9 @@ class Places:
         if reference.path in self.merged and reference.adapter is None:
             return self.merged[reference.path]
         if reference not in self.opened:
-            folder = Checkpoint(reference.path, reference.revision).path
+            from modelwright.starter import path
+
+            folder = path() if reference.path == "starter" else Checkpoint(reference.path, reference.revision).path
             self.sources.append(folder)
             if reference.adapter is not None:
                 adapter = _adapter(reference)
@@ -163,14 +164,10 @@ def _plans(documents: list[Config], places: Places, *, as_mergekit: bool) -> lis
 
 
 def _adapter(reference: Reference) -> Path:
-    place = Path(str(reference.adapter)).expanduser()
+    name = str(reference.adapter)
+    place = Path(os.path.expanduser(name))
     if not place.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            place = Path(snapshot_download(str(reference.adapter), revision=reference.adapter_revision, allow_patterns=HUB_FILES))
-        except Exception as error:  # of many kinds: no name, no such repository, no connection
-            raise WeightsError(f"{reference}: there is no adapter {reference.adapter} here, and the hub did not give it.") from error
+        place = hub.fetch(name, HUB_FILES, what=f"{reference}: an adapter", error=WeightsError, revision=reference.adapter_revision)
     if not (place / "adapter_config.json").is_file():
         raise WeightsError(f"{reference}: {reference.adapter} has no adapter_config.json. After the + stands a peft adapter.")
     return place
@@ -232,7 +229,7 @@ def _tensor(plan: Plan, made: Made, given: Given) -> Sliced:
 
     def read(piece: Piece) -> Entries:
         found = _entries(plan, made, piece)
-        return Cast(found, working) if working else found
+        return Sliced(tuple(found.shape), working, flat(found)) if working else found
 
     donors = [read(piece) for piece in made.donors]
     if made.method is None:
@@ -247,9 +244,15 @@ def _tensor(plan: Plan, made: Made, given: Given) -> Sliced:
     if "survey" in method.needs():
         extras["survey"] = method.survey(base, donors)
     if plan.as_mergekit and table.on_deltas(method):
-        deltas: list[Any] = [Delta(base, donor) for donor in donors]
-        added = method.tensor(Zeros(base), deltas, **extras)
-        return Sliced(made.shape, made.dtype, lambda at: flat(base)(at) + added.values(at).to(base.dtype))
+        start, shape, dtype = flat(base), tuple(base.shape), base.dtype
+
+        def change(donor: Values) -> Sliced:
+            """What a donor adds to the base, rounded to the base's dtype."""
+            return Sliced(shape, dtype, lambda at: donor(at).to(dtype) - start(at))
+
+        zeros = Sliced(shape, torch.float32, lambda at: torch.zeros(at.stop - at.start))
+        added = method.tensor(zeros, [change(flat(donor)) for donor in donors], **extras)
+        return Sliced(made.shape, made.dtype, lambda at: start(at) + added.values(at).to(dtype))
     result = method.tensor(base, donors, **extras)
     if plan.as_mergekit and working:
         return Sliced(made.shape, made.dtype, lambda at: result.values(at).to(working))
@@ -262,55 +265,13 @@ def _entries(plan: Plan, made: Made, piece: Piece) -> Entries:
     if words and words.holds(made.name, made.role):
         return words.permuted(piece.model, piece.name, stored)
     found = stored(piece.model, piece.name)
-    return found if tuple(found.shape) == made.shape else First(found, made.shape)
+    return found if tuple(found.shape) == made.shape else Sliced(made.shape, found.dtype, flat(found))  # its first rows
 
 
 def stored(source: Input, name: str) -> Entries:
     """A tensor of a model: small ones in memory, others on disk."""
     assert source.checkpoint is not None
     return source.checkpoint.on_disk(name) if source.checkpoint.nbytes(name) > stream.LARGE else source.checkpoint.read(name)
-
-
-class First:
-    """The first rows of a tensor, read by slices."""
-
-    def __init__(self, whole: Entries, shape: tuple[int, ...]):
-        self.shape, self.dtype, self._values = shape, whole.dtype, flat(whole)
-
-    def __getitem__(self, at: slice) -> Tensor:
-        start, stop, _ = at.indices(math.prod(self.shape))
-        return self._values(slice(start, stop))
-
-
-class Cast:
-    """A tensor in another dtype, read by slices."""
-
-    def __init__(self, whole: Entries, dtype: torch.dtype):
-        self.shape, self.dtype, self._values = tuple(whole.shape), dtype, flat(whole)
-
-    def __getitem__(self, at: slice) -> Tensor:
-        return self._values(at).to(self.dtype)
-
-
-class Zeros:
-    """A tensor of zeros like another, read by slices."""
-
-    def __init__(self, like: Entries):
-        self.shape, self.dtype = tuple(like.shape), torch.float32
-
-    def __getitem__(self, at: slice) -> Tensor:
-        start, stop, _ = at.indices(math.prod(self.shape))
-        return torch.zeros(stop - start)
-
-
-class Delta:
-    """What a donor adds to the base, rounded to the base's dtype, read by slices."""
-
-    def __init__(self, base: Entries, donor: Entries):
-        self.shape, self.dtype, self._base, self._donor = tuple(base.shape), base.dtype, flat(base), flat(donor)
-
-    def __getitem__(self, at: slice) -> Tensor:
-        return self._donor(at).to(self.dtype) - self._base(at)
 
 
 # Beside the tensors

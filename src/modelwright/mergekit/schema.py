@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ KEYS = (
 MOE_KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture", "name")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+MISSPELT = 0.8  # likeness from which a key counts as a misspelt one
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 Value = bool | float | str | tuple[Any, ...]
@@ -76,6 +77,11 @@ class Source:
     layers: tuple[int, int] | None = None
     parameters: Parameters = field(default_factory=dict)
 
+    @property
+    def first(self) -> int:
+        """Its first layer."""
+        return self.layers[0] if self.layers else 0
+
 
 @dataclass(frozen=True)
 class Slice:
@@ -128,7 +134,7 @@ class Config:
     chat_template: str | None = None
     name: str | None = None
     notes: tuple[str, ...] = ()
-    text: str = ""  # the configuration as YAML
+    text: str = ""  # the whole configuration as YAML, its other documents too
 
     @property
     def references(self) -> list[Reference]:
@@ -150,7 +156,7 @@ class Config:
             for part in tower.slices:
                 scopes += [part.parameters, *(source.parameters for source in part.sources)]
         entries = [entry for scope in scopes for parameter in scope.values() for entry in parameter.entries]
-        return {wanted for wanted, _ in entries if wanted not in (None, "*")}  # type: ignore[misc]
+        return {wanted for wanted, _ in entries if wanted is not None and wanted != "*"}
 
 
 @dataclass(frozen=True)
@@ -160,7 +166,7 @@ class Experts:
     stated: Mapping[str, Any]
     name: str | None = None
     notes: tuple[str, ...] = ()
-    text: str = ""
+    text: str = ""  # as of a `Config`
 
 
 def read(source: str | Path | Mapping[str, Any]) -> list[Config | Experts]:
@@ -188,7 +194,8 @@ def read(source: str | Path | Mapping[str, Any]) -> list[Config | Experts]:
         from modelwright.core.errors import refuse
 
         refuse(RecipeError, problems)
-    made = [one for one in found if one is not None]
+    text = "---\n".join(map(dumped, documents))
+    made = [replace(one, text=text) for one in found if one is not None]
     return sorted(made, key=lambda one: one.name is None)
 
 
@@ -204,9 +211,11 @@ class Reader:
         self.problems.append(self.place + text)
 
     def known(self, stated: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
-        """Note the keys that mean nothing here."""
+        """Note the keys that mean nothing here; those that are nearly a key which is not stated are wrong."""
         for key in stated:
-            if key not in keys:
+            if key not in keys and (near := nearest(str(key), set(keys) - set(stated), MISSPELT)):
+                self.wrong(f"{where}{key} is no key here.{near}")
+            elif key not in keys:
                 self.notes.append(f"{self.place}{where}{key}: left out, as mergekit does; it is no key here.{nearest(str(key), keys)}")
 
     def document(self, stated: Any) -> Config | Experts | None:
@@ -219,7 +228,7 @@ class Reader:
             self.known(stated, MOE_KEYS, "")
             if not stated.get("base_model"):
                 self.wrong("experts: a mixture of experts needs `base_model:`.")
-            return Experts(dict(stated), name, tuple(self.notes), dumped(stated))
+            return Experts(dict(stated), name, tuple(self.notes))
         self.known(stated, KEYS, "")
         method = stated.get("merge_method")
         if not isinstance(method, str):
@@ -235,9 +244,8 @@ class Reader:
             parameters=self.parameters(stated, ""),
             vocabulary=self.vocabulary(stated),
             chat_template=self.chat_template(stated.get("chat_template")),
-            text=dumped(stated),
         )  # fmt: skip
-        return Config(**{**vars(made), "notes": tuple(self.notes)})
+        return replace(made, notes=tuple(self.notes))
 
     def towers(self, stated: Mapping[str, Any]) -> tuple[Tower, ...]:
         """Of `models`, `slices` or `modules`: exactly one."""
@@ -323,10 +331,12 @@ class Reader:
                 self.wrong(f"{where} has one adapter at most, model+adapter; got {stated!r}.")
         else:
             parts = [None]
-        if None in parts or not parts[0] or not parts[0][0]:
+        found = [part for part in parts if part and part[0]]
+        if len(found) < len(parts):
             self.wrong(f"{where} must be a model: a folder, a hub name, or {{model: ..., lora: ...}}; got {stated!r}.")
             return None
-        return Reference(*parts[0], *(parts[1] if len(parts) > 1 else ()))  # type: ignore[misc]
+        (path, revision), (adapter, adapter_revision) = found[0], found[1] if len(found) > 1 else (None, None)
+        return Reference(path, revision, adapter, adapter_revision)
 
     def path(self, stated: Any, where: str) -> tuple[str, str | None] | None:
         if isinstance(stated, Mapping):
@@ -413,6 +423,8 @@ class Reader:
             return Row()
         self.known(stated, ("source", "force"), f"{where}.")
         force, source = bool(stated.get("force", False)), stated["source"]
+        if isinstance(source, Mapping) and "kind" in source:
+            self.known(source, ("kind", "model", "token", "token_id"), f"{where}.source.")
         if isinstance(source, Mapping) and source.get("kind") == "zero":
             return Row(force=force)
         if isinstance(source, Mapping) and source.get("kind") == "model_token":

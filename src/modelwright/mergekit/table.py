@@ -81,12 +81,10 @@ def entry_of(name: str) -> Entry:
     """What stands behind a `merge_method`.
 
     Raises:
-        MethodError: unknown, or its method is not in this package.
+        MethodError: unknown.
     """
     if name not in METHODS:
         raise MethodError(f"merge_method {name!r} is unknown.{nearest(name, METHODS)} Known are {', '.join(METHODS)}.")
-    if METHODS[name].name not in find.names():
-        raise MethodError(f"merge_method {name} needs {METHODS[name].name}, which this version of modelwright does not have.")
     return METHODS[name]
 
 

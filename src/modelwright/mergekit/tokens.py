@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import ModelError, RecipeError, nearest, refuse
+from modelwright.core.files import read_json
 from modelwright.core.model import tokenizer_files
 from modelwright.maths.slices import SLICE, Entries, flat
 
@@ -199,10 +200,7 @@ def tokenizer_of(model: Input) -> dict[str, Any]:
     assert model.folder is not None
     file = model.folder / "tokenizer.json"
     if file.is_file():
-        try:
-            return json.loads(file.read_text("utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{file} is not valid JSON: {error}. Copy it from the original model.") from error
+        return read_json(file, ModelError, "Copy it from the original model.")
     if not tokenizer_files(model.folder):
         raise ModelError(f"{model.label} has no tokenizer, and tokenizer_source asks for one. Copy tokenizer.json beside its weights.")
     from transformers import AutoTokenizer

@@ -6,7 +6,7 @@ Hu et al. 2021, arXiv:2106.09685, section 4.1 (no added latency); peft's `merge_
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
@@ -21,5 +21,6 @@ class Fold(ModelMethod):
     drops: ClassVar[frozenset[str]] = frozenset({"adapters", "sparse"})  # an update fills zeros in
 
     def model(self, model: Model) -> Model:
-        model.module = model.module.merge_and_unload(safe_merge=True)  # type: ignore[operator]
+        bearer: Any = model.module
+        model.module = bearer.merge_and_unload(safe_merge=True)
         return model

@@ -10,16 +10,18 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from modelwright.core.errors import SettingError, refuse
-from modelwright.core.method import Method, ModelMethod, TensorMethod
+from modelwright.core.method import Method, ModelMethod, Places, TensorMethod
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
 from modelwright.maths.task_vectors import Sparsify
+
+Rescale = Literal["inverse", "l1", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class PointWise(TensorMethod):
     every: ClassVar[bool] = True
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default every tensor, norms and embeddings too
 
     def everywhere(self, *names: str) -> list[str]:
         """The problems with settings that must be one number, because all tensors are surveyed together."""
@@ -143,11 +147,7 @@ class RandomTaskVectors(SparseTaskVectors):
     """Adds a random part of what the donors learned, made larger for what is missing."""
 
     keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
-    rescale: str = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
-
-    def problems(self) -> list[str]:
-        known = ("inverse", "l1", "none")
-        return [] if self.rescale in known else [f"rescale is one of {', '.join(known)}; got {self.rescale!r}."]
+    rescale: Rescale = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
 
     def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
         """The values, some of them 0 by chance."""
@@ -161,7 +161,7 @@ class RandomTaskVectors(SparseTaskVectors):
         return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
 
 
-def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify:
+def at_random(drop: Sparsify, keep: float, rescale: Rescale = "inverse") -> Sparsify:
     """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
 
     def sparse(values: Values, shape: tuple[int, ...]) -> Values:

@@ -1,4 +1,4 @@
-"""What searches of a merge's coefficients share: the loss that they lower, and models filled with a mean of donors."""
+"""What searches of a merge's coefficients share: the loss that they lower, and the search itself."""
 
 from __future__ import annotations
 
@@ -9,12 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.core import walk
 from modelwright.core.errors import SiteError
 from modelwright.core.measure import window_losses
-from modelwright.core.model import Model, unwrapped
 from modelwright.core.progress import bar
-from modelwright.maths import task_vectors
 
 
 @torch.no_grad()
@@ -30,22 +27,6 @@ def nats(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
     if not total:
         raise SiteError("A search of coefficients needs calibration text of two tokens or more. Add `data:`.")
     return float(sum(loss.sum() for loss, _ in losses)) / total
-
-
-def filled(module: nn.Module, pots: Sequence[Mapping[str, Any]], shares: Sequence[float]) -> nn.Module:
-    """The module with the weighted sum of parameters in the place of its own; ties between them stay."""
-    with torch.no_grad():
-        for name, value in module.named_parameters():
-            if value.is_floating_point():
-                value.copy_(task_vectors.average([pot[name] for pot in pots], shares, normalize=False).whole())
-    return module
-
-
-def refuse_unlike(model: Model, donors: Sequence[Model]) -> None:
-    """Raise ModelError unless all models have the same dense tensors."""
-    walk.refuse_stored([model, *donors])
-    own, *others = ({name: tuple(value.shape) for name, value in unwrapped(each.module).named_parameters()} for each in (model, *donors))
-    walk.refuse_other_shapes(own, list(zip([donor.name for donor in donors], others, strict=True)))
 
 
 def search(

@@ -18,7 +18,7 @@ from torch import Tensor
 from modelwright.core.adapters import Update, Whole, attach, read
 from modelwright.core.errors import ModelError
 from modelwright.core.method import ModelMethod
-from modelwright.core.model import Model, unwrapped
+from modelwright.core.model import Model, unloaded, unwrapped
 from modelwright.core.settings import count, fraction
 from modelwright.maths.low_rank import change_factors, product_factors
 from modelwright.maths.task_vectors import Sparsify, average, dropped, merge, trimmed
@@ -46,7 +46,7 @@ class Adapters(Weighted, ModelMethod):
     def model(self, model: Model, donors: Sequence[Model], rng: torch.Generator) -> Model:
         weights = self.weights_for(len(donors))
         found = [read(donor) for donor in donors]
-        module = model.module.unload() if "adapters" in model.marks else model.module  # type: ignore[operator]
+        module = unloaded(model.module)
         same_places(module, donors, found)
         updates = {}
         for path in dict.fromkeys(path for each, _ in found for path in each):

@@ -8,19 +8,14 @@ the study has bases of 8 B and of 24 B.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelwright.core import find
 from modelwright.core.settings import count
 from modelwright.maths.slices import Entries, Sliced
 from modelwright.methods.merge._mechanism import Merger
-
-
-@functools.cache
-def _chosen(name: str, weights: tuple[float, ...] | None) -> Merger:
-    return find.find(name).build({"weights": weights})  # type: ignore[return-value]
+from modelwright.methods.merge.linear import Linear
+from modelwright.methods.merge.ties import Ties
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,5 +39,4 @@ class Auto(Merger):
         )  # fmt: skip
         if why not in notes:
             notes.append(why)
-        chosen = _chosen("merge.linear" if averaged else "merge.ties", self.weights)
-        return chosen.tensor(weight, donors) if averaged else chosen.tensor(weight, donors, None)  # type: ignore[attr-defined]
+        return Linear(weights=self.weights).tensor(weight, donors) if averaged else Ties(weights=self.weights).tensor(weight, donors, None)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from modelwright.core.errors import SettingError
 from modelwright.core.settings import count, fraction, number
-from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.task_vectors import delta, onto, trimmed
+from modelwright.maths.slices import Entries, Sliced
+from modelwright.maths.task_vectors import changes, onto, trimmed
 from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
 
 
@@ -37,7 +37,7 @@ class Consensus(SparseTaskVectors):
         if self.agree > len(donors):
             raise SettingError(f"{self.name()}: agree={self.agree} of {len(donors)} donors is never reached. Lower it or give more donors.")
         sparsify = [counted(trimmed, keep=keep) for keep in self.keeps(len(donors))]
-        merged, own = self.change(weight, donors, sparsify), [delta(flat(weight), flat(donor)) for donor in donors]
+        merged, own = self.change(weight, donors, sparsify), changes(weight, donors)
         least = self.each(self.least_each, "least_each", len(donors)) or [self.least] * len(donors)
 
         def needed(at: slice) -> Tensor:

@@ -14,7 +14,7 @@ from typing import ClassVar
 from modelwright.core.settings import fraction
 from modelwright.maths.slices import Values
 from modelwright.maths.task_vectors import by_rank, dropped
-from modelwright.methods.merge._mechanism import RandomTaskVectors
+from modelwright.methods.merge._mechanism import RandomTaskVectors, Rescale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Della(RandomTaskVectors):
     spread: float = fraction(0.15)  # the smallest of a row stays with probability keep - spread, the largest with keep + spread
     normalize: bool = True  # divide by the sum of the weights that count
     consensus: bool = True  # at each entry, only donors whose change has the elected sign count
-    rescale: str = "l1"  # of what stays: l1 (to the sum of sizes before), inverse (1/keep), none
+    rescale: Rescale = "l1"  # of what stays: l1 (to the sum of sizes before), inverse (1/keep), none
 
     def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
         return dropped(values, by_rank(values, shape, keep, self.spread), seed)

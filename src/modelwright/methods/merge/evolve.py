@@ -24,9 +24,10 @@ from modelwright.core.method import DRIVEN, ModelMethod, fields_of
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.model import put as write
 from modelwright.core.settings import count, number
+from modelwright.core.together import same_tensors
 from modelwright.maths.slices import Sliced
 from modelwright.methods.merge._mechanism import Merger
-from modelwright.methods.merge._objective import nats, refuse_unlike, search
+from modelwright.methods.merge._objective import nats, search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ class Evolve(ModelMethod):
         notes: list[str],
     ) -> Model:
         module = unwrapped(model.module)
-        refuse_unlike(model, donors)
+        same_tensors(model, donors)
         with contextlib.ExitStack() as stack:
             for each in (module, *(unwrapped(donor.module) for donor in donors)):
                 stack.enter_context(walk.split_experts(each))  # so that a trial's tensors are those of the step that is told
@@ -114,7 +115,9 @@ class Evolve(ModelMethod):
         settings: dict[str, Any] = {"weights": [genes[f"weight {group} {donor}"] for donor in range(donors)]}
         if f"keep {group} 0" in genes:
             settings["keep_each"] = [genes[f"keep {group} {donor}"] for donor in range(donors)]
-        return find.find(self.method).build(settings)  # type: ignore[return-value]
+        made = find.find(self.method).build(settings)
+        assert isinstance(made, Merger), made
+        return made
 
     def group(self, site: Any) -> int:
         """The group of a weight; what stands outside the blocks belongs to the first."""

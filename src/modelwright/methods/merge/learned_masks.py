@@ -21,9 +21,9 @@ from modelwright.anatomy import anatomy_of, matches
 from modelwright.core.given import Batch
 from modelwright.core.gradients import floats, logits_of, mean_gradients
 from modelwright.core.model import Model, unwrapped
+from modelwright.core.passage import Resident
 from modelwright.core.settings import count, fraction, number
 from modelwright.core.together import same_tensors
-from modelwright.core.walk import Resident
 from modelwright.maths.slices import Joined, flat
 from modelwright.maths.stitching import stitched
 from modelwright.maths.task_vectors import least_of_largest

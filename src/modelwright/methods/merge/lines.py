@@ -15,8 +15,8 @@ from typing import ClassVar, NamedTuple, Self
 
 from modelwright.core.settings import fraction, number
 from modelwright.maths import task_vectors
-from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.task_vectors import Sparsify, delta, least_of_largest, size, without_below
+from modelwright.maths.slices import Entries, Sliced
+from modelwright.maths.task_vectors import Sparsify, least_of_changes, size, without_below
 from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
 
 
@@ -47,11 +47,7 @@ class Lines(SparseTaskVectors):
         return found and dataclasses.replace(found, rise=found.rise * along)
 
     def survey(self, weight: Entries, donors: list[Entries]) -> Found:
-        count, start = weight.shape[0], flat(weight)
-        keeps = self.keeps(len(donors))
-        least = [
-            least_of_largest(delta(start, flat(donor)), count, keep) if keep < 1 else 0.0 for donor, keep in zip(donors, keeps, strict=True)
-        ]
+        count, least = weight.shape[0], least_of_changes(weight, donors, self.keeps(len(donors)))
         if self.start is not None:
             return Found(0.0, least)
         merged = size(self.change(weight, donors, _trimming(least)), count)

@@ -12,9 +12,9 @@ from typing import ClassVar
 
 from modelwright.core.method import Places
 from modelwright.core.settings import fraction, number
-from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.slices import Entries, Sliced
 from modelwright.maths.stitching import reaching, stitched
-from modelwright.maths.task_vectors import delta, least_of_largest
+from modelwright.maths.task_vectors import changes, least_of_changes
 from modelwright.methods.merge._mechanism import Merger
 
 
@@ -31,8 +31,8 @@ class LocalizeAndStitch(Merger):
 
     def survey(self, weight: Entries, donors: list[Entries]) -> list[float]:
         """The size that a change of each donor must reach."""
-        return [least_of_largest(delta(flat(weight), flat(donor)), weight.shape[0], self.keep) for donor in donors]
+        return least_of_changes(weight, donors, [self.keep] * len(donors))
 
     def tensor(self, weight: Entries, donors: list[Entries], survey: list[float]) -> Sliced:
-        masks = [reaching(delta(flat(weight), flat(donor)), least) for donor, least in zip(donors, survey, strict=True)]
+        masks = [reaching(change, least) for change, least in zip(changes(weight, donors), survey, strict=True)]
         return stitched(weight, donors, masks, self.weights_for(len(donors)), self.scale)

@@ -20,9 +20,10 @@ from modelwright.core.data import fits
 from modelwright.core.errors import NeedError, SettingError, SiteError
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, empty_module, unwrapped
+from modelwright.core.passage import fill
 from modelwright.core.settings import count
 from modelwright.core.stream import revive
-from modelwright.core.walk import fill, refuse_other_shapes, refuse_stored
+from modelwright.core.walk import refuse_other_shapes, refuse_stored
 
 SOUND = 5.0  # condition number from which the rows of a router are too alike
 Prompts = tuple[tuple[str, ...], ...]

@@ -20,7 +20,7 @@ from torch import Tensor
 from modelwright.core.settings import fraction, number
 from modelwright.maths.masks import find_cut, quantiles
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
-from modelwright.maths.task_vectors import delta, onto
+from modelwright.maths.task_vectors import changes, onto
 from modelwright.methods.merge._mechanism import Merger
 
 
@@ -55,10 +55,10 @@ class Pcb(Merger):
         if not math.prod(weight.shape):
             return Sliced(tuple(weight.shape), weight.dtype, flat(weight))
         ends = survey or self.ends(weight, donors)
-        changes, weights = changes_of(weight, donors), torch.tensor(self.weights_for(len(donors))).double()[:, None]
+        whole, weights = changes(weight, donors), torch.tensor(self.weights_for(len(donors))).double()[:, None]
 
         def merged(at: slice) -> Tensor:
-            parts = stacked(changes, at)
+            parts = stacked(whole, at)
             scores = torch.stack([within(self.balance(parts, ends, number), one.balances) for number, one in enumerate(ends)])
             sizes = torch.stack([part.abs().clamp(*one.sizes) for part, one in zip(parts, ends, strict=True)])
             total = (weights.to(parts.device) * scores * sizes * parts.sign()).sum(0)
@@ -68,16 +68,16 @@ class Pcb(Merger):
 
     def ends(self, weight: Entries, donors: list[Entries]) -> list[Ends]:
         """Where each donor's sizes and balances end."""
-        count, changes = math.prod(weight.shape), changes_of(weight, donors)
+        count, whole = math.prod(weight.shape), changes(weight, donors)
         ends = []
-        for one in changes:
+        for one in whole:
             low, high = quantiles(absolute(one), count, (self.clamp, 1 - self.clamp))
             ends.append(Ends((low, high)))
         dropped = max(count - int(self.keep * count), 1)
 
         def balances(number: int) -> tuple[float, float]:
             def values(at: slice) -> Tensor:
-                return self.balance(stacked(changes, at), ends, number)
+                return self.balance(stacked(whole, at), ends, number)
 
             return find_cut(values, count, dropped).value, max(each(lambda at: values(at).max().item(), count))
 
@@ -94,12 +94,8 @@ class Pcb(Merger):
         return torch.exp(len(parts) * levels[number].square()) * agreement
 
 
-def changes_of(weight: Entries, donors: list[Entries]) -> list[Values]:
-    return [delta(flat(weight), flat(donor)) for donor in donors]
-
-
-def stacked(changes: list[Values], at: slice) -> Tensor:
-    return torch.stack([change(at) for change in changes]).double()
+def stacked(whole: list[Values], at: slice) -> Tensor:
+    return torch.stack([part(at) for part in whole]).double()
 
 
 def absolute(values: Values) -> Values:

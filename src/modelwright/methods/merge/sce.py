@@ -18,7 +18,7 @@ from torch import Tensor
 from modelwright.core.settings import fraction
 from modelwright.maths.masks import find_cut
 from modelwright.maths.slices import Entries, Sliced, each, flat
-from modelwright.maths.task_vectors import combined, delta, elect
+from modelwright.maths.task_vectors import changes, combined, elect
 from modelwright.methods.merge._mechanism import PointWise
 
 
@@ -33,16 +33,16 @@ class Sce(PointWise):
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
         start, count = flat(weight), math.prod(weight.shape)
-        changes = [delta(start, flat(donor)) for donor in donors]
+        added = changes(weight, donors)
 
         def variance(at: slice) -> Tensor:
-            return apart([change(at) for change in changes])
+            return apart([change(at) for change in added])
 
         differ = sum(each(lambda at: int(variance(at).count_nonzero()), count)) if self.keep < 1 else 0
         cut = find_cut(variance, count, count - int(self.keep * differ)) if self.keep < 1 else None
 
         def selected(at: slice) -> list[Tensor]:
-            parts = [change(at) for change in changes]
+            parts = [change(at) for change in added]
             if cut is None:
                 return parts
             kept = cut.before(apart(parts), at).sub_(1).neg_()

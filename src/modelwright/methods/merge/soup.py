@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from torch.func import functional_call
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count, number
-from modelwright.methods.merge._objective import filled, nats, refuse_unlike
+from modelwright.core.together import same_tensors, set_average
+from modelwright.methods.merge._objective import nats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,34 +37,36 @@ class Soup(ModelMethod):
     learning_rate: float = number(0.1, low=0)  # of the learned weights' logits
 
     def model(self, model: Model, donors: Sequence[Model], calibration: Sequence[Mapping[str, Tensor]], notes: list[str]) -> Model:
-        module = unwrapped(model.module)
-        refuse_unlike(model, donors)
-        pots = [dict(unwrapped(donor.module).named_parameters()) for donor in donors]
-        shares = self.shares(module, pots, calibration)
-        filled(module, pots, shares)
+        same_tensors(model, donors)
+        shares = self.shares(model, donors, calibration)
+        set_average(model, donors, shares)
         told = ", ".join(f"{donor.name} {share:.3f}" for donor, share in zip(donors, shares, strict=True))
-        notes.append(f"{self.name()}: shares of the donors: {told}; {nats(module, calibration):.4f} nats on the calibration text")
+        loss = nats(unwrapped(model.module), calibration)
+        notes.append(f"{self.name()}: shares of the donors: {told}; {loss:.4f} nats on the calibration text")
         return model
 
-    def shares(self, module: nn.Module, pots: list[dict[str, Any]], batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
+    def shares(self, model: Model, donors: Sequence[Model], batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
         """How much each donor counts; they sum to one."""
         if self.kind == "learned":
-            return self.learned(module, pots, batches)
+            return self.learned(unwrapped(model.module), [dict(unwrapped(donor.module).named_parameters()) for donor in donors], batches)
         if self.kind == "uniform":
-            return [1 / len(pots)] * len(pots)
-        with torch.no_grad():
-            alone = [nats(filled(module, [pot], [1.0]), batches) for pot in pots]
-            order = sorted(range(len(pots)), key=alone.__getitem__)
-            chosen, best = order[:1], alone[order[0]]
-            for number_ in order[1:]:
-                tried = [*chosen, number_]
-                loss = nats(filled(module, [pots[each] for each in tried], [1 / len(tried)] * len(tried)), batches)
-                if loss <= best:
-                    chosen, best = tried, loss
-        return [(each in chosen) / len(chosen) for each in range(len(pots))]
+            return [1 / len(donors)] * len(donors)
 
-    def learned(self, module: nn.Module, pots: list[dict[str, Any]], batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
-        """Gradient descent on the logits of the weights, from equal ones."""
+        def loss(tried: Sequence[int]) -> float:
+            """Of the mean of these donors."""
+            set_average(model, [donors[each] for each in tried], [1.0] * len(tried))
+            return nats(unwrapped(model.module), batches)
+
+        alone = [loss([each]) for each in range(len(donors))]
+        order = sorted(range(len(donors)), key=alone.__getitem__)
+        chosen, best = order[:1], alone[order[0]]
+        for each in order[1:]:
+            if (found := loss([*chosen, each])) <= best:
+                chosen, best = [*chosen, each], found
+        return [(each in chosen) / len(chosen) for each in range(len(donors))]
+
+    def learned(self, module: nn.Module, pots: Sequence[Mapping[str, Tensor]], batches: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """Gradient descent on the logits of the weights, from equal ones; of each donor, its parameters by name."""
         logits = torch.zeros(len(pots), requires_grad=True)
         optimizer = torch.optim.Adam([logits], lr=self.learning_rate)
         stacks = {name: torch.stack([pot[name].detach().float() for pot in pots]) for name in pots[0]}

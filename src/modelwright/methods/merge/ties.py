@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.task_vectors import delta, least_of_largest, trimmed, without_below
+from modelwright.maths.slices import Entries, Sliced
+from modelwright.maths.task_vectors import least_of_changes, trimmed, without_below
 from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
 
 
@@ -33,13 +33,7 @@ class Ties(SparseTaskVectors):
 
     def survey(self, weight: Entries, donors: list[Entries]) -> list[float] | None:
         """The size that a change of each donor must reach, when all tensors compete."""
-        if self.scope == "tensor":
-            return None
-        count = weight.shape[0]
-        return [
-            least_of_largest(delta(flat(weight), flat(donor)), count, keep)
-            for donor, keep in zip(donors, self.keeps(len(donors)), strict=True)
-        ]
+        return least_of_changes(weight, donors, self.keeps(len(donors))) if self.scope == "model" else None
 
     def tensor(self, weight: Entries, donors: list[Entries], survey: list[float] | None) -> Sliced:
         if survey:
