@@ -63,6 +63,22 @@ CASES = {
         "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "consensus": True}, TWO, "breadcrumbs_ties", {},
         peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
     ),
+    "TIES, rescaled": Case(
+        "ties", {"weights": WEIGHTS, "keep": 0.3, "rescale": "l1"}, TWO, "ties", {"rescale": True}, peers("weight", *WEIGHTS, density=0.3)
+    ),
+    "breadcrumbs, rescaled": Case(
+        "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "rescale": "l1"}, TWO, "breadcrumbs", {"rescale": True},
+        peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
+    ),
+    "breadcrumbs, consensus, rescaled": Case(
+        "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "consensus": True, "rescale": "l1"}, TWO, "breadcrumbs_ties",
+        {"rescale": True}, peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
+    ),
+    "RAM": Case("ram", {"threshold": 1e-3}, TWO, "ram", {"epsilon": 1e-3}, [{}] * 2, first=True),
+    "RAM+": Case(
+        "ram", {"threshold": 1e-3, "boost": 0.5, "most": 0.9}, TWO, "ramplus_tl", {"epsilon": 1e-3, "r": 0.5, "alpha": 0.9}, [{}] * 2,
+        first=True,
+    ),
     "DARE": Case("dare", L1, TWO, "dare_linear", {}, peers("weight", *WEIGHTS, density=0.5)),
     "DARE, consensus": Case("dare", {**L1, "consensus": True}, TWO, "dare_ties", {}, peers("weight", *WEIGHTS, density=0.5)),
     "DELLA": Case("della", L1, TWO, "della", {}, peers("weight", *WEIGHTS, density=0.5, epsilon=0.15)),
@@ -77,9 +93,21 @@ CASES = {
         "nuslerp", {"weights": [1.0, 3.0], "by_row": True}, ["first", "other"], "nuslerp", {"nuslerp_flatten": False},
         peers("weight", 1, 3), based=False,
     ),
+    "NuSLERP, by column": Case(
+        "nuslerp", {"weights": [1.0, 3.0], "by_column": True}, ["first", "other"], "nuslerp",
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True}, peers("weight", 1, 3), based=False,
+    ),
+    "NuSLERP, by column, from base": Case(
+        "nuslerp", {"weights": [1.0, 3.0], "by_column": True, "from_base": True}, TWO, "nuslerp",
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True}, peers("weight", 1, 3),
+    ),
     "NuSLERP, from base": Case("nuslerp", {"weights": [1.0, 3.0], "from_base": True}, TWO, "nuslerp", {}, peers("weight", 1, 3)),
     "multi-SLERP": Case("multislerp", {"weights": [1.0, 3.0]}, ["first", "other"], "multislerp", {}, peers("weight", 1, 3), based=False),
     "multi-SLERP, from base": Case("multislerp", {"weights": [1.0, 3.0], "from_base": True}, TWO, "multislerp", {}, peers("weight", 1, 3)),
+    "multi-SLERP, weights as they are": Case(
+        "multislerp", {"weights": [1.0, 0.7], "normalize": False}, ["first", "other"], "multislerp", {"normalize_weights": False},
+        peers("weight", 1, 0.7), based=False,
+    ),
     "Karcher mean": Case("karcher", {}, ["first", "second", "other"], "karcher", {}, [{}] * 3, based=False),
     "Model Stock": Case("model_stock", {}, TWO, "model_stock", {}, [{}] * 2, first=True),
     "Model Stock, by row": Case("model_stock", {"by_row": True}, TWO, "model_stock", {"filter_wise": True}, [{}] * 2, first=True),
@@ -92,7 +120,8 @@ CASES = {
     "Arcee Fusion, small changes": Case("arcee_fusion", {}, ["first"], "arcee_fusion", {}, [{}], first=True),
 }  # fmt: skip
 
-WIDE = ("multi-SLERP", "multi-SLERP, from base", "Karcher mean", "Model Stock", "Arcee Fusion", "Arcee Fusion, small changes")
+WIDE = ("multi-SLERP", "multi-SLERP, weights as they are", "multi-SLERP, from base", "Karcher mean", "Model Stock", "Arcee Fusion",
+        "Arcee Fusion, small changes")  # fmt: skip
 CASES |= {f"{name}; float64": replace(CASES[name], dtype="float64") for name in WIDE}
 
 

@@ -162,6 +162,29 @@ base_model: c
 models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]
 """,
     "near swap": "merge_method: nearswap\nbase_model: c\nmodels: [{model: a}]\nparameters: {t: 0.001}\n",
+    "agents that were reinforced": """
+merge_method: ramplus_tl
+base_model: c
+models: [{model: a}, {model: b}]
+parameters: {r: 0.1, alpha: 0.2, epsilon: 1e-5}
+""",
+    "agents, plainly": "merge_method: ram\nbase_model: c\nmodels: [{model: c}, {model: a}, {model: b}]\n",
+    "trimmed and brought to size": """
+merge_method: ties
+base_model: c
+models: [{model: a, parameters: {weight: 0.5, density: 0.3}}, {model: b, parameters: {weight: 0.5, density: 0.3}}]
+parameters: {rescale: true}
+""",
+    "arcs by column": """
+merge_method: nuslerp
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0.5}}]
+parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+""",
+    "arcs of any length": """
+merge_method: multislerp
+models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.2}}]
+parameters: {normalize_weights: false}
+""",
     "fusion": "merge_method: arcee_fusion\nbase_model: c\nmodels: [{model: c}, {model: a}]\n",
 }  # fmt: skip
 

@@ -139,15 +139,22 @@ class SparseTaskVectors(TaskVectors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTaskVectors(SparseTaskVectors):
-    """Adds a random part of what the donors learned, made larger for what is missing."""
+class RescaledTaskVectors(SparseTaskVectors):
+    """Adds a part of what the donors learned, which may be made larger for what is missing."""
 
-    keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
-    rescale: str = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
+    rescale: str = "none"  # of what stays: none, inverse (1/keep), l1 (to the sum of sizes before)
 
     def problems(self) -> list[str]:
         known = ("inverse", "l1", "none")
         return [] if self.rescale in known else [f"rescale is one of {', '.join(known)}; got {self.rescale!r}."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTaskVectors(RescaledTaskVectors):
+    """Adds a random part of what the donors learned, made larger for what is missing."""
+
+    keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
+    rescale: str = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
 
     def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
         """The values, some of them 0 by chance."""
@@ -158,18 +165,18 @@ class RandomTaskVectors(SparseTaskVectors):
         return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
 
     def _one(self, keep: float, seed: int) -> Sparsify:
-        return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
+        return rescaling(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
 
 
-def at_random(drop: Sparsify, keep: float, rescale: str = "inverse") -> Sparsify:
-    """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+def rescaling(sparsify: Sparsify, keep: float, rescale: str) -> Sparsify:
+    """Make sparse, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
 
     def sparse(values: Values, shape: tuple[int, ...]) -> Values:
         if keep >= 1:
             return values
         if keep <= 0:
             return lambda at: torch.zeros_like(values(at))
-        kept = drop(values, shape)
+        kept = sparsify(values, shape)
         if rescale == "none":
             return kept
         return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)
