@@ -6,11 +6,12 @@ of slices, so that tensors of any size are merged in the memory of a few slices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -29,6 +30,13 @@ class PointWise(TensorMethod):
     every: ClassVar[bool] = True
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    unsurveyed: ClassVar[frozenset[str]] = frozenset()  # settings that the survey does not look at
+
+    def surveyed(self) -> Self:
+        """The method with defaults where its survey does not look: two of them that are equal find the same."""
+        plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in self.unsurveyed}
+        return dataclasses.replace(self, **plain)
 
     def everywhere(self, *names: str) -> list[str]:
         """The problems with settings that must be one number, because all tensors are surveyed together."""

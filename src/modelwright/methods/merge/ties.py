@@ -23,6 +23,7 @@ class Ties(RescaledTaskVectors):
 
     status: ClassVar[str] = "checked"
     neutral = dict(scale=0.0)
+    unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 
     normalize: bool = True  # divide by the sum of the weights that agree
     consensus: bool = True  # at each entry, only donors whose change has the elected sign count
