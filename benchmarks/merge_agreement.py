@@ -125,6 +125,17 @@ WIDE = ("multi-SLERP", "multi-SLERP, weights as they are", "multi-SLERP, from ba
 CASES |= {f"{name}; float64": replace(CASES[name], dtype="float64") for name in WIDE}
 
 
+PROMPTS = [["write a function", "sort the list"], ["tell me a story"], ["anything at all"]]
+EXPERTS = [{"source_model": name, "positive_prompts": prompts} for name, prompts in zip(TWO, PROMPTS, strict=False)]
+GIVEN = {"base_model": "base", "gate_mode": "cheap_embed", "dtype": "float32"}
+SHARED = {"source_model": "base", "positive_prompts": PROMPTS[2], "residual_scale": 0.5}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixture, Mixtral": {**GIVEN, "experts": EXPERTS},
+    "mixture, Mixtral, scaled": {**GIVEN, "experts": [{**EXPERTS[0], "residual_scale": 0.7}, EXPERTS[1]]},
+    "mixture, Qwen, shared expert": {**GIVEN, "experts": EXPERTS, "shared_experts": [SHARED], "architecture": "qwen"},
+}
+
+
 def recipe(case: Case, work: Path) -> dict[str, Any]:
     """The merge for mergekit; JSON is YAML."""
     models = [{"model": str(work / name), "parameters": values} for name, values in zip(case.donors, case.each, strict=True)]
@@ -141,11 +152,26 @@ def recipe(case: Case, work: Path) -> dict[str, Any]:
     }
 
 
+def mixture(name: str, work: str) -> dict[str, Any]:
+    """The configuration of a mixture, for both."""
+    found = json.loads(json.dumps(MIXTURES[name]))
+    for entry in (*found["experts"], *found.get("shared_experts", ())):
+        entry["source_model"] = f"{work}/{entry['source_model']}"
+    return found | {"base_model": f"{work}/base"}
+
+
 def digest(values: Any) -> str:
     """A hash of a float32 tensor's bits."""
     import hashlib
 
     return hashlib.sha256(values.detach().float().contiguous().view(-1).numpy().tobytes()).hexdigest()
+
+
+def with_letters(folder: str) -> None:
+    """Give a model a tokenizer of single characters."""
+    from modelwright.core.contract import letters
+
+    letters().save_pretrained(folder)
 
 
 def ours(work: str, names: list[str]) -> None:
@@ -159,6 +185,9 @@ def ours(work: str, names: list[str]) -> None:
 
     drop = dare.dropped
     for name in names:
+        if name in MIXTURES:
+            mw.merge(mixture(name, work), save=f"{work}/ours-{name}", overwrite=True)
+            continue
         case, masks = CASES[name], {}
 
         def recorded(values: Any, keep: Any, seed: int, masks: dict[str, Any] = masks) -> Any:
@@ -184,6 +213,7 @@ def theirs(work: str, names: list[str]) -> None:
     """Merge with mergekit; where it draws a mask, it is given ours."""
     import mergekit.sparsify as sparsify
     import torch
+    from mergekit.scripts.moe import main as mixed
     from mergekit.scripts.run_yaml import main
 
     draws, now = [sparsify.bernoulli, sparsify.della_magprune], []
@@ -197,6 +227,10 @@ def theirs(work: str, names: list[str]) -> None:
 
     sparsify.bernoulli, sparsify.della_magprune = map(watched, draws)
     for name in names:
+        if name in MIXTURES:
+            (Path(work) / f"{name}.yaml").write_text(json.dumps(mixture(name, work)))
+            mixed([f"{work}/{name}.yaml", f"{work}/theirs-{name}"], standalone_mode=False)
+            continue
         masks = torch.load(f"{work}/masks-{name}.pt")
         torch.bernoulli = lambda odds, masks=masks: masks[now[0]].view(odds.shape).to(odds.dtype)
         torch.manual_seed(0)  # Arcee Fusion samples quantiles of large tensors
@@ -206,8 +240,16 @@ def theirs(work: str, names: list[str]) -> None:
 
 def tensors(work: str, name: str) -> Iterator[tuple[str, Any, Any, Any]]:
     """Name, ours, theirs and the model's of every tensor, in float64."""
+    from transformers import AutoModelForCausalLM
+
     from modelwright.core.weights import Checkpoint
 
+    if name in MIXTURES:  # stored under other names; the change is the whole
+        one, other = (AutoModelForCausalLM.from_pretrained(f"{work}/{who}-{name}").state_dict() for who in ("ours", "theirs"))
+        assert set(one) == set(other), set(one) ^ set(other)
+        for tensor, values in one.items():
+            yield tensor, values.double(), other[tensor].double(), 0 * values.double()
+        return
     one, other, base = Checkpoint(f"{work}/ours-{name}"), Checkpoint(f"{work}/theirs-{name}"), Checkpoint(f"{work}/base")
     assert set(one) == set(other), set(one) ^ set(other)
     for tensor in one:
@@ -241,7 +283,7 @@ def main() -> None:
     """Make the models, merge with both, print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with mergekit")
-    parser.add_argument("--methods", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--methods", nargs="+", default=[*CASES, *MIXTURES], choices=[*CASES, *MIXTURES])
     parser.add_argument("--work", help="where the models go; by default a temporary folder")
     parser.add_argument("--name", default="merge-agreement", help="the result is docs/results/NAME.json")
     asked = parser.parse_args()
@@ -252,6 +294,7 @@ def main() -> None:
         for seed, (name, start) in enumerate(starts.items()):
             base = start and str(work / start)
             _run.subject("_models:random_llama", folder=str(work / name), config=config, seed=seed, base=base, dtype="float32", norms=0.01)
+        _run.subject("merge_agreement:with_letters", folder=str(work / "base"))
         _run.subject("merge_agreement:ours", work=str(work), names=asked.methods)
         _run.subject("merge_agreement:theirs", python=asked.peer_python, work=str(work), names=asked.methods)
         rows = _run.subject("merge_agreement:compare", work=str(work), names=asked.methods).returned
