@@ -133,7 +133,7 @@ merge_method: della
 base_model: c
 models:
   - {model: a, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
-  - {model: b, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
+  - {model: b, parameters: {weight: 0.5, density: 0.6, epsilon: 0.1}}
 parameters: {normalize: true, lambda: 1.1}
 """,
     "what was learned, taken away": """

@@ -49,7 +49,7 @@ def vectors(name: str, each: Mapping[str, tuple[str, Any]] | None = None, *, nor
 WEIGHT = {"weight": ("weights", REQUIRED)}
 DENSITY = {"density": ("keep_each", 1.0)}
 GAMMA = {"gamma": ("top_each", 0.01)}
-EPSILON = {"epsilon": ("spread", 0.15)}
+EPSILON = {"epsilon": ("spread_each", 0.15)}
 SHARES = {"density", "gamma", "epsilon"}
 METHODS: dict[str, Entry] = {
     "linear": Entry("merge.linear", "unused", each=WEIGHT, once={"normalize": ("normalize", True)}),
@@ -114,10 +114,6 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
         if any(isinstance(value, str) or not 0 <= value <= 1 for value in each[theirs]):
             raise MethodError(f"{theirs} must be a number from 0 to 1; got {', '.join(map(str, each[theirs]))}.")
     found: dict[str, Any] = {ours: tuple(each[theirs]) for theirs, (ours, _) in entry.each.items()}
-    if "spread" in found:
-        if len(set(found["spread"])) > 1:
-            raise MethodError(f"epsilon differs between models ({', '.join(map(str, each['epsilon']))}), which is not here. Give one.")
-        found["spread"] = found["spread"][0]
     for theirs, (ours, _) in entry.once.items():
         value = once[theirs]
         if ours in ("normalize", "rescale", "by_row", "flatten", "columns"):

@@ -104,6 +104,19 @@ def test_della_keeps_larger_changes_more_often():
         assert abs(inside.mean() - expected) < 5 * (0.25 / len(inside)) ** 0.5
 
 
+def test_each_donor_of_della_may_have_a_spread_of_its_own():
+    plain = {"keep": 0.5, "consensus": False, "normalize": False}
+    whole = merged(Della(**plain, spread_each=[0.4, 0.1]), BASE, DONORS[:2]) - BASE
+    one = merged(Della(**plain, spread=0.4, weights=[1, 0]), BASE, DONORS[:2]) - BASE
+    two = merged(Della(**plain, spread=0.1, weights=[0, 1]), BASE, DONORS[:2]) - BASE
+    assert torch.allclose(whole, one + two, atol=1e-6)
+    assert not torch.allclose(whole, merged(Della(**plain, spread=0.4), BASE, DONORS[:2]) - BASE, atol=1e-3)
+    with pytest.raises(SettingError, match="1 spread_each for 2 donors"):
+        merged(Della(spread_each=[0.1]), BASE, DONORS[:2])
+    with pytest.raises(SettingError, match="spread_each are fractions from 0 to 1; got 2.0"):
+        Della(spread_each=[2.0])
+
+
 def test_della_of_a_row_of_one_entry_is_dare():
     base, donor = torch.zeros(500, 1), torch.ones(500, 1)
     assert torch.equal(merged(Della(keep=0.3, rescale="inverse", consensus=False, normalize=False), base, [donor]),

@@ -22,6 +22,8 @@ from modelwright.maths import task_vectors
 from modelwright.maths.slices import Entries, Sliced, Values
 from modelwright.maths.task_vectors import Sparsify
 
+SHARES = ("keep_each", "top_each", "spread_each")  # settings for each donor that are fractions
+
 
 @dataclass(frozen=True, kw_only=True)
 class PointWise(TensorMethod):
@@ -57,11 +59,10 @@ class Weighted(Method):
         super().__post_init__()
         faults = []
         for name, values in vars(self).items():
-            parts = values if name == "weights" or name.endswith("_each") else None
-            bad = [part for part in parts or () if not math.isfinite(part) or name in ("keep_each", "top_each") and not 0 <= part <= 1]
+            parts, shares = values if name == "weights" or name.endswith("_each") else None, name in SHARES
+            bad = [part for part in parts or () if not math.isfinite(part) or shares and not 0 <= part <= 1]
             if bad:
-                allowed = "numbers" if name == "weights" else "fractions from 0 to 1" if name != "least_each" else "numbers"
-                faults.append(f"{self.name()}: {name} are {allowed}; got {bad[0]!r}.")
+                faults.append(f"{self.name()}: {name} are {'fractions from 0 to 1' if shares else 'numbers'}; got {bad[0]!r}.")
         refuse(SettingError, faults)
 
     def weights_for(self, donors: int) -> list[float]:
@@ -164,16 +165,16 @@ class RandomTaskVectors(RescaledTaskVectors):
     keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
     rescale: str = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
 
-    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
-        """The values, some of them 0 by chance."""
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int, donor: int) -> Values:
+        """The values of a donor's change, by its number, some of them 0 by chance."""
         raise AssertionError(f"{self.name()} writes drop")
 
     def tensor(self, weight: Entries, donors: list[Entries], rng: torch.Generator) -> Sliced:
         keeps = self.keeps(len(donors))
-        return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
+        return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number, number) for number, keep in enumerate(keeps)])
 
-    def _one(self, keep: float, seed: int) -> Sparsify:
-        return rescaling(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
+    def _one(self, keep: float, seed: int, donor: int) -> Sparsify:
+        return rescaling(lambda values, shape: self.drop(values, shape, keep, seed, donor), keep, self.rescale)
 
 
 def rescaling(sparsify: Sparsify, keep: float, rescale: str) -> Sparsify:

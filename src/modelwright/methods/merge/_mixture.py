@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from modelwright.core.errors import SiteError
 
+SOUND = 5.0  # condition number from which the rows of a router are too alike
 QWEN = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
 
 
@@ -76,3 +80,10 @@ def mixture(base: Any, experts: int, chosen: int, *, shared: int = 0, architectu
     }
     stated = {layout.count: experts, "num_experts_per_tok": chosen, "architectures": [layout.model]}
     return own(**{**keys, **inner, **layout.keys, **stated})
+
+
+def unsound(routers: Sequence[Tensor]) -> list[str]:
+    """A sentence about routers [experts, width] whose rows are nearly alike, if there are any."""
+    found = [f"{depth} ({number:.1f})" for depth, one in enumerate(routers) if (number := float(torch.linalg.cond(one.double()))) > SOUND]
+    alike = f"the routers' rows are nearly alike in blocks {', '.join(found)} (condition number above {SOUND:g}), "
+    return [alike + "so experts will be chosen badly. Give prompts that differ more."] if found else []

@@ -29,9 +29,8 @@ from modelwright.core.model import Model, empty_module, unwrapped
 from modelwright.core.settings import count
 from modelwright.core.stream import revive
 from modelwright.core.walk import fill, refuse_other_shapes, refuse_stored
-from modelwright.methods.merge._mixture import mixture
+from modelwright.methods.merge._mixture import mixture, unsound
 
-SOUND = 5.0  # condition number from which the rows of a router are too alike
 Prompts = tuple[tuple[str, ...], ...]
 
 
@@ -89,15 +88,7 @@ class Moe(ModelMethod):
         shapes = [{name: tuple(value.shape) for name, value in each.named_parameters() if ".mlp." in name} for each in (base, *sources)]
         refuse_other_shapes(shapes[0], [(donor.name, one) for donor, one in zip(donors, shapes[1:], strict=True)])
         rows = self.routers(model, len(donors), rng)
-        routers = [one[:experts] for one in rows]
-        unsound = [
-            f"{depth} ({number:.1f})" for depth, one in enumerate(routers) if (number := float(torch.linalg.cond(one.double()))) > SOUND
-        ]
-        if unsound:
-            notes.append(
-                f"{self.name()}: the routers' rows are nearly alike in blocks {', '.join(unsound)} (condition number above {SOUND:g}), "
-                "so experts will be chosen badly. Give prompts that differ more."
-            )
+        notes += [f"{self.name()}: {text}" for text in unsound([one[:experts] for one in rows])]
 
         def read(name: str) -> Tensor:
             block, _, part = name.rpartition(".mlp.")
@@ -122,8 +113,7 @@ class Moe(ModelMethod):
         whole = self.shared and not any(one[experts:].any() for one in rows)  # sigmoid 0 is ½
         made: Any = empty_module(config)
         own, wanted = dict(base.named_parameters()), dict(made.named_parameters())
-        lost = [name for name in own if ".mlp." not in name and name not in wanted]
-        assert not lost, f"a {config.model_type} has no place for {lost[0]}"
+        assert all(name in wanted for name in own if ".mlp." not in name), f"a {config.model_type} has no place for some weights"
         fill(made, list(wanted), read)
         assert not revive(made, config), "a mixture's buffers come from its config alone"
         made.tie_weights()
