@@ -63,6 +63,22 @@ CASES = {
         "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "consensus": True}, TWO, "breadcrumbs_ties", {},
         peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
     ),
+    "TIES, rescaled": Case(
+        "ties", {"weights": WEIGHTS, "keep": 0.3, "rescale": "l1"}, TWO, "ties", {"rescale": True}, peers("weight", *WEIGHTS, density=0.3)
+    ),
+    "breadcrumbs, rescaled": Case(
+        "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "rescale": "l1"}, TWO, "breadcrumbs", {"rescale": True},
+        peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
+    ),
+    "breadcrumbs, consensus, rescaled": Case(
+        "breadcrumbs", {"weights": WEIGHTS, "keep": 0.9, "top": 0.01, "consensus": True, "rescale": "l1"}, TWO, "breadcrumbs_ties",
+        {"rescale": True}, peers("weight", *WEIGHTS, density=0.9, gamma=0.01),
+    ),
+    "RAM": Case("ram", {"threshold": 1e-3}, TWO, "ram", {"epsilon": 1e-3}, [{}] * 2, first=True),
+    "RAM+": Case(
+        "ram", {"threshold": 1e-3, "boost": 0.5, "most": 0.9}, TWO, "ramplus_tl", {"epsilon": 1e-3, "r": 0.5, "alpha": 0.9}, [{}] * 2,
+        first=True,
+    ),
     "DARE": Case("dare", L1, TWO, "dare_linear", {}, peers("weight", *WEIGHTS, density=0.5)),
     "DARE, consensus": Case("dare", {**L1, "consensus": True}, TWO, "dare_ties", {}, peers("weight", *WEIGHTS, density=0.5)),
     "DELLA": Case("della", L1, TWO, "della", {}, peers("weight", *WEIGHTS, density=0.5, epsilon=0.15)),
@@ -77,9 +93,21 @@ CASES = {
         "nuslerp", {"weights": [1.0, 3.0], "by_row": True}, ["first", "other"], "nuslerp", {"nuslerp_flatten": False},
         peers("weight", 1, 3), based=False,
     ),
+    "NuSLERP, by column": Case(
+        "nuslerp", {"weights": [1.0, 3.0], "by_column": True}, ["first", "other"], "nuslerp",
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True}, peers("weight", 1, 3), based=False,
+    ),
+    "NuSLERP, by column, from base": Case(
+        "nuslerp", {"weights": [1.0, 3.0], "by_column": True, "from_base": True}, TWO, "nuslerp",
+        {"nuslerp_flatten": False, "nuslerp_row_wise": True}, peers("weight", 1, 3),
+    ),
     "NuSLERP, from base": Case("nuslerp", {"weights": [1.0, 3.0], "from_base": True}, TWO, "nuslerp", {}, peers("weight", 1, 3)),
     "multi-SLERP": Case("multislerp", {"weights": [1.0, 3.0]}, ["first", "other"], "multislerp", {}, peers("weight", 1, 3), based=False),
     "multi-SLERP, from base": Case("multislerp", {"weights": [1.0, 3.0], "from_base": True}, TWO, "multislerp", {}, peers("weight", 1, 3)),
+    "multi-SLERP, weights as they are": Case(
+        "multislerp", {"weights": [1.0, 0.7], "normalize": False}, ["first", "other"], "multislerp", {"normalize_weights": False},
+        peers("weight", 1, 0.7), based=False,
+    ),
     "Karcher mean": Case("karcher", {}, ["first", "second", "other"], "karcher", {}, [{}] * 3, based=False),
     "Model Stock": Case("model_stock", {}, TWO, "model_stock", {}, [{}] * 2, first=True),
     "Model Stock, by row": Case("model_stock", {"by_row": True}, TWO, "model_stock", {"filter_wise": True}, [{}] * 2, first=True),
@@ -92,8 +120,20 @@ CASES = {
     "Arcee Fusion, small changes": Case("arcee_fusion", {}, ["first"], "arcee_fusion", {}, [{}], first=True),
 }  # fmt: skip
 
-WIDE = ("multi-SLERP", "multi-SLERP, from base", "Karcher mean", "Model Stock", "Arcee Fusion", "Arcee Fusion, small changes")
+WIDE = ("multi-SLERP", "multi-SLERP, weights as they are", "multi-SLERP, from base", "Karcher mean", "Model Stock", "Arcee Fusion",
+        "Arcee Fusion, small changes")  # fmt: skip
 CASES |= {f"{name}; float64": replace(CASES[name], dtype="float64") for name in WIDE}
+
+
+PROMPTS = [["write a function", "sort the list"], ["tell me a story"], ["anything at all"]]
+EXPERTS = [{"source_model": name, "positive_prompts": prompts} for name, prompts in zip(TWO, PROMPTS, strict=False)]
+GIVEN = {"base_model": "base", "gate_mode": "cheap_embed", "dtype": "float32"}
+SHARED = {"source_model": "base", "positive_prompts": PROMPTS[2], "residual_scale": 0.5}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixture, Mixtral": {**GIVEN, "experts": EXPERTS},
+    "mixture, Mixtral, scaled": {**GIVEN, "experts": [{**EXPERTS[0], "residual_scale": 0.7}, EXPERTS[1]]},
+    "mixture, Qwen, shared expert": {**GIVEN, "experts": EXPERTS, "shared_experts": [SHARED], "architecture": "qwen"},
+}
 
 
 def recipe(case: Case, work: Path) -> dict[str, Any]:
@@ -112,11 +152,26 @@ def recipe(case: Case, work: Path) -> dict[str, Any]:
     }
 
 
+def mixture(name: str, work: str) -> dict[str, Any]:
+    """The configuration of a mixture, for both."""
+    found = json.loads(json.dumps(MIXTURES[name]))
+    for entry in (*found["experts"], *found.get("shared_experts", ())):
+        entry["source_model"] = f"{work}/{entry['source_model']}"
+    return found | {"base_model": f"{work}/base"}
+
+
 def digest(values: Any) -> str:
     """A hash of a float32 tensor's bits."""
     import hashlib
 
     return hashlib.sha256(values.detach().float().contiguous().view(-1).numpy().tobytes()).hexdigest()
+
+
+def with_letters(folder: str) -> None:
+    """Give a model a tokenizer of single characters."""
+    from modelwright.core.contract import letters
+
+    letters().save_pretrained(folder)
 
 
 def ours(work: str, names: list[str]) -> None:
@@ -130,6 +185,9 @@ def ours(work: str, names: list[str]) -> None:
 
     drop = dare.dropped
     for name in names:
+        if name in MIXTURES:
+            mw.merge(mixture(name, work), save=f"{work}/ours-{name}", overwrite=True)
+            continue
         case, masks = CASES[name], {}
 
         def recorded(values: Any, keep: Any, seed: int, masks: dict[str, Any] = masks) -> Any:
@@ -155,6 +213,7 @@ def theirs(work: str, names: list[str]) -> None:
     """Merge with mergekit; where it draws a mask, it is given ours."""
     import mergekit.sparsify as sparsify
     import torch
+    from mergekit.scripts.moe import main as mixed
     from mergekit.scripts.run_yaml import main
 
     draws, now = [sparsify.bernoulli, sparsify.della_magprune], []
@@ -168,6 +227,10 @@ def theirs(work: str, names: list[str]) -> None:
 
     sparsify.bernoulli, sparsify.della_magprune = map(watched, draws)
     for name in names:
+        if name in MIXTURES:
+            (Path(work) / f"{name}.yaml").write_text(json.dumps(mixture(name, work)))
+            mixed([f"{work}/{name}.yaml", f"{work}/theirs-{name}"], standalone_mode=False)
+            continue
         masks = torch.load(f"{work}/masks-{name}.pt")
         torch.bernoulli = lambda odds, masks=masks: masks[now[0]].view(odds.shape).to(odds.dtype)
         torch.manual_seed(0)  # Arcee Fusion samples quantiles of large tensors
@@ -177,8 +240,16 @@ def theirs(work: str, names: list[str]) -> None:
 
 def tensors(work: str, name: str) -> Iterator[tuple[str, Any, Any, Any]]:
     """Name, ours, theirs and the model's of every tensor, in float64."""
+    from transformers import AutoModelForCausalLM
+
     from modelwright.core.weights import Checkpoint
 
+    if name in MIXTURES:  # stored under other names; the change is the whole
+        one, other = (AutoModelForCausalLM.from_pretrained(f"{work}/{who}-{name}").state_dict() for who in ("ours", "theirs"))
+        assert set(one) == set(other), set(one) ^ set(other)
+        for tensor, values in one.items():
+            yield tensor, values.double(), other[tensor].double(), 0 * values.double()
+        return
     one, other, base = Checkpoint(f"{work}/ours-{name}"), Checkpoint(f"{work}/theirs-{name}"), Checkpoint(f"{work}/base")
     assert set(one) == set(other), set(one) ^ set(other)
     for tensor in one:
@@ -212,7 +283,7 @@ def main() -> None:
     """Make the models, merge with both, print and save the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with mergekit")
-    parser.add_argument("--methods", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--methods", nargs="+", default=[*CASES, *MIXTURES], choices=[*CASES, *MIXTURES])
     parser.add_argument("--work", help="where the models go; by default a temporary folder")
     parser.add_argument("--name", default="merge-agreement", help="the result is docs/results/NAME.json")
     asked = parser.parse_args()
@@ -223,6 +294,7 @@ def main() -> None:
         for seed, (name, start) in enumerate(starts.items()):
             base = start and str(work / start)
             _run.subject("_models:random_llama", folder=str(work / name), config=config, seed=seed, base=base, dtype="float32", norms=0.01)
+        _run.subject("merge_agreement:with_letters", folder=str(work / "base"))
         _run.subject("merge_agreement:ours", work=str(work), names=asked.methods)
         _run.subject("merge_agreement:theirs", python=asked.peer_python, work=str(work), names=asked.methods)
         rows = _run.subject("merge_agreement:compare", work=str(work), names=asked.methods).returned

@@ -30,6 +30,8 @@ _HOMES = {
     "measure": "core.measure",
     "fit": "fit",
     "merge": "mergekit",
+    "pack_tasks": "tasks",
+    "unpack_task": "tasks",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from .fit import fit
     from .mergekit import merge
     from .starter import starter
+    from .tasks import pack_tasks, unpack_task
 
 
 def __getattr__(name: str) -> Any:

@@ -133,7 +133,7 @@ merge_method: della
 base_model: c
 models:
   - {model: a, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
-  - {model: b, parameters: {weight: 0.5, density: 0.6, epsilon: 0.2}}
+  - {model: b, parameters: {weight: 0.5, density: 0.6, epsilon: 0.1}}
 parameters: {normalize: true, lambda: 1.1}
 """,
     "what was learned, taken away": """
@@ -162,6 +162,29 @@ base_model: c
 models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.5}}]
 """,
     "near swap": "merge_method: nearswap\nbase_model: c\nmodels: [{model: a}]\nparameters: {t: 0.001}\n",
+    "agents that were reinforced": """
+merge_method: ramplus_tl
+base_model: c
+models: [{model: a}, {model: b}]
+parameters: {r: 0.1, alpha: 0.2, epsilon: 1e-5}
+""",
+    "agents, plainly": "merge_method: ram\nbase_model: c\nmodels: [{model: c}, {model: a}, {model: b}]\n",
+    "trimmed and brought to size": """
+merge_method: ties
+base_model: c
+models: [{model: a, parameters: {weight: 0.5, density: 0.3}}, {model: b, parameters: {weight: 0.5, density: 0.3}}]
+parameters: {rescale: true}
+""",
+    "arcs by column": """
+merge_method: nuslerp
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 0.5}}]
+parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}
+""",
+    "arcs of any length": """
+merge_method: multislerp
+models: [{model: a, parameters: {weight: 0.5}}, {model: b, parameters: {weight: 0.2}}]
+parameters: {normalize_weights: false}
+""",
     "fusion": "merge_method: arcee_fusion\nbase_model: c\nmodels: [{model: c}, {model: a}]\n",
 }  # fmt: skip
 
@@ -245,6 +268,30 @@ def test_a_mixture_of_experts_is_assembled_from_models_and_earlier_documents(mer
     assert outputs(merged.model.module.float()).isfinite().all()
 
 
+@pytest.mark.parametrize(("prompts", "gated"), [("", False), (", positive_prompts: [anything]", True)])
+@pytest.mark.parametrize("architecture", ["", "architecture: qwen\n"])
+def test_a_mixture_may_have_an_expert_that_every_token_goes_to(merge, read, prompts, gated, architecture):
+    shared = f"{architecture}shared_experts: [{{source_model: c, residual_scale: 0.5{prompts}}}]\nexperts_per_token: 1"
+    merged = merge(EXPERTS.replace("experts_per_token: 1", shared))
+    assert (merged.config["model_type"], merged.config["num_experts"]) == ("qwen2_moe", 2)
+    down = read("c", "model.layers.0.mlp.down_proj.weight").bfloat16()
+    assert torch.equal(merged.read("model.layers.0.mlp.shared_expert.down_proj.weight"), down * (0.5 if gated else 1.0))
+    assert bool(merged.read("model.layers.0.mlp.shared_expert_gate.weight").any()) is gated
+    assert not merged.read("model.layers.0.self_attn.q_proj.bias").any()
+    assert outputs(merged.model.module.float()).isfinite().all()
+
+
+def test_experts_may_have_noise_and_scales(merge, read):
+    merged = merge(EXPERTS.replace("source_model: b", "noise_scale: 0.5, residual_scale: 2, source_model: b"))
+    for part, scale in (("w1", 1), ("w2", 2), ("w3", 1)):
+        name = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}[part]
+        found = merged.read(f"model.layers.0.block_sparse_moe.experts.1.{part}.weight").float() / scale
+        assert (found - read("b", f"model.layers.0.mlp.{name}.weight")).std().item() == pytest.approx(0.5, rel=0.05)
+        other = merged.read(f"model.layers.0.block_sparse_moe.experts.0.{part}.weight").float()
+        assert torch.allclose(other, (read("b", f"model.layers.0.mlp.{name}.weight") + read("c", f"model.layers.0.mlp.{name}.weight")) / 2,
+                              atol=1e-2)  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_the_models_of_a_mixture_are_inputs_too(merge, folders, name):
     with pytest.raises(RecipeError, match="which is never touched"):
@@ -277,10 +324,20 @@ def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
     ("change", "wanted"),
     [
         (("gate_mode: hidden", "gate_mode: hiden"), "Did you mean 'hidden'?"),
-        (("experts_per_token: 1", "shared_experts: [1]"), "experts that every token is sent to are not here"),
+        (("experts_per_token: 1", "shared_experts: [1]"), "shared_experts.0 must be a mapping with `source_model:`"),
+        (("experts_per_token: 1", "shared_experts: [{source_model: a}, {source_model: b}]"), "have one such expert at most"),
+        (("experts_per_token: 1", "architecture: qwen"), "it is a llama, without a shared expert, and qwen3 is asked for"),
+        (("experts_per_token: 1", "architecture: phi"), "architecture: phi with 0 shared experts is not here. There are mixtral (none)"),
+        (("experts_per_token: 1", "experts_per_token: 3"), "3 experts per token, of 2 donors"),
+        (("experts_per_token: 1", "architecture: deepseek"), "transformers does not have. Leave it out"),
+        (
+            ("experts_per_token: 1", "shared_experts: [{source_model: a}]\narchitecture: mixtral"),
+            "mixtral with 1 shared experts is not here",
+        ),
         (("source_model: b", "source_modl: b"), "experts.1.source_model must be a model"),
         (('positive_prompts: ["tell', 'positive_prompt: ["tell'), "experts.1.positive_prompt is no key here. Did you mean"),
-        (("source_model: b", "noise_scale: 0.1, source_model: b"), "experts.1.noise_scale is not here"),
+        (("source_model: b", "noise_scale: some, source_model: b"), "experts.1.noise_scale must be a number; got 'some'"),
+        (("source_model: b", "noise_scale: -1, source_model: b"), "noise_each are numbers of at least 0"),
         (("base_model: a", "base_model: a\nname: mixed"), "one has no `name`"),
         (("bfloat16", "float8"), "dtype is one of"),
     ],

@@ -16,6 +16,7 @@ from modelwright.core.weights import HUB_FILES, Checkpoint, Writer
 from modelwright.mergekit.plan import belongs
 from modelwright.mergekit.run import MARKER
 from modelwright.methods.adapt.lora import Lora
+from modelwright.methods.merge.nuslerp import Nuslerp
 from modelwright.methods.merge.ties import Ties
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -407,13 +408,50 @@ def test_an_unlisted_base_is_averaged_where_mergekit_does(merge):
     assert same(merge(text, save="linear"), mean.path)
 
 
-def test_weights_that_are_not_normalized_must_sum_to_one_on_the_sphere(merge):
+def test_weights_may_stay_as_they_are_on_the_sphere(merge, read):
     text = "merge_method: multislerp\nmodels: [{model: a, parameters: {weight: W}}, {model: b, parameters: {weight: 0.75}}]\n"
     plain = merge(text.replace("W", "0.25"), save="plain")
     text += "parameters: {normalize_weights: false}"
     assert same(merge(text.replace("W", "0.25")), plain.path)
-    with pytest.raises(SettingError, match="normalize_weights: false needs weights that sum to 1"):
-        merge(text.replace("W", "0.5"), save="other")
+    longer = merge(text.replace("W", "0.25").replace("0.75", "2.25").replace("0.25", "0.75"), save="longer")
+    assert torch.allclose(longer.read(EMBED), 3 * plain.read(EMBED), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_linear", "della"])
+def test_rescale_restores_the_sum_of_sizes(merge, read, method):
+    more = ", gamma: 0.1" if method == "breadcrumbs" else ""
+    text = f"merge_method: {method}\nbase_model: c\nmodels: [{{model: a, parameters: {{weight: 1, density: 0.3{more}}}}}]\n"
+    text += "parameters: {normalize: false, rescale: %s}"
+    whole, sizes = (read("a", EMBED) - read("c", EMBED)).abs().sum(), {}
+    for rescale in ("true", "false"):
+        found = merge(text % rescale, save=rescale, as_mergekit=True).read(EMBED) - read("c", EMBED)
+        sizes[rescale] = float(found.abs().sum())
+    assert sizes["true"] == pytest.approx(float(whole), rel=1e-5)
+    assert sizes["false"] < 0.8 * float(whole)
+
+
+def test_columns_of_a_matrix_may_have_arcs_of_their_own(merge, read):
+    text = "merge_method: nuslerp\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+    columns = merge(text + "parameters: {nuslerp_flatten: false, nuslerp_row_wise: true}").read(UP.format(0))
+    method = Nuslerp(by_column=True)
+    expected = method.tensor(read("a", UP.format(0)), [read(name, UP.format(0)) for name in ("a", "b")]).whole()
+    assert torch.equal(columns, expected)
+    whole = merge(text, save="whole")
+    assert same(merge(text + "parameters: {nuslerp_row_wise: true}", save="flat"), whole.path)  # a flat tensor has no columns
+
+
+def test_ram_boosts_what_one_model_alone_changed(merge, read):
+    text = "merge_method: ramplus_tl\nbase_model: c\nmodels: [{model: a}, {model: b}]\nparameters: {epsilon: 0.1, r: 0.5, alpha: 2}"
+    one, two = (read(name, EMBED) - read("c", EMBED) for name in ("a", "b"))
+    own = [(one.abs() > 0.1) & (two.abs() <= 0.1), (two.abs() > 0.1) & (one.abs() <= 0.1)]
+    shared = (one.abs() > 0.1) & (two.abs() > 0.1)
+    boosts = [1 + 0.5 * min(int(shared.sum()) / int(mask.sum()), 2) for mask in own]
+    assert 1 < boosts[0] < 2
+    expected = boosts[0] * one * own[0] + boosts[1] * two * own[1] + (one + two) / 2 * shared
+    assert torch.allclose(merge(text).read(EMBED) - read("c", EMBED), expected, atol=1e-6)
+    plain = merge(text.replace("ramplus_tl", "ram"), save="plain")
+    assert torch.allclose(plain.read(EMBED) - read("c", EMBED), one * own[0] + two * own[1] + (one + two) / 2 * shared, atol=1e-6)
+    assert any("r is left out, as mergekit does; ram has no such parameter" in note for note in plain.notes)
 
 
 def test_parameters_without_meaning_are_noted(merge):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._stored import Stored, parameter
+from modelwright.maths.bits import packed, unpacked
 
 
 class SparseLinear(Stored):
@@ -45,16 +46,14 @@ class SparseLinear(Stored):
         out, columns = weight.shape
         kept = weight.detach() != 0
         layer = cls(out_features=out, in_features=columns, nonzeros=0, dtype=weight.dtype, device=weight.device)
-        padded = nn.functional.pad(kept.to(torch.uint8), (0, -columns % 8)).view(out, -1, 8)
-        layer.weight_mask = (padded << _places(padded)).sum(-1, dtype=torch.uint8)
+        layer.weight_mask = packed(kept)
         layer.weight_values = nn.Parameter(weight.detach()[kept])
         layer.bias = parameter(bias)
         return layer
 
     def mask(self) -> Tensor:
         """True where a weight is stored, bool [out, in]."""
-        bits = (self.weight_mask.unsqueeze(-1) >> _places(self.weight_mask)) & 1
-        return bits.view(self.out_features, -1)[:, : self.in_features].bool()
+        return unpacked(self.weight_mask, self.in_features)
 
     def dense(self) -> Tensor:
         """W [out, in]."""
@@ -74,7 +73,3 @@ class SparseLinear(Stored):
             "nonzeros": self.weight_values.numel(),
             "bias": self.bias is not None,
         }
-
-
-def _places(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)

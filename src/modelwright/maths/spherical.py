@@ -12,19 +12,26 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from modelwright.maths.slices import Entries, Sliced, each, flat
-from modelwright.maths.task_vectors import average, by_rows
+from modelwright.maths.slices import Entries, Sliced, each, flat, slices
+from modelwright.maths.task_vectors import NOTHING, average, by_rows
 
 Coefficients = Callable[[Tensor], Tensor]  # G [..., n, n] -> what each vector counts in the sum [..., n]
 
 
 def mean(
-    tensors: Sequence[Entries], coefficients: Coefficients, dtype: torch.dtype, *, base: Entries | None = None, by_row: bool = False
+    tensors: Sequence[Entries],
+    coefficients: Coefficients,
+    dtype: torch.dtype,
+    *,
+    base: Entries | None = None,
+    by_row: bool = False,
+    by_column: bool = False,
 ) -> Sliced:
     """The sum of tensors of one shape, with coefficients that depend on their dot products.
 
     dtype: of the result. base: what is taken from each tensor first and added to the sum at the end. by_row: each row
-    of a matrix has dot products and coefficients of its own; otherwise the whole tensor is one vector.
+    of a matrix has dot products and coefficients of its own. by_column: each column, which is all entries that differ in
+    their first index alone. Otherwise the whole tensor is one vector.
     """
     assert all(tuple(tensor.shape) == tuple(tensors[0].shape) for tensor in tensors), [tensor.shape for tensor in tensors]
     shape = tuple(tensors[0].shape)
@@ -42,13 +49,34 @@ def mean(
     if by_row:
         return Sliced(shape, dtype, by_rows(parts, width, count, rows))
 
+    if by_column:
+        columns = math.prod(shape[1:])
+
+        def column(at: slice) -> Tensor:
+            return torch.arange(at.start, at.stop) % columns
+
+        def pairs(at: slice) -> Tensor:
+            whole, _ = vectors([part(at) for part in parts])
+            return torch.einsum("np,mp->nmp", whole, whole).cpu()
+
+        gram = torch.zeros(len(tensors), len(tensors), columns, dtype=torch.float64)
+        for at, found in zip(slices(count), each(pairs, count), strict=True):
+            gram.index_add_(2, column(at), found)
+        of_columns = coefficients(gram.permute(2, 0, 1)).T  # [n, columns]
+
+        def mixed(at: slice) -> Tensor:
+            whole, start = vectors([part(at) for part in parts])
+            return (of_columns[:, column(at)].to(whole.device) * whole).sum(0) + start
+
+        return Sliced(shape, dtype, mixed)
+
     def products(at: slice) -> Tensor:
         whole, _ = vectors([part(at) for part in parts])
         return whole @ whole.T
 
     gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     for part in each(products, count):
-        gram += part
+        gram += part.cpu()
     shares = coefficients(gram).tolist()
     if base is not None:
         tensors, shares = [*tensors, base], [*shares, 1 - sum(shares)]
@@ -80,9 +108,11 @@ def slerp(gram: Tensor, t: float, straight: float = 1.0) -> Tensor:
 
 
 def tangent_mean(gram: Tensor, weights: Sequence[float]) -> Tensor:
-    """The direction of Σ w_i v̂_i with the length Σ w_i ‖v_i‖ [n], for weights that sum to 1."""
-    size, shares = lengths(gram), gram.new_tensor(weights)
-    return _unit(cosines(gram), shares) / size.masked_fill(size == 0, 1) * (shares @ size)
+    """The direction of Σ w_i v̂_i with the length Σ w_i ‖v_i‖ [n]; of two vectors whose directions cancel, Σ w_i v_i."""
+    size, shares, cosine = lengths(gram), gram.new_tensor(weights), cosines(gram)
+    if len(shares) == 2 and shares @ cosine @ shares < NOTHING**2 * (shares @ shares):
+        return shares
+    return _unit(cosine, shares) / size.masked_fill(size == 0, 1) * (shares @ size)
 
 
 def karcher_mean(gram: Tensor, weights: Sequence[float], iterations: int, tolerance: float) -> Tensor:

@@ -14,6 +14,14 @@ def reaching(change: Values, least: float) -> Values:
     return lambda at: change(at).abs_() >= least if least > 0 else change(at) != 0
 
 
+def needed(change: torch.Tensor, total: torch.Tensor, least: float) -> torch.Tensor:
+    """A TALL mask: true where |τ| > λ·|τ_M - τ|, with a donor's change τ, λ `least` and the merged change τ_M `total`.
+
+    Source: Wang et al. 2024, arXiv:2405.07813, equation 5.
+    """
+    return change.abs() > (total - change).abs_().mul_(least)
+
+
 def stitched(base: Entries, donors: Sequence[Entries], masks: Sequence[Values], weights: Sequence[float], scale: float) -> Sliced:
     """θ = θ0 + scale · (Σ m_i w_i θ_i / Σ m_i w_i - θ0) where some mask m_i is true, and θ0 elsewhere.
 

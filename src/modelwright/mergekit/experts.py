@@ -14,11 +14,14 @@ from modelwright.core.errors import Faults, RecipeError, nearest
 from modelwright.core.files import whole_folder
 from modelwright.core.given import Given
 from modelwright.core.method import Method
+from modelwright.methods.merge._mixture import LAYOUTS
+from modelwright.methods.merge.moe import Moe
 
 from .schema import Experts, Reader, Reference
 
 GATES = ("hidden", "cheap_embed", "random", "uniform_random")
 PROMPTED = GATES[:2]
+SCALES = (("noise_scale", "noise_each", 0.0), ("residual_scale", "residual_each", 1.0))  # theirs, ours, what changes nothing
 EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
 
 
@@ -44,17 +47,33 @@ def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Re
     entries = stated["experts"] if isinstance(stated["experts"], list) else []
     if len(entries) < 2:
         reader.wrong("experts must be a list of two or more entries with `source_model:`.")
-    experts = [one for number, entry in enumerate(entries) if (one := _expert(reader, entry, f"experts.{number}"))]
+    shared = stated.get("shared_experts") or []
+    if not isinstance(shared, list) or len(shared) > 1:
+        reader.wrong("shared_experts must be a list of one entry with `source_model:`; mixtures here have one such expert at most.")
+        shared = []
+    named = [*((f"experts.{number}", entry) for number, entry in enumerate(entries)), *(("shared_experts.0", entry) for entry in shared)]
+    entries = [entry for _, entry in named]
+    experts = [one for where, entry in named if (one := _expert(reader, entry, where))]
     gates = stated.get("gate_mode") or "hidden"
     if gates not in GATES:
         reader.wrong(f"gate_mode is one of {', '.join(GATES)}; got {gates!r}.{nearest(str(gates), GATES)}")
-    if stated.get("shared_experts"):
-        reader.wrong("shared_experts: experts that every token is sent to are not here. Remove them, or use mergekit-moe.")
-    if stated.get("architecture") not in (None, "mixtral"):
-        reader.wrong(f"architecture: {stated['architecture']} is not here; what is made is a mixtral.")
+    architecture = str(stated.get("architecture") or "").lower()
+    fitting = [name for name in LAYOUTS if name.startswith(architecture) and LAYOUTS[name].shared == bool(shared)]
+    if architecture.startswith("deepseek"):
+        reader.wrong("architecture: deepseek has code of its own that transformers does not have. Leave it out: a shared expert without "
+                     "prompts counts whole in a qwen too.")  # fmt: skip
+    elif architecture and not fitting:
+        kinds = ", ".join(f"{name} ({'one shared expert' if one.shared else 'none'})" for name, one in LAYOUTS.items())
+        reader.wrong(f"architecture: {stated['architecture']} with {len(shared)} shared experts is not here. There are {kinds}.")
     dtype = reader.dtype(stated, "dtype")
     faults += map(RecipeError, reader.problems)
-    settings: dict[str, Any] = {"gates": gates, "experts_per_token": stated.get("experts_per_token") or 2}
+    settings: dict[str, Any] = {"gates": gates, "experts_per_token": stated.get("experts_per_token") or 2, "shared": len(shared)}
+    if architecture and len(fitting) == 1:
+        settings["architecture"] = fitting[0]
+    for key, ours, none in SCALES:
+        values = [entry.get(key) for entry in entries if isinstance(entry, Mapping)]
+        if any(value not in (None, none) for value in values):
+            settings[ours] = [none if value is None else value for value in values]
     prompts, against = ([list(entry.get(key) or ()) for entry in entries if isinstance(entry, Mapping)]
                         for key in ("positive_prompts", "negative_prompts"))  # fmt: skip
     if gates in PROMPTED:
@@ -68,7 +87,9 @@ def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Re
         for reference in (base, *experts):
             if reference and not (reference.path in names and reference.adapter is None):
                 with faults.collected():
-                    model.open(place(reference))
+                    opened = model.open(place(reference))
+                    if reference is base and isinstance(method, Moe):
+                        method.config(opened.skeleton(), len(experts))
     faults.refuse()
     assert method is not None and base is not None
     return Mixture(method, base, tuple(experts), dtype, (*document.notes, *reader.notes), document.text)
@@ -79,9 +100,10 @@ def _expert(reader: Reader, stated: Any, where: str) -> Reference | None:
         reader.wrong(f"{where} must be a mapping with `source_model:`; got {stated!r}.")
         return None
     reader.known(stated, EXPERT_KEYS, f"{where}.")
-    for key, none in (("noise_scale", 0), ("residual_scale", 1)):
-        if stated.get(key) not in (None, none):
-            reader.wrong(f"{where}.{key} is not here. Remove it, or use mergekit-moe.")
+    for key, _, _ in SCALES:
+        value = stated.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            reader.wrong(f"{where}.{key} must be a number; got {value!r}.")
     return reader.reference(stated.get("source_model"), f"{where}.source_model")
 
 

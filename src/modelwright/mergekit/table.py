@@ -49,7 +49,7 @@ def vectors(name: str, each: Mapping[str, tuple[str, Any]] | None = None, *, nor
 WEIGHT = {"weight": ("weights", REQUIRED)}
 DENSITY = {"density": ("keep_each", 1.0)}
 GAMMA = {"gamma": ("top_each", 0.01)}
-EPSILON = {"epsilon": ("spread", 0.15)}
+EPSILON = {"epsilon": ("spread_each", 0.15)}
 SHARES = {"density", "gamma", "epsilon"}
 METHODS: dict[str, Entry] = {
     "linear": Entry("merge.linear", "unused", each=WEIGHT, once={"normalize": ("normalize", True)}),
@@ -64,14 +64,20 @@ METHODS: dict[str, Entry] = {
     "passthrough": Entry("merge.linear", "unused", (1, 1), each={"scale": ("weights", 1.0)}, fixed={"normalize": False}),
     "slerp": Entry("merge.slerp", donors=(1, 1), once={"t": ("t", REQUIRED)}),
     "nuslerp": Entry(
-        "merge.nuslerp", "used", (2, 2), each=WEIGHT, once={"nuslerp_flatten": ("by_row", True), "nuslerp_row_wise": ("columns", False)}
+        "merge.nuslerp", "used", (2, 2), each=WEIGHT, once={"nuslerp_flatten": ("flatten", True), "nuslerp_row_wise": ("columns", False)}
     ),
-    "multislerp": Entry("merge.multislerp", "used", (2, None), each=WEIGHT, once={"normalize_weights": ("", True), "eps": ("", 1e-8)}),
+    "multislerp": Entry(
+        "merge.multislerp", "used", (2, None), each=WEIGHT, once={"normalize_weights": ("normalize", True), "eps": ("", 1e-8)}
+    ),
     "karcher": Entry("merge.karcher", "unused", (2, None), once={"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
     "model_stock": Entry("merge.model_stock", donors=(2, None), once={"filter_wise": ("by_row", False)}),
     "sce": Entry("merge.sce", once={"select_topk": ("keep", 1.0)}),
     "nearswap": Entry("merge.nearswap", donors=(1, 1), once={"t": ("t", REQUIRED)}),
     "arcee_fusion": Entry("merge.arcee_fusion", donors=(1, 1)),
+    "ram": Entry("merge.ram", once={"epsilon": ("threshold", 1e-5)}),
+    "ramplus_tl": Entry(
+        "merge.ram", once={"epsilon": ("threshold", 1e-5), "r": ("boost", 0.1), "alpha": ("most", 0.2)}, fixed={"scope": "tensor"}
+    ),
 }  # fmt: skip
 PLAIN = {"int8_mask", "lazy_unpickle"}  # change memory or speed alone
 EVERY = {name for entry in METHODS.values() for name in entry.parameters} | PLAIN
@@ -106,32 +112,18 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
         if any(isinstance(value, str) or not 0 <= value <= 1 for value in each[theirs]):
             raise MethodError(f"{theirs} must be a number from 0 to 1; got {', '.join(map(str, each[theirs]))}.")
     found: dict[str, Any] = {ours: tuple(each[theirs]) for theirs, (ours, _) in entry.each.items()}
-    if "spread" in found:
-        if len(set(found["spread"])) > 1:
-            raise MethodError(f"epsilon differs between models ({', '.join(map(str, each['epsilon']))}), which is not here. Give one.")
-        found["spread"] = found["spread"][0]
     for theirs, (ours, _) in entry.once.items():
         value = once[theirs]
-        if ours in ("normalize", "rescale", "by_row", "columns") or theirs == "normalize_weights":
+        if ours in ("normalize", "rescale", "by_row", "flatten", "columns"):
             value = truth(theirs, value)
         found[ours] = value
     found.pop("", None)
-    if method == "multislerp" and not truth("normalize_weights", once["normalize_weights"]) and abs(sum(each["weight"]) - 1) > 1e-6:
-        raise MethodError("normalize_weights: false needs weights that sum to 1 here. Scale them, or leave normalize_weights out.")
     if "rescale" in found:
-        rescale = found.pop("rescale")
-        random = entry.name in ("merge.dare", "merge.della")
-        if rescale and not random:
-            raise MethodError(
-                f"rescale: true with {method} is not here. Remove it, or use dare_ties or della, which make up for what is dropped."
-            )
-        if random:
-            own = "l1" if as_mergekit or entry.name == "merge.della" else "inverse"
-            found["rescale"] = own if rescale else "none"
+        published = "inverse" if entry.name == "merge.dare" and not as_mergekit else "l1"
+        found["rescale"] = published if found["rescale"] else "none"
     if method == "nuslerp":
-        if found.pop("columns"):
-            raise MethodError("nuslerp_row_wise: true takes columns in mergekit, which is not here. Use nuslerp_flatten: false for rows.")
-        found["by_row"] = not found["by_row"]
+        flatten, columns = found.pop("flatten"), found.pop("columns")
+        found |= {"by_row": not flatten and not columns, "by_column": not flatten and columns}
     if method in ("nuslerp", "multislerp"):
         found["from_base"] = based
     return {**entry.fixed, **found}
@@ -147,4 +139,4 @@ def made(name: str, stated: tuple[tuple[str, Any], ...]) -> TensorMethod:
 
 def on_deltas(method: TensorMethod) -> bool:
     """Whether it adds up what donors learned, so that it works on differences alone."""
-    return isinstance(method, TaskVectors) or method.name() == "merge.sce"
+    return isinstance(method, TaskVectors) or method.name() in ("merge.sce", "merge.ram")

@@ -7,6 +7,7 @@ import modelwright as mw
 from modelwright.core.errors import SettingError
 from modelwright.core.recipe import Recipe, Step, read
 from modelwright.methods.merge.evolve import Evolve
+from modelwright.methods.merge.pcb import Pcb
 from modelwright.methods.merge.ties import Ties
 
 
@@ -32,6 +33,42 @@ def test_what_is_told_of_a_method_that_draws_or_surveys_gives_the_model_again(na
     again = mw.apply(tiny(seed=0), step.method, donors=donors, seed=5)
     for parameter, value in model.module.named_parameters():
         assert torch.equal(value, again.get_parameter(parameter)), parameter
+
+
+def test_the_search_of_pcb_surveys_once_and_keeps_to_its_range(batches, donors, monkeypatch):  # noqa: F811
+    surveys, tried, survey, tensor = [], set(), Pcb.survey, Pcb.tensor
+    monkeypatch.setattr(Pcb, "survey", lambda self, *given: surveys.append(self) or survey(self, *given))
+    monkeypatch.setattr(Pcb, "tensor", lambda self, weight, donors, survey: tried.add(self.weights) or tensor(self, weight, donors, survey))
+    model = mw.open(tiny(seed=0))
+    search = Evolve(method="merge.pcb", lowest=0.8, highest=1.3, trials=6)
+    mw.apply(model, search, donors=donors, data=batches, seed=5)
+    assert len(surveys) == 1
+    step = read("steps:\n- " + model.history[-1]["notes"][1].split(": ", 1)[1]).steps[0]
+    assert len(tried) == 6
+    assert step.method.weights in tried
+    assert all(0.8 <= weight <= 1.3 for weights in tried for weight in weights)
+    again = mw.apply(tiny(seed=0), step.method, donors=donors, seed=5)
+    assert len(surveys) == 2
+    for parameter, value in model.module.named_parameters():
+        assert torch.equal(value, again.get_parameter(parameter)), parameter
+
+
+@pytest.mark.parametrize(("name", "settings", "alike"), [
+    ("pcb", {"weights": [1, 2], "scale": 0.5}, True),
+    ("ties", {"weights": [1, 2]}, True),
+    ("ties", {"keep_each": [0.1, 0.5]}, False),
+    ("localize_and_stitch", {"weights": [1, 2]}, True),
+    ("lines", {"weights": [1, 2], "normalize": True}, False),
+    ("pcb", {"keep": 0.5}, False),
+])  # fmt: skip
+def test_a_survey_is_found_anew_for_settings_that_it_looks_at(name, settings, alike):
+    method = mw.find(f"merge.{name}")
+    one, two = method.build({}).surveyed(), method.build(settings).surveyed()
+    assert (one == two) is alike
+    scope = {"scope": "model"} if name == "ties" else {}
+    tensors = [torch.randn(500, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = [method.build({**scope, **each}).survey(tensors[0], tensors[1:]) for each in ({}, settings)]
+    assert (found[0] == found[1]) is alike
 
 
 def test_more_trials_are_never_worse(batches, donors):  # noqa: F811

@@ -44,6 +44,75 @@ def test_plain_transformers_loads_it_with_each_experts_own_matrices(tmp_path):
     assert torch.equal(loaded.model.layers[2].self_attn.q_proj.weight, tiny().model.layers[2].self_attn.q_proj.weight)
 
 
+WHOLE = {"gates": "cheap_embed", "prompts": [*PROMPTS, []]}  # of a shared expert without prompts
+GATED = {"gates": "cheap_embed", "prompts": [*PROMPTS, ["anything"]]}
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"head_dim": 16}], ids=str)
+def test_a_shared_expert_that_counts_whole_is_added(kind, settings, tmp_path):
+    """Of experts whose outputs are 0, the shared one is the MLP."""
+    donors = [tiny(kind, seed=1, **settings), tiny(kind, seed=2, **settings), tiny(kind, **settings)]
+    method = Moe(**WHOLE, shared=1, residual_each=[0, 0, 1])
+    model = mw.apply(lettered(kind, **settings), method, donors=donors, save=tmp_path / "mixture")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture").eval()
+    assert (loaded.config.model_type, loaded.config.num_experts, loaded.config.num_experts_per_tok) == ("qwen2_moe", 2, 2)
+    assert torch.allclose(outputs(model.module), outputs(tiny(kind, **settings)), atol=1e-5)
+    assert torch.allclose(outputs(loaded), outputs(model.module), atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "window"), [
+    ("mistral", {"sliding_window": 4}),
+    ("qwen2", {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 2}),
+])  # fmt: skip
+def test_windows_stay_where_they_were(kind, window):
+    model = mw.apply(lettered(kind, **window), Moe(**WHOLE, shared=1, residual_each=[0, 0, 1]), donors=[tiny(kind, **window)] * 3)
+    assert torch.allclose(outputs(model.module), outputs(tiny(kind, **window)), atol=1e-5)
+    assert not torch.allclose(outputs(model.module), outputs(tiny(kind)), atol=1e-3)
+
+
+def test_a_shared_expert_with_prompts_is_weighed_by_a_sigmoid():
+    donors = [tiny(seed=1), tiny(seed=2), tiny(seed=3)]
+    made = mw.apply(lettered(), Moe(**GATED, shared=1, experts_per_token=1), donors=donors).module
+    x = torch.randn(1, 9, 64, generator=torch.Generator().manual_seed(0))
+    block, mlps = made.model.layers[0].mlp, [donor.model.layers[0].mlp for donor in donors]
+    with torch.no_grad():
+        chosen = (x @ block.gate.weight.T)[0].argmax(-1).tolist()
+        shared = torch.sigmoid(x @ block.shared_expert_gate.weight.T) * mlps[2](x)
+        expected = torch.stack([mlps[number](x[0, place]) for place, number in enumerate(chosen)]) + shared[0]
+        assert torch.allclose(block(x)[0], expected, atol=1e-5)
+    rows = Moe(**GATED, shared=1).routers(lettered(), 3, torch.Generator())
+    assert torch.equal(block.shared_expert_gate.weight, rows[0][2:])
+    assert torch.equal(block.gate.weight, rows[0][:2])
+
+
+def test_qwen3_makes_a_qwen3_mixture(tmp_path):
+    model = mw.apply(lettered("qwen3"), Moe(), donors=[tiny("qwen3")] * 2, save=tmp_path / "mixture")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture").eval()
+    assert loaded.config.model_type == "qwen3_moe"
+    assert torch.allclose(outputs(loaded), outputs(tiny("qwen3")), atol=1e-5)
+    assert model.history[-1]["method"] == "merge.moe"
+    window = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+    made = mw.apply(tiny("qwen3", **window), Moe(), donors=[tiny("qwen3", **window)] * 2)
+    assert torch.allclose(outputs(made), outputs(tiny("qwen3", **window)), atol=1e-5)
+    with pytest.raises(SiteError, match="only some of its blocks have one"):
+        mw.apply(tiny("qwen3", **window | {"max_window_layers": 2}), Moe(), donors=[tiny("qwen3")] * 2)
+
+
+def test_noise_comes_before_the_scale_of_the_outputs():
+    donors = [tiny(seed=1), tiny(seed=2)]
+    made = mw.apply(tiny(), Moe(noise_each=[0.0, 0.5], residual_each=[2.0, 3.0]), donors=donors, seed=1).model.layers[0].mlp.experts
+    mlps = [donor.model.layers[0].mlp for donor in donors]
+    assert torch.equal(made.gate_up_proj[0], torch.cat([mlps[0].gate_proj.weight, mlps[0].up_proj.weight]))
+    assert torch.equal(made.down_proj[0], 2 * mlps[0].down_proj.weight)
+    noise = made.gate_up_proj[1] - torch.cat([mlps[1].gate_proj.weight, mlps[1].up_proj.weight])
+    assert noise.std().item() == pytest.approx(0.5, rel=0.05)
+    assert abs(noise.mean().item()) < 5 * 0.5 / noise.numel() ** 0.5
+    assert (made.down_proj[1] / 3 - mlps[1].down_proj.weight).std().item() == pytest.approx(0.5, rel=0.05)
+    again = mw.apply(tiny(), Moe(noise_each=[0.0, 0.5]), donors=donors, seed=1).model.layers[0].mlp.experts
+    assert torch.equal(again.gate_up_proj, made.gate_up_proj)
+
+
 def test_a_token_goes_to_the_expert_of_the_largest_product():
     """One expert per token: where the router says donor n, the MLP is donor n's."""
     donors = [tiny(seed=1), tiny(seed=2)]
@@ -125,6 +194,20 @@ def test_what_cannot_become_a_mixture_is_refused():
         mw.apply(lettered(), Moe(gates="hidden", prompts=[["a"]]), donors=[tiny()] * 2)
     with pytest.raises(SettingError, match="hidden needs prompts"):
         Moe(gates="hidden")
+    with pytest.raises(SettingError, match="hidden needs prompts"):
+        Moe(gates="hidden", prompts=[["a"], [], ["b"]], shared=1)
+    with pytest.raises(SettingError, match="2 experts per token, of 1 donors besides the shared one"):
+        mw.apply(tiny(), Moe(shared=1), donors=[tiny()] * 2)
+    with pytest.raises(SiteError, match="laid out otherwise: it is a llama, with a shared expert, and mixtral is asked for"):
+        mw.apply(tiny(), Moe(shared=1, architecture="mixtral"), donors=[tiny()] * 3)
+    with pytest.raises(SiteError, match="laid out otherwise: it is a qwen2, without a shared expert"):
+        mw.apply(tiny("qwen2"), Moe(), donors=[tiny("qwen2")] * 2)
+    with pytest.raises(SettingError, match="1 noise_each for 2 donors"):
+        mw.apply(tiny(), Moe(noise_each=[0.1]), donors=[tiny()] * 2)
+    with pytest.raises(SettingError, match="noise_each are numbers of at least 0; got"):
+        Moe(noise_each=[-0.1])
+    with pytest.raises(SettingError, match="residual_each are numbers; got"):
+        Moe(residual_each=[float("nan")])
     with pytest.raises(SettingError, match="reads no prompts"):
         Moe(prompts=PROMPTS)
     with pytest.raises(NeedError, match="no tokenizer"):

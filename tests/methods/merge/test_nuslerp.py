@@ -47,9 +47,37 @@ def test_rows_are_interpolated_one_by_one(from_base):
     assert not torch.allclose(found, merged(Nuslerp(weights=[0.7, 0.3], from_base=from_base), BASE, DONORS), atol=1e-3)
 
 
+@pytest.mark.parametrize("from_base", [True, False])
+def test_columns_are_interpolated_one_by_one(from_base):
+    found = merged(Nuslerp(weights=[0.7, 0.3], by_column=True, from_base=from_base), BASE, DONORS)
+    turned = merged(Nuslerp(weights=[0.7, 0.3], by_row=True, from_base=from_base), BASE.T, [donor.T for donor in DONORS])
+    assert torch.allclose(found, turned.T, atol=1e-6)
+    assert not torch.allclose(found, merged(Nuslerp(weights=[0.7, 0.3], by_row=True, from_base=from_base), BASE, DONORS), atol=1e-3)
+
+
+def test_a_vector_is_one_column_and_of_a_convolution_the_first_index_runs():
+    alone = [donor[0] for donor in DONORS]
+    assert torch.allclose(merged(Nuslerp(by_column=True), BASE[0], alone), merged(Nuslerp(), BASE[0], alone), atol=1e-6)
+    folded = [donor.view(30, 5, 10) for donor in DONORS]
+    found = merged(Nuslerp(by_column=True), BASE.view(30, 5, 10), folded)
+    assert torch.equal(found.view(30, 50), merged(Nuslerp(by_column=True), BASE, DONORS))
+
+
+def test_columns_by_hand():
+    # t = 1/3; column one turns from (3, 0) to (0, 4): sin 60° and sin 30°; column two is straight: (2·1 + 4)/3 and 0.
+    donors = [torch.tensor([[3.0, 1.0], [0.0, 0.0]]), torch.tensor([[0.0, 4.0], [4.0, 0.0]])]
+    found = merged(Nuslerp(weights=[2, 1], by_column=True), torch.zeros(2, 2), donors)
+    assert found.flatten().tolist() == pytest.approx([3 * 0.8660254, 2.0, 2.0, 0.0])
+
+
 def test_donors_that_are_the_model_leave_it_as_it_is():
-    for by_row in (True, False):
-        assert torch.equal(merged(Nuslerp(from_base=True, by_row=by_row), BASE, [BASE, BASE]), BASE)
+    for way in ({}, {"by_row": True}, {"by_column": True}):
+        assert torch.equal(merged(Nuslerp(from_base=True, **way), BASE, [BASE, BASE]), BASE)
+
+
+def test_rows_and_columns_at_once_are_refused():
+    with pytest.raises(SettingError, match="by_row and by_column are two ways to cut a matrix"):
+        Nuslerp(by_row=True, by_column=True)
 
 
 def test_another_number_of_donors_or_weights_is_refused():

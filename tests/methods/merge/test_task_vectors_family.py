@@ -104,6 +104,19 @@ def test_della_keeps_larger_changes_more_often():
         assert abs(inside.mean() - expected) < 5 * (0.25 / len(inside)) ** 0.5
 
 
+def test_each_donor_of_della_may_have_a_spread_of_its_own():
+    plain = {"keep": 0.5, "consensus": False, "normalize": False}
+    whole = merged(Della(**plain, spread_each=[0.4, 0.1]), BASE, DONORS[:2]) - BASE
+    one = merged(Della(**plain, spread=0.4, weights=[1, 0]), BASE, DONORS[:2]) - BASE
+    two = merged(Della(**plain, spread=0.1, weights=[0, 1]), BASE, DONORS[:2]) - BASE
+    assert torch.allclose(whole, one + two, atol=1e-6)
+    assert not torch.allclose(whole, merged(Della(**plain, spread=0.4), BASE, DONORS[:2]) - BASE, atol=1e-3)
+    with pytest.raises(SettingError, match="1 spread_each for 2 donors"):
+        merged(Della(spread_each=[0.1]), BASE, DONORS[:2])
+    with pytest.raises(SettingError, match="spread_each are fractions from 0 to 1; got 2.0"):
+        Della(spread_each=[2.0])
+
+
 def test_della_of_a_row_of_one_entry_is_dare():
     base, donor = torch.zeros(500, 1), torch.ones(500, 1)
     assert torch.equal(merged(Della(keep=0.3, rescale="inverse", consensus=False, normalize=False), base, [donor]),
@@ -134,6 +147,33 @@ def test_raw_votes_elect_without_weights():
     assert merged(Ties(**settings, raw_votes=True), torch.zeros(1), donors).item() == pytest.approx(1.0)
 
 
+def test_what_is_trimmed_is_made_up_for_by_hand():
+    # Changes 1, 2, 3, 4, 10: the two largest are 14 of 20; without the largest, 3 and 4 are 7 of 20.
+    change, alone = torch.tensor([1.0, -2.0, 3.0, -4.0, 10.0]), {"normalize": False, "consensus": False}
+    found = {rescale: merged(Ties(keep=0.4, rescale=rescale, **alone), torch.zeros(5), [change]) for rescale in ("none", "l1", "inverse")}
+    assert found["none"].tolist() == [0, 0, 0, -4, 10]
+    assert found["l1"].tolist() == pytest.approx([0, 0, 0, -4 * 20 / 14, 10 * 20 / 14])
+    assert found["inverse"].tolist() == pytest.approx([0, 0, 0, -10, 25])
+    crumbs = merged(Breadcrumbs(keep=0.4, top=0.2, rescale="l1"), torch.zeros(5), [change])
+    assert crumbs.tolist() == pytest.approx([0, 0, 3 * 20 / 7, -4 * 20 / 7, 0])
+
+
+@pytest.mark.parametrize("kind", [Ties, Breadcrumbs, Dare, Della])
+def test_every_donor_keeps_its_sum_of_sizes(kind):
+    """Before it is weighed and put to the vote; 0 of what nothing is kept of, or what has not changed."""
+    for donor in DONORS:
+        found = merged(kind(keep=0.3, rescale="l1", normalize=False, consensus=False), torch.zeros(30, 50), [donor])
+        assert found.abs().sum().item() == pytest.approx(donor.abs().sum().item(), rel=1e-5)
+        assert 0 < (found != 0).float().mean() < 0.4
+    assert torch.equal(merged(kind(rescale="l1"), BASE, [BASE, BASE]), BASE)
+    assert torch.equal(merged(kind(rescale="l1", keep_each=[0.0]), BASE, DONORS[:1]), BASE)
+
+
+def test_sizes_are_made_up_for_in_both_scopes_of_ties():
+    settings = dict(keep=0.3, rescale="l1")
+    assert torch.equal(merged(Ties(**settings, scope="model"), BASE, DONORS), merged(Ties(**settings), BASE, DONORS))
+
+
 def test_each_donor_may_keep_its_own_share():
     result = merged(Ties(keep_each=[1.0, 0.0], consensus=False, normalize=False), BASE, DONORS[:2])
     assert torch.allclose(result, DONORS[0], atol=1e-6)
@@ -141,9 +181,10 @@ def test_each_donor_may_keep_its_own_share():
         merged(Ties(keep_each=[1.0]), BASE, DONORS[:2])
 
 
-def test_a_rescaling_that_is_unknown_is_refused():
-    with pytest.raises(SettingError, match="rescale"):
-        Dare(rescale="sometimes")
+@pytest.mark.parametrize("kind", [Ties, Breadcrumbs, Dare, Della])
+def test_a_rescaling_that_is_unknown_is_refused(kind):
+    with pytest.raises(SettingError, match="rescale must be one of 'inverse', 'l1', 'none'; got 'sometimes'"):
+        kind(rescale="sometimes")
 
 
 def test_deltas_of_bfloat16_models_are_not_lost():

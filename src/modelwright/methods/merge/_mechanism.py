@@ -6,11 +6,12 @@ of slices, so that tensors of any size are merged in the memory of a few slices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 
@@ -22,6 +23,7 @@ from modelwright.maths.slices import Entries, Sliced, Values
 from modelwright.maths.task_vectors import Sparsify
 
 Rescale = Literal["inverse", "l1", "none"]
+SHARES = ("keep_each", "top_each", "spread_each")  # settings for each donor that are fractions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,12 @@ class PointWise(TensorMethod):
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default every tensor, norms and embeddings too
+    unsurveyed: ClassVar[frozenset[str]] = frozenset()  # settings that the survey does not look at
+
+    def surveyed(self) -> Self:
+        """The method with defaults where its survey does not look: two of them that are equal find the same."""
+        plain: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(self) if field.name in self.unsurveyed}
+        return dataclasses.replace(self, **plain)
 
     def everywhere(self, *names: str) -> list[str]:
         """The problems with settings that must be one number, because all tensors are surveyed together."""
@@ -53,11 +61,10 @@ class Weighted(Method):
         super().__post_init__()
         faults = []
         for name, values in vars(self).items():
-            parts = values if name == "weights" or name.endswith("_each") else None
-            bad = [part for part in parts or () if not math.isfinite(part) or name in ("keep_each", "top_each") and not 0 <= part <= 1]
+            parts, shares = values if name == "weights" or name.endswith("_each") else None, name in SHARES
+            bad = [part for part in parts or () if not math.isfinite(part) or shares and not 0 <= part <= 1]
             if bad:
-                allowed = "numbers" if name == "weights" else "fractions from 0 to 1" if name != "least_each" else "numbers"
-                faults.append(f"{self.name()}: {name} are {allowed}; got {bad[0]!r}.")
+                faults.append(f"{self.name()}: {name} are {'fractions from 0 to 1' if shares else 'numbers'}; got {bad[0]!r}.")
         refuse(SettingError, faults)
 
     def weights_for(self, donors: int) -> list[float]:
@@ -143,33 +150,40 @@ class SparseTaskVectors(TaskVectors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTaskVectors(SparseTaskVectors):
+class RescaledTaskVectors(SparseTaskVectors):
+    """Adds a part of what the donors learned, which may be made larger for what is missing."""
+
+    rescale: Rescale = "none"  # of what stays: none, inverse (1/keep), l1 (to the sum of sizes before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTaskVectors(RescaledTaskVectors):
     """Adds a random part of what the donors learned, made larger for what is missing."""
 
     keep: float = fraction(0.5, low=1e-6)  # of each donor's changes
     rescale: Rescale = "inverse"  # of what stays: inverse (1/keep), l1 (to the sum of sizes before), none
 
-    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
-        """The values, some of them 0 by chance."""
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int, donor: int) -> Values:
+        """The values of a donor's change, by its number, some of them 0 by chance."""
         raise AssertionError(f"{self.name()} writes drop")
 
     def tensor(self, weight: Entries, donors: list[Entries], rng: torch.Generator) -> Sliced:
         keeps = self.keeps(len(donors))
-        return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number) for number, keep in enumerate(keeps)])
+        return self.added(weight, donors, [self._one(keep, rng.initial_seed() + number, number) for number, keep in enumerate(keeps)])
 
-    def _one(self, keep: float, seed: int) -> Sparsify:
-        return at_random(lambda values, shape: self.drop(values, shape, keep, seed), keep, self.rescale)
+    def _one(self, keep: float, seed: int, donor: int) -> Sparsify:
+        return rescaling(lambda values, shape: self.drop(values, shape, keep, seed, donor), keep, self.rescale)
 
 
-def at_random(drop: Sparsify, keep: float, rescale: Rescale = "inverse") -> Sparsify:
-    """Drop by chance, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale) -> Sparsify:
+    """Make sparse, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
 
     def sparse(values: Values, shape: tuple[int, ...]) -> Values:
         if keep >= 1:
             return values
         if keep <= 0:
             return lambda at: torch.zeros_like(values(at))
-        kept = drop(values, shape)
+        kept = sparsify(values, shape)
         if rescale == "none":
             return kept
         return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)

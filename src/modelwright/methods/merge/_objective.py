@@ -48,7 +48,7 @@ def search(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        grid = {gene: torch.linspace(low, high, points).tolist() for gene, (low, high) in ranges.items()}
+        grid = {gene: torch.linspace(low, high, points, dtype=torch.float64).tolist() for gene, (low, high) in ranges.items()}
         made = {
             "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed),

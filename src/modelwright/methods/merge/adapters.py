@@ -22,7 +22,7 @@ from modelwright.core.model import Model, unloaded, unwrapped
 from modelwright.core.settings import count, fraction
 from modelwright.maths.low_rank import change_factors, product_factors
 from modelwright.maths.task_vectors import Sparsify, average, dropped, merge, trimmed
-from modelwright.methods.merge._mechanism import Weighted, at_random, counted
+from modelwright.methods.merge._mechanism import Weighted, counted, rescaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class Adapters(Weighted, ModelMethod):
 
     def _dare(self, rng: torch.Generator) -> Sparsify:
         seed = int(torch.randint(1 << 48, (), generator=rng))
-        return at_random(lambda values, _: dropped(values, self.keep, seed), self.keep)
+        return rescaling(lambda values, _: dropped(values, self.keep, seed), self.keep, "inverse")
 
 
 def same_places(module: torch.nn.Module, donors: Sequence[Model], found: Sequence[tuple[dict[str, Update], Whole]]) -> None:

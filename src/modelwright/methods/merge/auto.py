@@ -23,6 +23,7 @@ class Auto(Merger):
     """Average the donors of a strong base; elect signs among those of a weaker one."""
 
     status: ClassVar[str] = "checked"
+    unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights"})
 
     strong: int = count(24_000_000_000, unit="parameters")  # from which a base counts as strong
 

@@ -3,7 +3,8 @@
 Wang et al. 2024, arXiv:2405.07813, sections 4 and 5: donor i needs an entry where |τᵢ| > λ·|τ_M - τᵢ|, `least` λ, with the
 merged change τ_M; an entry counts when at least k donors need it, `agree` k. k = 2 leaves out what one donor alone needs,
 k = 1 only what none does, k = 0 nothing. With `keep`, `consensus` and `normalize` τ_M is that of TIES.
-Differs: λ is one number or one for each donor, not searched; a donor's weight multiplies its τᵢ.
+`merge.tall_masks` finds λ of each donor on its text, and `pack_tasks` keeps all donors as θ0, τ_M and a bit for each entry.
+Differs: λ is one number or one for each donor; a donor's weight multiplies its τᵢ.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from modelwright.core.errors import SettingError
 from modelwright.core.settings import count, fraction, number
-from modelwright.maths.slices import Entries, Sliced
+from modelwright.maths.slices import Entries, Sliced, Values
+from modelwright.maths.stitching import needed
 from modelwright.maths.task_vectors import changes, onto, trimmed
 from modelwright.methods.merge._mechanism import SparseTaskVectors, counted
 
@@ -34,18 +36,34 @@ class Consensus(SparseTaskVectors):
     keep: float = fraction(1.0)  # of each donor's changes
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        if self.agree > len(donors):
-            raise SettingError(f"{self.name()}: agree={self.agree} of {len(donors)} donors is never reached. Lower it or give more donors.")
-        sparsify = [counted(trimmed, keep=keep) for keep in self.keeps(len(donors))]
-        merged, own = self.change(weight, donors, sparsify), changes(weight, donors)
-        least = self.each(self.least_each, "least_each", len(donors)) or [self.least] * len(donors)
+        self.refuse_too_few(len(donors))
+        merged, own, least = self.parts(weight, donors)
 
-        def needed(at: slice) -> Tensor:
+        def agreed(at: slice) -> Tensor:
             total = merged(at)
             donors_that_need = torch.zeros_like(total, dtype=torch.int16)
-            for part, share, bound in zip(own, self.weights_for(len(donors)), least, strict=True):
-                change = part(at).mul_(share)
-                donors_that_need += change.abs() > (total - change).abs_().mul_(bound)
+            for change, bound in zip(own, least, strict=True):
+                donors_that_need += needed(change(at), total, bound)
             return total.masked_fill_(donors_that_need < self.agree, 0)
 
-        return onto(weight, needed, self.scale)
+        return onto(weight, agreed, self.scale)
+
+    def refuse_too_few(self, donors: int) -> None:
+        """Raise SettingError when so many donors can never agree."""
+        if self.agree > donors:
+            raise SettingError(f"{self.name()}: agree={self.agree} of {donors} donors is never reached. Lower it or give more donors.")
+
+    def parts(self, weight: Entries, donors: list[Entries]) -> tuple[Values, list[Values], list[float]]:
+        """The merged change τ_M, each donor's τᵢ and its λᵢ."""
+        merged = self.change(weight, donors, [counted(trimmed, keep=keep) for keep in self.keeps(len(donors))])
+        own = [_times(change, share) for change, share in zip(changes(weight, donors), self.weights_for(len(donors)), strict=True)]
+        return merged, own, self.each(self.least_each, "least_each", len(donors)) or [self.least] * len(donors)
+
+    def mask(self, weight: Entries, donors: list[Entries], number: int) -> tuple[Values, Values]:
+        """The merged change τ_M, and where donor `number` needs it."""
+        merged, own, least = self.parts(weight, donors)
+        return merged, lambda at: needed(own[number](at), merged(at), least[number])
+
+
+def _times(change: Values, share: float) -> Values:
+    return lambda at: change(at).mul_(share)

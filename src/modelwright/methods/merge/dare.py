@@ -23,5 +23,5 @@ class Dare(RandomTaskVectors):
     status: ClassVar[str] = "checked"
     neutral = dict(scale=0.0)
 
-    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int, donor: int) -> Values:
         return dropped(values, keep, seed)

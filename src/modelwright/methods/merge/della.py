@@ -11,8 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from modelwright.core.settings import fraction
-from modelwright.maths.slices import Values
+from modelwright.maths.slices import Entries, Sliced, Values
 from modelwright.maths.task_vectors import by_rank, dropped
 from modelwright.methods.merge._mechanism import RandomTaskVectors, Rescale
 
@@ -25,9 +27,15 @@ class Della(RandomTaskVectors):
     neutral = dict(scale=0.0)
 
     spread: float = fraction(0.15)  # the smallest of a row stays with probability keep - spread, the largest with keep + spread
+    spread_each: tuple[float, ...] | None = None  # one for each donor, in the place of `spread`
     normalize: bool = True  # divide by the sum of the weights that count
     consensus: bool = True  # at each entry, only donors whose change has the elected sign count
     rescale: Rescale = "l1"  # of what stays: l1 (to the sum of sizes before), inverse (1/keep), none
 
-    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int) -> Values:
-        return dropped(values, by_rank(values, shape, keep, self.spread), seed)
+    def tensor(self, weight: Entries, donors: list[Entries], rng: torch.Generator) -> Sliced:
+        self.each(self.spread_each, "spread_each", len(donors))
+        return super().tensor(weight, donors, rng)
+
+    def drop(self, values: Values, shape: tuple[int, ...], keep: float, seed: int, donor: int) -> Values:
+        spread = self.spread_each[donor] if self.spread_each else self.spread
+        return dropped(values, by_rank(values, shape, keep, spread), seed)

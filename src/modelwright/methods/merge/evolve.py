@@ -3,6 +3,8 @@
 Akiba et al. 2024, arXiv:2403.13187, section 3.1 (parameter space), as in mergekit's evolve: CMA-ES over one weight, and for
 methods that keep a part one `keep`, for each donor and each group of blocks; weights of 1/n first, and a first step of a
 sixth of the range. Also on a grid, and with Optuna's TPE.
+What a method finds over all tensors without a look at the weights, such as the quantiles of `merge.pcb`, is found once and not
+for each trial.
 Differs: minimises the loss of the next token on the calibration text, where the paper maximises task scores. Data-flow space
 (the order of layers) is not searched.
 """
@@ -70,7 +72,7 @@ class Evolve(ModelMethod):
                 stack.enter_context(walk.split_experts(each))  # so that a trial's tensors are those of the step that is told
             pots = {id(each): walk.held(unwrapped(each.module)) for each in (*donors, model)}
             pots[id(model)] = {name: value.clone() for name, value in pots[id(model)].items()}
-            sites = walk.everything(module)
+            sites, surveys = walk.everything(module), dict[Merger, Any]()
 
             @torch.no_grad()
             def put(genes: Mapping[str, float]) -> Given:
@@ -79,10 +81,13 @@ class Evolve(ModelMethod):
                 for group in range(self.groups):
                     merger = self.merger(genes, group, len(donors))
                     chosen = walk.choose(module, sites, merger)
-                    surveyed = walk.survey(merger, given, lambda one: [pots[id(one)][site.name] for site, _ in chosen], model)  # noqa: B023
+                    asked = merger.surveyed()
+                    if asked not in surveys:
+                        surveys.clear()
+                        surveys[asked] = walk.survey(asked, given, lambda one: [pots[id(one)][site.name] for site, _ in chosen], model)  # noqa: B023
                     for site, local in chosen:
                         if self.group(site) == group:
-                            extras = walk.needed(local, given, site, lambda one: pots[id(one)][site.name], surveyed)  # noqa: B023
+                            extras = walk.needed(local, given, site, lambda one: pots[id(one)][site.name], surveys[asked])  # noqa: B023
                             result = walk.call(local, pots[id(model)][site.name], site, extras)
                             write(module, site, result.whole() if isinstance(result, Sliced) else result)
                 return given

@@ -24,6 +24,7 @@ class LocalizeAndStitch(Merger):
 
     status: ClassVar[str] = "checked"
     neutral = dict(scale=0.0)
+    unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 
     keep: float = fraction(0.1)  # of each donor's changes, over all the tensors that are chosen
     scale: float = number(1.0)  # of the stitched change

@@ -1,8 +1,9 @@
 """Average directions and lengths of any number of donors in one step: multi-SLERP.
 
-mergekit's `multislerp`: a step from the normalised mean of the directions through its tangent space. With weights that sum
-to 1 the step there is 0 by construction, so the result is Σ wᵢ‖vᵢ‖ · (Σ wᵢv̂ᵢ)/‖Σ wᵢv̂ᵢ‖, which is what is computed.
-Differs: weights are always divided by their sum. `merge.karcher` goes on from here to the true mean.
+mergekit's `multislerp`: a step from the normalised mean u of the directions through its tangent space. The step is
+Σ wᵢ(v̂ᵢ - (v̂ᵢ·u)u) = m - (m·u)u with m = Σ wᵢv̂ᵢ, whatever the weights sum to; u is m/‖m‖, so that it is 0. The result is
+Σ wᵢ‖vᵢ‖ · m/‖m‖, which is what is computed. Of two donors whose directions cancel it is Σ wᵢvᵢ, as there.
+Differs: of more donors that cancel it is 0, where mergekit stops. `merge.karcher` goes on from here to the true mean.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ class Multislerp(Spherical):
 
     status: ClassVar[str] = "checked"
 
+    normalize: bool = True  # divide the weights by their sum; otherwise lengths are summed as the weights say
+
+    def problems(self) -> list[str]:
+        return super().problems() if self.normalize else []
+
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        shares, base = self.shares(len(donors)), weight if self.from_base else None
+        shares = self.shares(len(donors)) if self.normalize else self.weights_for(len(donors))
+        base = weight if self.from_base else None
         return spherical.mean(donors, lambda gram: spherical.tangent_mean(gram, shares), weight.dtype, base=base)

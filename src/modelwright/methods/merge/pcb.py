@@ -3,7 +3,8 @@
 Du et al. 2024, arXiv:2410.02396, section 3.2, as in the authors' code: sizes |τᵢ| are brought between their quantiles c and
 1 - c and then to ν from 0 to 1; importance exp(N·νᵢ²) times agreement Σⱼ tanh(τ̂ᵢτ̂ⱼ), τ̂ = sign(τ)·ν, is the balance b; what is below its
 quantile 1 - r goes and the rest is brought to s from 0 to 1; the merged change is Σ λᵢ s_i τᵢ / Σ s_i. `clamp` c, `keep` r.
-Differs: λᵢ is `scale` times the donor's weight, not searched; `agreement` offers the forms of the authors' scripts: tanh(τ̂ᵢ·Σ τ̂ⱼ)
+The authors search λᵢ from 0.8 to 1.3 in 100 trials: `merge.evolve` with `method: merge.pcb, lowest: 0.8, highest: 1.3, trials: 100`.
+Differs: λᵢ is `scale` times the donor's weight; `agreement` offers the forms of the authors' scripts: tanh(τ̂ᵢ·Σ τ̂ⱼ)
 (summed) and tanh(τᵢ·Σ τⱼ) (raw). Where all sizes are equal ν is 0.
 """
 
@@ -37,6 +38,7 @@ class Pcb(Merger):
 
     status: ClassVar[str] = "checked"
     neutral = dict(scale=0.0)
+    unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 
     scale: float = number(1.0)  # of the merged change, λ
     keep: float = fraction(0.1)  # of each donor's changes, r
