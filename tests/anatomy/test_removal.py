@@ -7,9 +7,11 @@ import pytest
 import torch
 from tiny import CAUSAL, MODELS, outputs, tiny, tiny_inputs
 
+import modelwright as mw
 from modelwright.anatomy import anatomy_of
 from modelwright.anatomy.removal import remove_blocks, remove_units
 from modelwright.core.errors import PlanError, SiteError
+from modelwright.core.model import Model
 
 UNITS = [
     ("mlp", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "gpt2"]),
@@ -139,6 +141,26 @@ def test_head_counts_may_differ_in_memory(name):
             expected.get_parameter(span.name).data.narrow(span.dim, 0, span.width).zero_()
     remove_units(model, "heads", {1: range(1, units[1].count)}, plain=False)
     assert (outputs(model) - outputs(expected)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "bert", "phi3", "mixtral"])
+def test_sizes_that_no_config_can_say_load_with_the_package(name, tmp_path):
+    model = Model(name=name, module=tiny(name))
+    module, units = model.module, anatomy_of(model.module).units
+    remove_units(module, "heads", {1: range(1, units(module, "heads")[1].count)}, plain=False)
+    if name != "mixtral":
+        remove_units(module, "mlp", {0: range(40), 2: range(100)}, plain=False)
+    remove_blocks(module, [1 if name == "gpt2" else 3])
+    model.save(tmp_path / "out")
+    loaded = type(module).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(outputs(loaded), outputs(module))
+    assert {key: value.shape for key, value in loaded.named_parameters()} == {key: value.shape for key, value in module.named_parameters()}
+    if name in CAUSAL:
+        for one, other in zip(generated(loaded), generated(module), strict=True):
+            assert torch.equal(one, other)
+    opened = mw.open(tmp_path / "out")
+    opened.save(tmp_path / "again")
+    assert torch.equal(outputs(mw.open(tmp_path / "again").module), outputs(module))
 
 
 def test_a_head_count_that_the_config_refuses_is_answered_with_counts_that_load():

@@ -104,8 +104,8 @@ def remove_units(
     heads. The model then computes what it would with the other units' outputs set to zero; for experts, what it would
     if the router could not choose them.
 
-    With `plain`, a result that plain transformers could not load is refused before anything changes; without, the
-    model changes in memory and the record says why it cannot be loaded.
+    With `plain`, a result that plain transformers could not load is refused before anything changes. Without, the
+    record says why it could not; the config stays as it is, and the model loads after `import modelwright`.
 
     Raises: SiteError for units that the model lacks; PlanError for a result that cannot be, with the choices that can.
     """
@@ -121,11 +121,16 @@ def remove_units(
     why_not = _why_not_plain(module, anatomy, found, kept)
     if why_not and plain:
         choices = _choices(module, anatomy, found, after)
-        raise PlanError(f"{why_not}. {choices}With plain=False it is done in memory only.")
+        raise PlanError(f"{why_not}. {choices}With plain=False it is stored in a way that loads after `import modelwright`.")
 
-    changes = [(_configs(module, units.scope), _changes(module, anatomy, units, max(after))) for units in found]
+    changes = [] if why_not else [(_configs(module, units.scope), _changes(module, anatomy, units, max(after))) for units in found]
+    ratio = before[0] / after[0]
     tensors = dict(module.named_parameters())
     heads = [(_attentions(module, units), _repeat(module, units)) for units in found if kind == "heads"]
+    if why_not:
+        for attention in {attention for attentions, _ in heads for attention in attentions if hasattr(attention, "config")}:
+            attention.config = copy.copy(attention.config)  # some read there how many heads they have
+    sizes = {child: _sizes(child) for child in module.modules()}
     with torch.no_grad():
         for (name, dim), rows in _selections(found, kept).items():
             weight = tensors[name]
@@ -135,11 +140,20 @@ def remove_units(
         _set_sizes(child)
     for (attentions, repeat), count in zip(heads, after, strict=False):
         _set_heads(attentions, count, repeat)
+        if why_not:
+            for attention in filter(lambda one: hasattr(one, "config"), attentions):
+                _set_config(attention.config, {"num_attention_heads": count * repeat, "num_key_value_heads": count})
     for config, keys in [(config, keys) for configs, keys in changes for config in configs]:
         _set_config(config, keys)
     if kind == "residual":
         with torch.no_grad():
-            _scale_norms(module, anatomy, found[0], before[0] / after[0])
+            _scale_norms(module, anatomy, found[0], ratio)
+    if why_not:
+        for child, known in sizes.items():
+            now = _sizes(child)
+            changed = {name for name in now if now[name] != known.get(name)}
+            if changed:
+                child.resized = sorted(changed.union(getattr(child, "resized", ())))  # type: ignore[assignment]
     return Removed(kind, before, after, why_not)
 
 
@@ -179,6 +193,15 @@ def _selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple
         key: [start + row * width + n for start, width, rows in sorted(each) for row in rows for n in range(width)]
         for key, each in spans.items()
     }
+
+
+def _sizes(child: nn.Module) -> dict[str, Any]:
+    """The shapes of a module's own parameters, and the numbers that it knows of itself."""
+    shapes = {name: tuple(value.shape) for name, value in child.named_parameters(recurse=False)}
+    numbers = {name: value for name, value in vars(child).items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    config = vars(child.config) if hasattr(child, "config") else {}
+    counts = {f"config.{name}": config[name] for name in ("num_attention_heads", "num_key_value_heads") if name in config}
+    return shapes | counts | {name: value for name, value in numbers.items() if not name.startswith("_")}
 
 
 def _set_sizes(child: Any) -> None:
@@ -236,9 +259,8 @@ def _changes(module: Any, anatomy: Anatomy, units: Units, count: int) -> dict[st
 
 def _set_config(config: Any, changes: Mapping[str, Any]) -> None:
     for key, value in changes.items():
-        if key == "num_key_value_heads" and not hasattr(config, key):
-            continue
-        setattr(config, key, value)
+        if key != "num_key_value_heads" or hasattr(config, key):
+            setattr(config, key, value)
 
 
 def _scale_norms(module: Any, anatomy: Anatomy, units: Units, ratio: float) -> None:

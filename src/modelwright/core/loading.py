@@ -1,13 +1,15 @@
 """Save and load models whose layers are stored in other ways than as one dense matrix.
 
 Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
-transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures) is written for the
-`modelwright` quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained` loads it. The tensors in the file
-are the same either way; only `quantization_config` differs.
+transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures, modules of other sizes than the
+config's) is written for the `modelwright` quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained`
+loads it. The tensors in the file are the same either way; only `quantization_config` differs.
 """
 
 from __future__ import annotations
 
+import copy
+import operator
 import re
 from typing import Any
 
@@ -23,6 +25,7 @@ from .errors import ModelError
 
 METHOD = "modelwright"
 EXPERTS = "split_experts"  # experts with matrices of their own, where the architecture has them in one tensor
+RESIZED = "resized"  # a module of the architecture, of other sizes than the config's
 
 
 def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
@@ -33,12 +36,39 @@ def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
             if is_fused(old):
                 module.set_submodule(name, SplitExperts.from_fused(old))
             continue
+        if descriptions[name]["kind"] == RESIZED:
+            _resize(old, descriptions[name], next(module.parameters()))
+            continue
         weight = getattr(old, "weight", None)
         dtype = weight.dtype if weight is not None else next(module.parameters()).dtype
         device = weight.device if weight is not None else torch.device("meta")
         layer = blocks.build(descriptions[name], dtype=dtype, device=device)
         layer.replaces = type(old).__name__
         module.set_submodule(name, layer)
+
+
+def _resize(layer: nn.Module, description: dict[str, Any], like: torch.Tensor) -> None:
+    """Give a module empty parameters of the described shapes, and the numbers that it then knows of itself."""
+    for name, shape in description["parameters"].items():
+        known = getattr(layer, name, None)
+        like = like if known is None else known
+        setattr(layer, name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
+    if any(name.startswith("config.") for name in description["numbers"]):
+        layer.config = copy.copy(layer.config)
+    for name, value in description["numbers"].items():
+        setattr(layer.config if name.startswith("config.") else layer, name.removeprefix("config."), value)
+    layer.resized = [*description["parameters"], *description["numbers"]]  # type: ignore[assignment]
+
+
+def _sizes(layer: nn.Module) -> dict[str, Any]:
+    """What of a module differs from what the config makes: it is named in its `resized`."""
+    parameters = dict(layer.named_parameters(recurse=False))
+    resized: list[str] = layer.resized  # type: ignore[assignment]
+    return {
+        "kind": RESIZED,
+        "parameters": {name: list(parameters[name].shape) for name in resized if name in parameters},
+        "numbers": {name: operator.attrgetter(name)(layer) for name in resized if name not in parameters},
+    }
 
 
 def described(module: nn.Module) -> dict[str, dict[str, Any]]:
@@ -49,6 +79,8 @@ def described(module: nn.Module) -> dict[str, dict[str, Any]]:
             found[name] = {"kind": EXPERTS}
         if isinstance(layer, Stored):
             found[name] = layer.describe()
+        elif hasattr(layer, "resized"):
+            found[name] = _sizes(layer)
     return found
 
 
