@@ -35,6 +35,14 @@ def test_nearly_parallel_models_are_joined_by_a_line():
     assert torch.allclose(merged(Slerp(t=0.3), BASE, [donor]), 0.7 * BASE + 0.3 * donor, atol=1e-7)
 
 
+@pytest.mark.parametrize(("cosine", "arc"), [(0.9, True), (0.9994, True), (0.9996, False), (-0.9994, True), (-0.9996, False)])
+def test_a_line_is_taken_from_the_cosine_9995_on(cosine, arc):
+    # Half way between unit vectors an arc has the length 1 and a line √((1 + cos)/2).
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([cosine, (1 - cosine**2) ** 0.5])
+    length = merged(Slerp(), first, [second]).double().norm().item()
+    assert length == pytest.approx(1 if arc else ((1 + cosine) / 2) ** 0.5, abs=2e-5)
+
+
 @pytest.mark.parametrize("donor", [BASE, -BASE, torch.zeros(30, 50)])
 def test_equal_opposite_and_empty_tensors_are_merged_without_failing(donor):
     assert torch.allclose(merged(Slerp(t=0.3), BASE, [donor]), 0.7 * BASE + 0.3 * donor, atol=1e-6)

@@ -76,6 +76,24 @@ def test_masks_come_from_the_seed(kind):
     assert not torch.equal(merged(method, BASE, DONORS, seed=1), merged(method, BASE, DONORS, seed=2))
 
 
+@pytest.mark.parametrize("kind", [Dare, Della])
+def test_every_donor_has_a_mask_of_its_own(kind):
+    donors = [torch.ones(50, 40), 2 * torch.ones(50, 40)]
+    found = merged(kind(keep=0.5, rescale="none", consensus=False, normalize=False), torch.zeros(50, 40), donors)
+    assert {value: (found == value).float().mean().item() for value in (0.0, 1.0, 2.0, 3.0)} == pytest.approx(
+        dict.fromkeys((0.0, 1.0, 2.0, 3.0), 0.25), abs=0.06
+    )
+
+
+def test_della_is_dropped_elected_and_divided_unless_asked_otherwise():
+    """Della's own settings are mergekit's: consensus, normalize, and sizes brought to the sum that they had."""
+    stated = Della(keep=0.6, spread=0.15, consensus=True, normalize=True, rescale="l1", scale=1.0, raw_votes=False)
+    assert torch.equal(merged(Della(keep=0.6), BASE, DONORS, seed=4), merged(stated, BASE, DONORS, seed=4))
+    one = merged(Della(keep=0.6), torch.zeros(30, 50), DONORS[:1], seed=4)  # one donor: what stays has the sum of sizes of all
+    assert one.abs().sum().item() == pytest.approx(DONORS[0].abs().sum().item(), rel=1e-5)
+    assert (one == 0).float().mean().item() == pytest.approx(0.4, abs=0.06)
+
+
 def test_dropped_changes_keep_their_expectation():
     draws = torch.stack([merged(Dare(keep=0.5, weights=[0.4, -0.2, 0.7]), BASE, DONORS, seed=seed) for seed in range(400)])
     error = (draws.mean(0) - arithmetic([0.4, -0.2, 0.7])).abs()
@@ -120,6 +138,11 @@ def test_breadcrumbs_by_hand():
     # top of ten entries is no whole one: nothing of the largest goes, and nothing else is lost.
     assert merged(Breadcrumbs(keep=0.9, top=0.05), torch.zeros(10), [change]).abs().min() == 0
     assert (merged(Breadcrumbs(keep=1.0, top=0.05), torch.zeros(10), [change]) == change).all()
+    # keep 0.5, top 0.3: 10, 9 and 8 go, and 1 and 2. By itself it keeps .9 and leaves out .01 of the largest.
+    result = merged(Breadcrumbs(keep=0.5, top=0.3), torch.zeros(10), [change])
+    assert result.tolist() == [3.0, 0.0, 0.0, 7.0, 0.0, 0.0, 4.0, -5.0, 0.0, 6.0]
+    kept = merged(Breadcrumbs(), torch.zeros(1000), [torch.arange(1.0, 1001)]).nonzero()[:, 0]
+    assert kept.tolist() == list(range(90, 990))
     # Each donor may lose a share of its own: of the second none.
     each = merged(Breadcrumbs(keep=0.8, top_each=[0.2, 0.0]), torch.zeros(10), [change, 100 * change])
     assert each.tolist() == [303.0, -1000.0, 1.0, 707.0, -2.0, 900.0, 404.0, -505.0, 808.0, 606.0]
@@ -184,6 +207,11 @@ def test_shares_and_weights_out_of_range_are_refused():
             kind(keep_each=[2.5, 0.1])
         with pytest.raises(SettingError, match="weights are numbers; got nan"):
             kind(weights=[float("nan")])
+        for wrong in (-0.01, 1.01, float("nan")):
+            with pytest.raises(SettingError, match="keep_each are fractions from 0 to 1"):
+                kind(keep_each=[wrong])
+    with pytest.raises(SettingError, match="top_each are fractions from 0 to 1; got 1.01"):
+        Breadcrumbs(top_each=[0.5, 1.01])
 
 
 def test_a_donor_with_nan_is_refused_before_work(tmp_path):
