@@ -23,6 +23,8 @@ DEFAULTS = {  # published, or the named library's own where nothing is published
     "merge.sce": {"keep": 1.0},
     "merge.linear": {"normalize": True},
     "merge.slerp": {"t": 0.5},
+    "merge.nearswap": {"t": 1e-3},
+    "merge.lines": {"start": None, "rise": 0.5, "keep": 1.0},
 }
 
 
