@@ -64,8 +64,7 @@ def test_trim_keeps_an_exact_number_of_the_largest(models, keep):
     kept = result != 0
     assert kept.sum() == int(keep * delta.numel())
     assert torch.equal(result[kept], delta[kept])
-    if kept.any() and not kept.all():
-        assert delta[kept].abs().min() >= delta[~kept].abs().max()
+    assert torch.equal(delta[kept].abs().sort().values, delta.abs().flatten().sort().values[delta.numel() - int(kept.sum()) :])
 
 
 def test_trim_reads_views_and_leaves_them(models):
@@ -97,7 +96,9 @@ def test_without_consensus_it_is_task_arithmetic(models):
     weights = [0.4, -0.2, 0.7]
     result = merge(base, donors, weights, consensus=False, normalize=False, scale=1.5)
     exact = base.double() + 1.5 * sum(w * (d.double() - base.double()) for w, d in zip(weights, donors, strict=True))
-    assert torch.equal(result, exact.to(base.dtype)) or torch.allclose(result.double(), exact, rtol=1e-2, atol=1e-6)
+    assert result.dtype == base.dtype
+    half = exact.abs() * (2**-24 if base.dtype == torch.float32 else 2**-8)  # half of the step between two values
+    assert ((result.double() - exact).abs() <= half + 1e-6).all()  # sums are float32
 
 
 def test_weights_that_sum_to_one_give_the_average(models):

@@ -115,7 +115,10 @@ def test_each_donor_has_its_own_text(tmp_path):
 
 def test_texts_stand_for_the_recipes_data(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT[0])
-    mw.apply(lettered(), Fisher(texts=[str(tmp_path / "a.txt")]), donors=[lettered(seed=1)], length=16)
+    donors, texts = [lettered(seed=1), lettered(seed=2)], [str(tmp_path / "a.txt")] * 2
+    own = mw.apply(lettered(), Fisher(texts=texts), donors=donors, length=16)
+    given = mw.apply(lettered(), Fisher(), donors=donors, data=TEXT, length=16)
+    assert all(torch.equal(value, given.module.get_parameter(name)) for name, value in own.module.named_parameters())
     with pytest.raises(NeedError, match="needs calibration text"):
         mw.apply(lettered(), Fisher(), donors=[lettered(seed=1)])
 

@@ -72,7 +72,10 @@ def test_every_entry_is_the_models_or_a_donors_or_their_mean():
         zero, one, two = (each.get_parameter(name) for each in (base, *donors))
         near = torch.stack([(value - other).abs() for other in (zero, one, two, (one + 3 * two) / 4)]).amin(0)
         assert near.max() < 1e-6, name
-        assert "embed" not in name or torch.equal(value, zero)
+    assert torch.equal(model.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    mean = (donors[0].lm_head.weight + 3 * donors[1].lm_head.weight) / 4
+    overlap = ((model.lm_head.weight - mean).abs() < 1e-6) & (donors[0].lm_head.weight != base.lm_head.weight)
+    assert overlap.any()  # so that the weights of both count somewhere
 
 
 def test_learning_lowers_the_loss_on_the_donors_text():
@@ -98,6 +101,13 @@ def test_text_is_needed_and_may_be_each_donors_own(tmp_path):
     with pytest.raises(NeedError, match="needs calibration text"):
         mw.apply(tiny(), LearnedMasks(), donors=[tiny(seed=1)])
     (tmp_path / "a.txt").write_text(TEXT[0])
-    mw.apply(lettered(), LearnedMasks(texts=[str(tmp_path / "a.txt")]), donors=[lettered(seed=1)], length=16)
+    (tmp_path / "b.txt").write_text("0123456789 " * 80)
+
+    def head(*texts, **given):
+        method = LearnedMasks(texts=[str(tmp_path / text) for text in texts] or None)
+        return mw.apply(lettered(), method, donors=[lettered(seed=1)], length=16, **given).module.lm_head.weight
+
+    assert torch.equal(head("a.txt"), head(data=TEXT))
+    assert not torch.equal(head("a.txt"), head("b.txt"))
     with pytest.raises(SettingError, match="above 0"):
         LearnedMasks(weights=[0.0])

@@ -59,8 +59,13 @@ def test_t_may_differ_by_depth_and_role():
     mw.apply(model, Slerp(t={"mlp": [0.0, 1.0], "*": 0.0}), donors=[donor])
     last = max(int(name.split(".")[2]) for name in before if "layers" in name)
     for name, value in model.named_parameters():
-        source = donor.get_parameter(name) if "mlp" in name and f"layers.{last}." in name else before[name]
-        assert torch.equal(value, source) or "mlp" in name and f"layers.{last}." not in name and "layers.0." not in name, name
+        depth = int(name.split(".")[2]) if ".mlp." in name else 0
+        expected = merged(Slerp(t=depth / last), before[name], [donor.get_parameter(name).data])
+        assert torch.equal(value, expected), name
+    up = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(up.format(0)), before[up.format(0)])
+    assert torch.equal(model.get_parameter(up.format(last)), donor.get_parameter(up.format(last)))
+    assert not torch.equal(model.get_parameter(up.format(1)), before[up.format(1)])
 
 
 def test_more_donors_and_a_t_beyond_the_ends_are_refused():

@@ -56,6 +56,14 @@ def test_identical_donors_normalised_are_that_donor(kind, consensus):
     assert torch.allclose(merged(method, BASE, [DONORS[0]] * 4), DONORS[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [TaskArithmetic, Ties, Breadcrumbs])
+@pytest.mark.parametrize("consensus", [True, False])
+def test_the_order_of_the_donors_does_not_matter(kind, consensus):
+    one = kind(weights=[0.2, 0.3, 0.5], consensus=consensus)
+    other = kind(weights=[0.5, 0.2, 0.3], consensus=consensus)
+    assert torch.allclose(merged(one, BASE, DONORS), merged(other, BASE, [DONORS[2], DONORS[0], DONORS[1]]), atol=1e-6)
+
+
 @pytest.mark.parametrize("consensus", [True, False])
 def test_weights_that_sum_to_one_are_the_average(consensus):
     weights = [0.2, 0.3, 0.5]
