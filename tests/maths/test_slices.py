@@ -111,3 +111,12 @@ def test_joined_tensors_are_read_at_every_place():
 
 def test_a_parameter_is_read_as_a_plain_tensor():
     assert not flat(torch.nn.Parameter(torch.ones(2, 3)))(slice(1, 4)).requires_grad
+
+
+def test_threads_made_afterwards_have_torchs_number_of_threads(threads):
+    list(each(lambda at: at.start, 200))
+    found = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [threads]

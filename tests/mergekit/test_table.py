@@ -104,6 +104,26 @@ def test_every_method_of_the_table_is_compared():
     assert {case[0] for case in CASES} == set(table.METHODS)
 
 
+@pytest.mark.parametrize(
+    ("method", "defaults"),
+    [
+        ("ties", {"density": 1.0, "lambda": 1.0, "normalize": True, "rescale": False}),
+        ("della_linear", {"density": 1.0, "epsilon": 0.15, "lambda": 1.0, "normalize": False, "rescale": True}),
+        ("breadcrumbs", {"density": 1.0, "gamma": 0.01, "lambda": 1.0, "normalize": False, "rescale": False}),
+        ("karcher", {"max_iter": 10, "tol": 1e-5}),
+        ("sce", {"select_topk": 1.0}),
+        ("model_stock", {"filter_wise": False}),
+        ("nuslerp", {"nuslerp_flatten": True, "nuslerp_row_wise": False}),
+        ("multislerp", {"normalize_weights": True, "eps": 1e-8}),
+        ("slerp", {}),
+    ],
+)
+def test_parameters_that_are_not_given_are_mergekits_own(method, defaults):
+    entry = table.entry_of(method)
+    stated = {theirs: default for theirs, (_, default) in [*entry.each.items(), *entry.once.items()] if default is not table.REQUIRED}
+    assert stated == defaults
+
+
 def test_as_mergekit_of_every_random_method_keeps_the_sums_of_sizes():
     each = {"weight": [0.6], "density": [0.5], "epsilon": [0.15]}
     once = {"normalize": False, "lambda": 1.0, "rescale": True}

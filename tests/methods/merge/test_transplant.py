@@ -155,13 +155,14 @@ def donor_with(new: list[str], seed: int = 3, **config) -> Model:
     return model_of(words([*LETTERS, *new]), seed, **config)
 
 
-def test_with_all_tokens_as_atoms_a_donor_of_the_same_rows_is_reproduced():
+@pytest.mark.parametrize("settings", [{"atoms": len(LETTERS)}, {}], ids=str)  # by itself 64, as many as a row has entries
+def test_with_as_many_atoms_as_entries_a_donor_of_the_same_rows_is_reproduced(settings):
     donor = donor_with(["the", "fox"])
     base = model_of(letters())
     with torch.no_grad():
         for name in ("model.embed_tokens", "lm_head"):
             base.module.get_submodule(name).weight.copy_(donor.module.get_submodule(name).weight[: len(LETTERS)])
-    mw.apply(base, Transplant(atoms=len(LETTERS)), donors=[donor])
+    mw.apply(base, Transplant(**settings), donors=[donor])
     for name in ("model.embed_tokens", "lm_head"):
         assert torch.allclose(base.module.get_submodule(name).weight, donor.module.get_submodule(name).weight, atol=1e-4)
 
@@ -215,8 +216,15 @@ def test_plain_transformers_loads_it_with_the_donors_tokenizer_and_ids(tmp_path)
     assert torch.equal(outputs(loaded), outputs(model.module))
     config = loaded.config
     assert (config.vocab_size, config.bos_token_id, config.eos_token_id, config.pad_token_id) == (len(tokenizer), 1, 2, 0)
-    assert model.module.get_input_embeddings().padding_idx == 0
     assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("pad", [0, 3, None, 400])
+def test_the_row_of_padding_is_the_donors(pad):
+    donor = donor_with(["the"], pad_token_id=None)
+    donor.module.config.pad_token_id = pad
+    model = mw.apply(model_of(letters()), Transplant(), donors=[donor])
+    assert model.module.get_input_embeddings().padding_idx == (None if pad == 400 else pad)  # it has no row 400
 
 
 def test_a_bias_of_the_head_moves_with_its_tokens():
