@@ -41,6 +41,17 @@ def test_one_model_comes_back_bit_for_bit(merge, folders, text):
     assert same(merge(text), folders["a"])
 
 
+@pytest.mark.parametrize("method", ["passthrough", "linear"])
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_one_model_in_another_dtype_is_rounded_to_it(merge, folders, method, key):
+    merged = merge(f"merge_method: {method}\nmodels: [{{model: a, parameters: {{weight: 1}}}}]\n{key}: bfloat16")
+    one = Checkpoint(folders["a"])
+    assert set(merged.names) == set(one.names)
+    for name in one.names:
+        assert merged.dtype(name) == torch.bfloat16
+        assert torch.equal(merged.read(name), one.read(name).bfloat16()), name
+
+
 def test_task_arithmetic_of_weight_one_is_the_model_to_rounding(merge, read):
     merged = merge("merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a, parameters: {weight: 1}}]")
     for name in merged.names:
@@ -449,6 +460,7 @@ base_model: {folder}
 models: [{{model: {folder}, parameters: {{weight: 1}}}}, {{model: a, parameters: {{weight: 1}}}}]
 dtype: float16
 """)
+    assert merged.dtype("model.counter") == torch.int64  # torch.equal alone would take half-precision numbers for them
     assert torch.equal(merged.read("model.counter"), counter)
     assert merged.dtype(NORM) == torch.float16
 
