@@ -186,7 +186,7 @@ slices:
     assert torch.equal(merged.read(HEAD), read("a", HEAD))
 
 
-def test_the_card_s_frankenmerge_has_forty_four_layers(merge, tmp_path):
+def test_twenty_four_and_twenty_layers_make_forty_four(merge, tmp_path):
     """[0, 24) and [20, 40) of forty layers."""
     Model(name="deep", module=tiny("llama", num_hidden_layers=40, hidden_size=32, intermediate_size=16)).save(tmp_path / "deep")
     merged = merge(f"""
