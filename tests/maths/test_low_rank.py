@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.low_rank import factor, rank_for, whitening
+from modelwright.maths.low_rank import factor, rank_for, rounding, whitening
 
 
 @pytest.fixture
@@ -93,3 +93,9 @@ def test_rank_for_a_budget():
     assert rank_for(0.001, 10, 10) == 1
     rank = rank_for(0.3, 77, 131)
     assert rank * (77 + 131) <= 0.3 * 77 * 131 < (rank + 1) * (77 + 131)
+
+
+def test_what_rounding_alone_gives_by_hand():
+    # Entries of size 2, 9 by 16: the step between two values, times the size, times 3 + 4.
+    assert rounding(torch.full((9, 16), 2.0)) == pytest.approx(2**-23 * 2 * 7)
+    assert rounding(torch.full((9, 16), -2.0, dtype=torch.bfloat16)) == pytest.approx(2**-7 * 2 * 7)

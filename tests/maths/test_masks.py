@@ -26,12 +26,11 @@ def test_counts_are_exact_and_the_lowest_go(shape, sparsity, dtype, monkeypatch)
     score = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     mask = lowest(score, sparsity)
     assert mask.sum() == math.floor(sparsity * score.numel())
-    if mask.any() and not mask.all():
-        assert score[mask].max() <= score[~mask].min()
+    assert torch.equal(score[mask].sort().values, score.flatten().sort().values[: int(mask.sum())])
     rows = lowest(score, sparsity, per="row")
     assert (rows.sum(1) == math.floor(sparsity * score.shape[1])).all()
-    if rows.any() and not rows.all():
-        assert (score.masked_fill(~rows, -9).amax(1) <= score.masked_fill(rows, 9).amin(1)).all()
+    for values, removed in zip(score, rows, strict=True):
+        assert torch.equal(values[removed].sort().values, values.sort().values[: int(removed.sum())])
 
 
 @pytest.mark.parametrize(
@@ -139,3 +138,30 @@ def test_values_without_an_order_are_refused():
     values = torch.full((10,), float("nan"))
     with pytest.raises(SiteError, match="NaN"):
         find_cut(values.__getitem__, 10, 5)
+
+
+def test_the_sample_is_the_same_every_time(monkeypatch):
+    """Drawn from a generator of its own, so that the work is the same too."""
+    monkeypatch.setattr(slices, "SLICE", 5000)
+    monkeypatch.setattr(masks, "SAMPLE", 1000)
+    monkeypatch.setattr(masks, "RUN", 20)
+    values, read = torch.randn(30_000, generator=torch.Generator().manual_seed(1)), []
+
+    def reading(at):
+        read.append((at.start, at.stop))
+        return values[at]
+
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        find_cut(reading, 30_000, 9000)
+    assert read[: len(read) // 2] == read[len(read) // 2 :]
+
+
+def test_a_sample_of_one_place_misses_and_a_wider_bracket_finds_the_cut(monkeypatch):
+    """Of sorted values one run of the sample says nothing about the others."""
+    monkeypatch.setattr(masks, "SAMPLE", 1000)
+    monkeypatch.setattr(masks, "RUN", 1000)
+    values, tried, bracket = torch.arange(30_000.0), [], masks._bracket
+    monkeypatch.setattr(masks, "_bracket", lambda *given: tried.append(given[-1]) or bracket(*given))
+    assert find_cut(values.__getitem__, 30_000, 9000).value == 8999
+    assert tried == [10.0, 80.0]

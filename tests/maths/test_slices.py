@@ -87,3 +87,36 @@ def test_joined_tensors_take_the_widest_dtype():
 def test_work_records_no_gradients(threads):
     weight = torch.ones(40, requires_grad=True)
     assert not any(part.requires_grad for part in each(lambda at: weight[at] * 2, 40))
+
+
+def test_work_runs_no_further_ahead_than_a_few_slices(threads):
+    """So that results that wait for their reader do not fill the memory."""
+    done = []
+    results = each(lambda at: done.append(at.start), 10_000)
+    next(results)
+    assert len(done) <= 2 * threads + 1 + threads
+    results.close()
+    assert len(done) <= 4 * threads + 2  # what waits when the reader leaves is not worked on
+
+
+def test_joined_tensors_are_read_at_every_place():
+    parts = [torch.arange(3.0), torch.arange(2.0).to(torch.bfloat16), torch.arange(4.0)]
+    joined, whole = Joined(parts), torch.cat([part.float() for part in parts])
+    for start in range(9):
+        for stop in range(start + 1, 10):
+            found = joined[slice(start, stop)]
+            assert found.dtype == torch.float32
+            assert torch.equal(found, whole[start:stop])
+
+
+def test_a_parameter_is_read_as_a_plain_tensor():
+    assert not flat(torch.nn.Parameter(torch.ones(2, 3)))(slice(1, 4)).requires_grad
+
+
+def test_threads_made_afterwards_have_torchs_number_of_threads(threads):
+    list(each(lambda at: at.start, 200))
+    found = []
+    later = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert found == [threads]

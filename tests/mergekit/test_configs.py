@@ -9,7 +9,9 @@ from tiny import outputs
 
 import modelwright as mw
 from modelwright.core.errors import ModelwrightError, RecipeError, WeightsError
+from modelwright.core.weights import Checkpoint
 from modelwright.methods.adapt.lora import Lora
+from modelwright.methods.merge.moe import Moe
 
 CONFIGS = {
     "the sides of a slerp": """
@@ -292,6 +294,33 @@ def test_experts_may_have_noise_and_scales(merge, read):
                               atol=1e-2)  # fmt: skip
 
 
+ROUTER = "model.layers.{}.block_sparse_moe.gate.weight"
+TWO = "base_model: a\nexperts:\n  - {source_model: b%s}\n  - {source_model: c%s}\n"
+PROMPTS = ', positive_prompts: ["write code"], negative_prompts: ["story"]', ', positive_prompts: ["tell a story"]'
+
+
+def test_a_mixture_is_the_method_of_a_recipe(merge, folders, tmp_path):
+    """Its routers, which say whether prompts, gates and the seed reached the method; two experts for a token by itself."""
+    prompted = {"prompts": [["write code"], ["tell a story"]], "against": [["story"], []]}
+    for number, (keys, prompts, settings) in enumerate((
+        ("", PROMPTS, {"gates": "hidden", **prompted}),
+        ("gate_mode: cheap_embed\nexperts_per_token: 1\n", PROMPTS, {"gates": "cheap_embed", "experts_per_token": 1, **prompted}),
+        ("gate_mode: random\narchitecture: mixtral\n", ("", ", noise_scale: 0, residual_scale: 1"), {"gates": "random"}),
+        ("gate_mode: uniform_random\n", PROMPTS, {"gates": "uniform_random"}),
+    )):  # fmt: skip
+        merged = merge(keys + TWO % prompts, save=f"theirs-{number}", seed=4)
+        save = tmp_path / f"ours-{number}"
+        mw.apply(folders["a"], Moe(**settings), donors=[folders["b"], folders["c"]], save=save, seed=4)
+        ours = Checkpoint(save)
+        assert merged.config["num_experts_per_tok"] == ours.config["num_experts_per_tok"] == settings.get("experts_per_token", 2)
+        assert set(merged.names) == set(ours.names)
+        for name in merged.names:
+            assert torch.equal(merged.read(name), ours.read(name)), name
+        said = "reads no prompts; they are left out"
+        assert any(said in note for note in merged.notes) == (settings["gates"] == "uniform_random")
+    assert torch.allclose(merged.read(ROUTER.format(0)).abs().max(), torch.tensor(1 / 8), rtol=0.1)
+
+
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_the_models_of_a_mixture_are_inputs_too(merge, folders, name):
     with pytest.raises(RecipeError, match="which is never touched"):
@@ -340,6 +369,8 @@ def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
         (("source_model: b", "noise_scale: -1, source_model: b"), "noise_each are numbers of at least 0"),
         (("base_model: a", "base_model: a\nname: mixed"), "one has no `name`"),
         (("bfloat16", "float8"), "dtype is one of"),
+        (('  - {source_model: b, positive_prompts: ["tell a story"]}\n', ""), "experts must be a list of two or more entries"),
+        (("---\nname: mean", "---\nexperts: []\nbase_model: a\nname: more\n---\nname: mean"), "is the final document"),
     ],
 )
 def test_what_a_mixture_cannot_be_is_said(merge, tmp_path, change, wanted):

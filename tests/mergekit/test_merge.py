@@ -13,7 +13,7 @@ import modelwright as mw
 from modelwright.core.errors import MethodError, ModelError, ModelwrightError, RecipeError, SettingError, WeightsError
 from modelwright.core.model import Model, quiet
 from modelwright.core.weights import HUB_FILES, Checkpoint, Writer
-from modelwright.mergekit.plan import belongs
+from modelwright.mergekit.plan import belongs, placed, stacks
 from modelwright.mergekit.run import MARKER
 from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.merge.nuslerp import Nuslerp
@@ -41,6 +41,17 @@ def same(one: Checkpoint, folder: Path) -> bool:
 )
 def test_one_model_comes_back_bit_for_bit(merge, folders, text):
     assert same(merge(text), folders["a"])
+
+
+@pytest.mark.parametrize("method", ["passthrough", "linear"])
+@pytest.mark.parametrize("key", ["dtype", "out_dtype"])
+def test_one_model_in_another_dtype_is_rounded_to_it(merge, folders, method, key):
+    merged = merge(f"merge_method: {method}\nmodels: [{{model: a, parameters: {{weight: 1}}}}]\n{key}: bfloat16")
+    one = Checkpoint(folders["a"])
+    assert set(merged.names) == set(one.names)
+    for name in one.names:
+        assert merged.dtype(name) == torch.bfloat16
+        assert torch.equal(merged.read(name), one.read(name).bfloat16()), name
 
 
 def test_task_arithmetic_of_weight_one_is_the_model_to_rounding(merge, read):
@@ -91,6 +102,114 @@ parameters: {weight: 1}
     assert torch.equal(merged.read(UP.format(0)), read("b", UP.format(0)))
     assert torch.allclose(merged.read(Q.format(0)), (read("a", Q.format(0)) + read("b", Q.format(0))) / 2, atol=1e-6)
     assert torch.allclose(merged.read(Q.format(2)), (3 * read("a", Q.format(2)) + read("b", Q.format(2))) / 4, atol=1e-6)
+
+
+def test_scopes_go_from_the_model_to_its_slice_its_module_and_the_whole(merge, folders):
+    """Each tensor of the decoder has the weight of the innermost scope that names it; the encoder that of its own."""
+    merged = merge("""
+merge_method: linear
+modules:
+  encoder:
+    models: [{model: t5-1}, {model: t5-2}]
+    parameters: {weight: 1}
+  decoder:
+    slices:
+      - sources:
+          - {model: t5-1, layer_range: [0, 4], parameters: {weight: {filter: DenseReluDense.wi_0, value: 7}}}
+          - {model: t5-2, layer_range: [0, 4]}
+        parameters: {weight: {filter: DenseReluDense, value: 1}}
+    parameters: {weight: [{filter: SelfAttention, value: 1}, {filter: DenseReluDense, value: 0}]}
+  shared: {models: [{model: t5-1}, {model: t5-2}]}
+parameters: {weight: 3, normalize: false}
+""")
+    one, two = Checkpoint(folders["t5-1"]), Checkpoint(folders["t5-2"])
+    inside = "decoder.block.1.layer."
+    for name, shares in (
+        (inside + "2.DenseReluDense.wi_0.weight", (7, 1)),
+        (inside + "2.DenseReluDense.wo.weight", (1, 1)),
+        (inside + "0.SelfAttention.q.weight", (1, 1)),
+        (inside + "1.EncDecAttention.q.weight", (3, 3)),
+        ("encoder.block.1.layer.0.SelfAttention.q.weight", (1, 1)),
+        ("shared.weight", (3, 3)),
+    ):
+        assert torch.allclose(merged.read(name), shares[0] * one.read(name) + shares[1] * two.read(name), atol=1e-5), name
+
+
+def test_a_models_parameters_go_by_its_own_names_and_those_of_the_whole_by_the_results(merge, read):
+    """Layer 3 of a becomes layer 1: its own scale is found under 3, and t of a slerp under 1."""
+    merged = merge("""
+merge_method: passthrough
+slices:
+  - sources: [{model: b, layer_range: [0, 1]}]
+  - sources: [{model: a, layer_range: [3, 4], parameters: {scale: [{filter: layers.3., value: 2}, {filter: layers.1., value: 5}]}}]
+""")
+    assert torch.equal(merged.read(UP.format(1)), 2 * read("a", UP.format(3)))
+    merged = merge("""
+merge_method: slerp
+base_model: b
+slices:
+  - sources: [{model: b, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]
+    parameters: {t: 0}
+  - sources: [{model: b, layer_range: [3, 4]}, {model: a, layer_range: [3, 4]}]
+    parameters: {t: [{filter: layers.3., value: 0}, {filter: layers.1., value: 1}]}
+parameters: {t: 0}
+""", "slerp")  # fmt: skip
+    assert torch.equal(merged.read(UP.format(0)), read("b", UP.format(0)))
+    assert torch.equal(merged.read(UP.format(1)), read("a", UP.format(3)))
+    assert torch.equal(merged.read(NORM), read("b", NORM))  # the last slice's filters miss it, and the whole's t is 0
+
+
+def test_a_slice_may_have_a_base_of_its_own(merge, read):
+    merged = merge("""
+merge_method: slerp
+base_model: a
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 2]}]
+  - sources: [{model: a, layer_range: [2, 4]}, {model: b, layer_range: [2, 4]}]
+    base_model: b
+parameters: {t: 0}
+""")
+    for depth, model in ((0, "a"), (1, "a"), (2, "b"), (3, "b")):
+        assert torch.equal(merged.read(UP.format(depth)), read(model, UP.format(depth)))
+    assert torch.equal(merged.read(EMBED), read("a", EMBED))
+    assert torch.equal(merged.read(HEAD), read("b", HEAD))
+
+
+def test_a_gradient_over_slices_begins_anew_in_each(merge, read):
+    merged = merge("""
+merge_method: passthrough
+slices:
+  - sources: [{model: a, layer_range: [0, 3], parameters: {scale: [1, 2]}}]
+  - sources: [{model: a, layer_range: [1, 3], parameters: {scale: [1, 2]}}]
+""")
+    for new, old, scale in ((0, 0, 1.0), (1, 1, 1.5), (2, 2, 2.0), (3, 1, 1.0), (4, 2, 2.0)):
+        assert torch.equal(merged.read(UP.format(new)), scale * read("a", UP.format(old)))
+    assert torch.equal(merged.read(EMBED), read("a", EMBED))
+    assert torch.equal(merged.read(HEAD), read("a", HEAD))
+
+
+def test_twenty_four_and_twenty_layers_make_forty_four(merge, tmp_path):
+    """[0, 24) and [20, 40) of forty layers."""
+    Model(name="deep", module=tiny("llama", num_hidden_layers=40, hidden_size=32, intermediate_size=16)).save(tmp_path / "deep")
+    merged = merge(f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {tmp_path}/deep, layer_range: [0, 24]}}]
+  - sources: [{{model: {tmp_path}/deep, layer_range: [20, 40]}}]
+""")
+    deep = Checkpoint(tmp_path / "deep")
+    assert merged.config["num_hidden_layers"] == 44
+    assert {int(name.split(".")[2]) for name in merged.names if ".layers." in name} == set(range(44))
+    for new in range(44):
+        assert torch.equal(merged.read(UP.format(new)), deep.read(UP.format(new if new < 24 else new - 4)))
+    assert outputs(merged.model.module).isfinite().all()
+
+
+def test_lists_of_blocks_are_numbered_without_holes_and_hold_more_than_one_tensor():
+    names = ["a.0.x", "a.0.y", "a.1.x", "a.1.y", "book.0.code", "book.1.code", "b.0.x", "b.0.y", "b.2.x", "b.2.y", "head.weight"]
+    assert stacks(placed(name) for name in names) == {"a.": 2}
+    assert placed("model.layers.12.mlp.experts.3.up.weight") == ("model.layers.", 12, "mlp.experts.3.up.weight")
+    assert placed("lm_head.weight") is None
 
 
 def test_a_frankenmerge_has_its_layers_numbered_anew(merge, read, tmp_path):
@@ -294,6 +413,17 @@ models: [{model: a, parameters: {weight: 1}}]
     assert any("a has 97 rows and the base 105; the model is left out here" in note for note in tall.notes)
 
 
+def test_only_the_models_with_fewer_rows_than_the_base_are_left_out(merge, read):
+    merged = merge("""
+merge_method: task_arithmetic
+base_model: a
+models: [{model: b, parameters: {weight: 0.5}}, {model: tall, parameters: {weight: 0.25}}]
+""")
+    base = read("a", EMBED)
+    expected = base + 0.5 * (read("b", EMBED) - base) + 0.25 * (read("tall", EMBED)[:97] - base)
+    assert torch.allclose(merged.read(EMBED), expected, atol=1e-6)
+
+
 @pytest.fixture
 def broken(folders, tmp_path):
     """A copy of model b with its tensors changed by a function."""
@@ -320,6 +450,21 @@ def test_a_tensor_missing_in_a_donor_is_merged_without_it_and_said(merge, read, 
     alone = merge(f"merge_method: ties\nbase_model: {folder}\nmodels: [{{model: a, parameters: {{weight: 1}}}}]", "alone")
     assert NORM not in alone
     assert any(f"lacks are left out, first {NORM}" in note for note in alone.notes)
+
+
+def test_whole_numbers_are_copied_and_keep_their_dtype(merge, broken):
+    """Not merged, and not turned into the dtype of the result."""
+    counter = torch.tensor([3, 2**40 + 1])
+    folder = broken(lambda tensors: tensors.update({"model.counter": counter}))
+    merged = merge(f"""
+merge_method: linear
+base_model: {folder}
+models: [{{model: {folder}, parameters: {{weight: 1}}}}, {{model: a, parameters: {{weight: 1}}}}]
+dtype: float16
+""")
+    assert merged.dtype("model.counter") == torch.int64  # torch.equal alone would take half-precision numbers for them
+    assert torch.equal(merged.read("model.counter"), counter)
+    assert merged.dtype(NORM) == torch.float16
 
 
 def test_nan_in_a_donor_is_refused_before_anything_is_written(merge, broken, tmp_path, monkeypatch):
@@ -363,6 +508,7 @@ def test_quantized_models_are_refused(merge, broken):
         ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: x}}]", SettingError, "weights must be"),
         ("merge_method: linear\nmodels: [{model: nowhere}]", WeightsError, "'nowhere'"),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 9]}]}]", RecipeError, "a has 4 layers, and"),
+        ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [3, 5]}]}]", RecipeError, "a has 4 layers, and"),
         ("merge_method: linear\nslices: [{sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]}]\n"
          "parameters: {weight: 1}",
          RecipeError, "its sources have 2 and 3 layers"),
@@ -406,6 +552,12 @@ def test_an_unlisted_base_is_averaged_where_mergekit_does(merge):
     mean = merge("merge_method: linear\nmodels: [{model: a}, {model: c}]\nparameters: {weight: 1}", save="mean")
     text = "merge_method: linear\nbase_model: c\nmodels: [{model: a}]\nparameters: {weight: 1}"
     assert same(merge(text, save="linear"), mean.path)
+
+
+def test_an_unlisted_base_without_a_weight_is_not_averaged(merge, folders):
+    merged = merge("merge_method: linear\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1}}]")
+    assert same(merged, folders["a"])
+    assert any("base_model c gives config and tokenizer, and no weight" in note for note in merged.notes)
 
 
 def test_weights_may_stay_as_they_are_on_the_sphere(merge, read):
@@ -566,6 +718,23 @@ def test_an_adapter_that_is_nowhere_is_named_with_its_model(merge, monkeypatch):
     for name, wanted in (("one/adapter", "the hub did not give it"), ("./adapter", "there is no such folder")):
         with pytest.raises(WeightsError, match=rf"a\+{name}: an adapter .*was asked for.*{wanted}"):
             merge(f"merge_method: passthrough\nmodels: [{{model: a+{name}}}]")
+
+
+def test_two_models_may_have_the_same_adapter_and_each_has_it_merged_once(merge, read, adapter):
+    folder, whole = adapter
+    merged = merge(f"merge_method: linear\nmodels: [{{model: a+{folder}}}, {{model: b+{folder}}}]\nparameters: {{weight: 1}}")
+    change = whole.get_parameter(Q.format(0)) - read("a", Q.format(0))
+    assert torch.allclose(merged.read(Q.format(0)), (read("a", Q.format(0)) + read("b", Q.format(0))) / 2 + change, atol=1e-6)
+
+
+def test_the_ids_of_special_tokens_come_with_the_tokenizer(merge, folders, tmp_path):
+    folder = shutil.copytree(folders["b"], tmp_path / "other")
+    stated = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps(stated | {"eos_token_id": 7, "pad_token_id": 8}), "utf-8")
+    text = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: %s, parameters: {weight: 1}}]\n" % folder  # noqa: UP031
+    plain, theirs = merge(text, "plain"), merge(text + f"tokenizer_source: {folder}\n", "theirs")
+    assert plain.config["eos_token_id"] != 7
+    assert (theirs.config["eos_token_id"], theirs.config["pad_token_id"]) == (7, 8)
 
 
 def test_an_adapter_is_merged_into_its_model_first(merge, folders, adapter):

@@ -3,7 +3,7 @@
 import pytest
 
 from modelwright.core.errors import RecipeError
-from modelwright.mergekit.schema import Parameter, Reference, along, read
+from modelwright.mergekit.schema import Parameter, Reference, Row, Vocabulary, along, read
 
 LINEAR = "merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\n"
 
@@ -132,3 +132,56 @@ def test_what_cannot_be_read_is_said(text, wanted):
 def test_all_that_is_wrong_is_said_at_once():
     with pytest.raises(RecipeError, match="4 problems"):
         read("merge_method: 3\nmodels: [{}]\ndtype: f\nchat_template: x\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("true", True), ("'yes'", True), ("'False'", False), ("'1e3'", 1000.0), ("'1e+3'", 1000.0), ("'-.5E-1'", -0.05), ("' 2 '", 2.0),
+     ("'1e'", "1e"), ("3", 3.0), ("auto", "auto")],
+)  # fmt: skip
+def test_values_written_as_texts_are_what_they_say(text, expected):
+    config = one(LINEAR + f"parameters: {{normalize: {text}}}\n")
+    found = config.parameters["normalize"].at("x", 0)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_a_value_of_zero_or_false_under_a_filter_is_a_value():
+    config = one(LINEAR + "parameters: {weight: [{filter: mlp, value: 0}, {value: false}], normalize: false}\n")
+    assert config.parameters["weight"].at("x.mlp", 0) == 0.0
+    assert config.parameters["weight"].at("x.attn", 0) is False
+    assert config.parameters["normalize"].at("x", 0) is False
+
+
+@pytest.mark.parametrize("layers", ["[2, 2]", "[-1, 2]", "[0, 1, 2]", "[0, true]", "[0.0, 1.0]", "3"])
+def test_a_range_of_layers_has_a_first_and_a_later_one(layers):
+    with pytest.raises(RecipeError, match=r"layer_range must be \[first, one"):
+        read(f"merge_method: passthrough\nslices: [{{sources: [{{model: a, layer_range: {layers}}}]}}]\n")
+
+
+def test_the_document_without_a_name_comes_last_and_the_others_in_their_order():
+    found = read(f"name: x\n{LINEAR}---\n{LINEAR}---\nname: y\n{LINEAR}")
+    assert [config.name for config in found] == ["x", "y", None]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("tokenizer_source: union", Vocabulary("union")),
+        ("tokenizer_source: base", Vocabulary("base")),
+        ("tokenizer_source: b@r", Vocabulary(Reference("b", "r"))),
+        ("tokenizer: {pad_to_multiple_of: 64}", Vocabulary("union", multiple=64)),
+        ("tokenizer: {source: base, tokens: {x: {source: b}}}", Vocabulary("base", {"x": Row(Reference("b"), "x")})),
+        ("tokenizer: {tokens: {x: {source: {kind: zero}, force: true}}}", Vocabulary("union", {"x": Row(force=True)})),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token_id: 0}}}}",
+            Vocabulary("union", {"x": Row(Reference("b"), None, 0)}),
+        ),
+        (
+            "tokenizer: {tokens: {x: {source: {kind: model_token, model: b, token: y}}}}",
+            Vocabulary("union", {"x": Row(Reference("b"), "y")}),
+        ),
+    ],
+)
+def test_a_tokenizer_is_a_source_with_rows_of_its_own(text, expected):
+    assert one(LINEAR + text + "\n").vocabulary == expected

@@ -91,8 +91,7 @@ def without_outliers(values: Values, count: int, keep: float, top: float) -> Val
 
     def inside(at: slice) -> Tensor:
         part = values(at)
-        within = high.before(part.abs(), at).sub_(low.before(part.abs(), at))
-        return part.mul_(within)
+        return high.before(part.abs(), at).sub_(low.before(part.abs(), at)).mul_(part)
 
     return inside
 

@@ -97,6 +97,53 @@ def test_dare_is_right_on_average_and_the_same_for_the_same_seed():
     exact = part.up @ part.down
     assert (mean - exact).norm() < 0.15 * exact.norm()
     assert torch.equal(draws[0].up, draws[-1].up)
+    zeros = [((one.up @ one.down).abs() < 1e-6).float().mean().item() for one in draws[:5]]
+    assert zeros == pytest.approx([0.5] * 5, abs=0.05)
+    assert not torch.equal(draws[0].up, draws[1].up)
+
+
+def test_every_adapter_of_dare_has_a_mask_of_its_own():
+    part = next(iter(read(adapted())[0].values()))
+    change = part.up @ part.down
+    found = Adapters(kind="dare", rank=64).together([(1.0, part), (1.0, part)], RNG)
+    times = (found.up @ found.down / change)[change.abs() > 1e-3]  # 0, 1 or 2 of two, times 1/keep = 2
+    assert [((times - value).abs() < 0.1).float().mean().item() for value in (0, 2, 4)] == pytest.approx([0.25, 0.5, 0.25], abs=0.06)
+
+
+def test_ties_and_dare_by_hand():
+    # Changes (2, 4) and (-6, 1). TIES: the sums -4 and 5 elect - and +: -6, and the mean of 4 and 1. DARE that keeps all adds
+    # them up, -4 and 5; with consensus -6 and 5.
+    one, two = (Update(torch.tensor([[1.0]]), torch.tensor([row])) for row in ([2.0, 4.0], [-6.0, 1.0]))
+    expected = {("ties", False): [-6.0, 2.5], ("dare", False): [-4.0, 5.0], ("dare", True): [-6.0, 5.0]}
+    for (kind, consensus), row in expected.items():
+        found = Adapters(kind=kind, consensus=consensus, keep=1.0).together([(1.0, one), (1.0, two)], RNG)
+        assert (found.up @ found.down).flatten().tolist() == pytest.approx(row)
+
+
+@pytest.mark.parametrize("kind", ["svd", "ties", "dare"])
+def test_the_rank_is_the_one_asked_for_and_by_itself_the_sum_of_the_donors(kind):
+    pairs = [(1.0, next(iter(read(adapted(seed=seed, rank=seed + 1))[0].values()))) for seed in (1, 2)]
+    assert Adapters(kind=kind).together(pairs, RNG).rank == 5
+    assert Adapters(kind=kind, rank=3).together(pairs, RNG).rank == 3
+
+
+def test_weights_count_in_changes_and_in_biases():
+    donors = [adapted("qwen2", seed, targets=("q_proj", "k_proj")[:seed], lora_bias=True) for seed in (1, 2)]
+    for number, donor in enumerate(donors):
+        for place, (name, value) in enumerate(donor.module.named_parameters()):
+            if name.endswith("lora_B.default.bias"):
+                value.data.copy_(normal(*value.shape, seed=100 * number + place))
+    merged = mw.apply(open(tiny("qwen2")), Adapters(weights=[0.5, -2.0]), donors=donors)
+    expected = tiny("qwen2")
+    with torch.no_grad():
+        for weight, donor in zip([0.5, -2.0], donors, strict=True):
+            folded = copy.deepcopy(donor.module).merge_and_unload()
+            for name, start in tiny("qwen2").named_parameters():
+                expected.get_parameter(name).add_(folded.get_parameter(name) - start, alpha=weight)
+    folded = merged.module.merge_and_unload()
+    for name, value in expected.named_parameters():
+        assert torch.allclose(folded.get_parameter(name), value, atol=1e-5), name
+    assert not torch.allclose(expected.model.layers[0].self_attn.k_proj.bias, tiny("qwen2").model.layers[0].self_attn.k_proj.bias)
 
 
 def test_what_is_saved_whole_is_added_up_too():

@@ -59,3 +59,18 @@ def test_two_donors_are_refused():
 
 def test_an_empty_tensor_stays_empty():
     assert merged(ArceeFusion(), torch.zeros(0, 4), [torch.zeros(0, 4)]).shape == (0, 4)
+
+
+def test_what_just_reaches_the_threshold_is_taken():
+    # All scores are alike, so that median and quartiles are too: every entry reaches the threshold.
+    donor = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    assert torch.equal(merged(ArceeFusion(), torch.zeros(1, 4), [donor]), donor)
+
+
+def test_divergences_of_nearby_rows_are_more_than_their_rounding():
+    # To second order it is half of the variance of Δ under softmax, here about 5e-9; float32 rounds sums of 1 at 1e-7.
+    before = normal(8, 1000)
+    after = before + 1e-4 * normal(8, 1000, seed=1)
+    share, change = before.double().softmax(-1), after.double() - before.double()
+    variance = (share * change.square()).sum(-1) - (share * change).sum(-1).square()
+    assert torch.allclose(divergence(before, after).double(), variance / 2, rtol=1e-2)

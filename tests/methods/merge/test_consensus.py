@@ -36,7 +36,9 @@ def test_it_is_the_published_mask(agree, least):
     mask = (changes.abs() > least * (total - changes).abs()).sum(0) >= agree
     found = merged(Consensus(agree=agree, least=least, scale=0.3), BASE, DONORS)
     assert torch.allclose(found, BASE + 0.3 * total * mask, atol=1e-6)
-    assert 0 < mask.float().mean() < 1 or agree == 1
+    share = mask.float().mean()
+    assert share > 0
+    assert (share == 1) == (agree == 1 and least == 0.2)  # the largest of three is more than a fifth of the other two
 
 
 def test_no_needed_agreement_is_task_arithmetic():
@@ -70,3 +72,23 @@ def test_more_agreement_than_donors_is_refused():
         merged(Consensus(), BASE, DONORS[:1])
     with pytest.raises(SettingError, match="2 least_each for 3 donors"):
         merged(Consensus(least_each=[0.2, 0.4]), BASE, DONORS)
+
+
+def test_a_change_as_large_as_the_bound_is_not_needed_and_weights_count():
+    # Changes 2 and 4, λ = ½: 2 > ½ · 4 is not true, and 4 > ½ · 2 is, so one donor needs the entry.
+    base, donors = torch.zeros(1), [torch.tensor([2.0]), torch.tensor([4.0])]
+    assert merged(Consensus(least=0.5), base, donors).item() == 0
+    assert merged(Consensus(least=0.5, agree=1), base, donors).item() == 6
+    # With the weights 2 and 1 both changes are 4, and both are needed; with 1 and ¼ they are 2 and 1, with 1 and 9 2 and 36.
+    assert merged(Consensus(least=0.5, weights=[2, 1]), base, donors).item() == 8
+    assert merged(Consensus(least=0.4, weights=[1, 0.25]), base, donors).item() == 3
+    assert merged(Consensus(least=0.5, weights=[1, 9]), base, donors).item() == 0
+
+
+def test_one_that_must_agree_removes_what_nobody_needs_and_two_what_one_alone_needs():
+    changes = torch.stack([donor - BASE for donor in DONORS])
+    total = changes.sum(0)
+    needed = (changes.abs() > 0.4 * (total - changes).abs()).sum(0)
+    for agree in (1, 2):
+        moved = merged(Consensus(agree=agree), BASE, DONORS) != BASE
+        assert torch.equal(moved, (needed >= agree) & (total != 0))

@@ -68,6 +68,11 @@ def test_plain_peft_gives_the_finetuned_model_back(kind, outside, tmp_path):
     plain = PeftModel.from_pretrained(tiny(kind), str(tmp_path / "adapter")).merge_and_unload().eval()
     assert torch.allclose(outputs(plain), expected, atol=1e-5)
     assert not (tmp_path / "adapter" / "model.safetensors").exists()
+    stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    saved, factored = ({path.rpartition(".")[2] for path in stated[key] or ()} for key in ("modules_to_save", "target_modules"))
+    ends = {"wte", "wpe"} if kind == "gpt2" else {"embed_tokens", "lm_head"}
+    first = ends if outside == "whole" else ends & {"wte"}  # gpt2's head is its embedding, which is always saved whole
+    assert (ends & saved, ends & factored) == (first, ends - first)
 
 
 @pytest.mark.parametrize("outside", ["whole", "factors"])
@@ -98,6 +103,28 @@ def test_every_layer_has_the_rank_of_its_own_change(tmp_path):
     assert stated["rank_pattern"] == stated["alpha_pattern"] == {"model.layers.2.mlp.up_proj": 1}
     plain = PeftModel.from_pretrained(tiny(), str(tmp_path / "adapter"))
     assert torch.allclose(outputs(plain.merge_and_unload()), outputs(donor), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_change_that_was_rounded_has_the_rank_that_it_had(dtype):
+    base = tiny().to(dtype)
+    model = mw.open(copy.deepcopy(base))
+    donor = finetuned(tiny().to(dtype).float(), 3).to(dtype)
+    mw.apply(model, Extract(), donors=[donor])
+    ranks = [note.split("rank ")[1].split(" of")[0] for note in model.history[-1]["notes"] if "_proj: rank" in note]
+    assert len(ranks) == 28
+    assert set(ranks) == {"3"}
+
+
+def test_what_has_no_two_sides_is_saved_whole_once():
+    """The embeddings of a vision transformer hold parameters of their own and a convolution: saved whole together."""
+    model, donor = mw.open(tiny("vit")), tiny("vit", seed=4)
+    mw.apply(model, Extract(), donors=[donor])
+    assert torch.allclose(outputs(model.module), outputs(donor), atol=1e-5)
+    (said,) = [note for note in model.history[-1]["notes"] if "saved whole" in note]
+    paths = said.split(": ")[2].split(", ")
+    assert "vit.embeddings" in paths
+    assert not any(path.startswith("vit.embeddings.") for path in paths)
 
 
 def test_rounding_alone_has_no_rank():

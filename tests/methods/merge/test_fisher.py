@@ -115,7 +115,10 @@ def test_each_donor_has_its_own_text(tmp_path):
 
 def test_texts_stand_for_the_recipes_data(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT[0])
-    mw.apply(lettered(), Fisher(texts=[str(tmp_path / "a.txt")]), donors=[lettered(seed=1)], length=16)
+    donors, texts = [lettered(seed=1), lettered(seed=2)], [str(tmp_path / "a.txt")] * 2
+    own = mw.apply(lettered(), Fisher(texts=texts), donors=donors, length=16)
+    given = mw.apply(lettered(), Fisher(), donors=donors, data=TEXT, length=16)
+    assert all(torch.equal(value, given.module.get_parameter(name)) for name, value in own.module.named_parameters())
     with pytest.raises(NeedError, match="needs calibration text"):
         mw.apply(lettered(), Fisher(), donors=[lettered(seed=1)])
 
@@ -131,3 +134,17 @@ def test_what_cannot_be_done_is_refused():
         mw.apply(module, Fisher(targets="text"), donors=[tiny()], data=[short])
     with pytest.raises(DataError, match="needs rows of tokens"):
         mw.apply(tiny("mlp"), Fisher(targets="text"), donors=[tiny("mlp")], data=batches(tiny("mlp")))
+
+
+@pytest.mark.parametrize("targets", ["predicted", "text"])
+def test_a_rows_example_is_its_last_token(targets):
+    """Its likeliest successor, or itself after those before it."""
+    module, ids = tiny(), torch.tensor([[5, 9, 3]])
+    log = module(input_ids=ids).logits[0].log_softmax(-1)
+    said = log[-1].max() if targets == "predicted" else log[-2, 3]
+    names, values = zip(*module.named_parameters(), strict=True)
+    expected = dict(zip(names, torch.autograd.grad(said, values, allow_unused=True), strict=True))
+    padded = {"input_ids": torch.tensor([[5, 9, 3, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+    found = squared_gradients(open(module), [padded], targets, RNG)
+    for name in names:
+        assert torch.allclose(found[name], expected[name].square(), rtol=1e-3, atol=1e-6), name

@@ -8,6 +8,7 @@ from merging import merged
 from modelwright.core.errors import SettingError
 from modelwright.maths import slices
 from modelwright.methods.merge.karcher import Karcher
+from modelwright.methods.merge.multislerp import Multislerp
 from modelwright.methods.merge.slerp import Slerp
 
 BASE = normal(30, 50)
@@ -68,3 +69,24 @@ def test_weights_without_a_mean_are_refused():
         merged(Karcher(weights=[1, 2]), BASE, DONORS)
     with pytest.raises(SettingError, match="iterations must be a whole number of at least 1; got 0"):
         Karcher(iterations=0)
+
+
+def test_it_goes_on_until_a_step_is_short_or_its_iterations_are_spent():
+    donors = list(torch.tensor([[1.0, 0.0, 0.0], [-0.5, 0.8, 0.0], [0.0, -0.3, 1.0]]))
+    start = merged(Multislerp(), torch.zeros(3), donors)
+
+    def left(**settings):
+        """How far it is from the mean: the sum of the logarithms of the directions there."""
+        found = merged(Karcher(**settings), torch.zeros(3), donors).double()
+        found = found / found.norm()
+        logs = []
+        for donor in donors:
+            unit = donor.double() / donor.double().norm()
+            cosine = unit @ found
+            logs.append(cosine.arccos() / (1 - cosine**2).sqrt() * (unit - cosine * found))
+        return torch.stack(logs).sum(0).norm().item()
+
+    steps = [left(iterations=count, tolerance=0.0) for count in (1, 3, 40)]
+    assert steps[0] > 5 * steps[1] > 25 * steps[2]
+    assert left(iterations=3) == steps[1]
+    assert torch.equal(merged(Karcher(tolerance=3.2), torch.zeros(3), donors), start)  # no step is longer than half a turn

@@ -88,3 +88,8 @@ def test_shares_that_differ_by_role_are_refused():
         Lines(keep={"mlp": 0.5})
     with pytest.raises(SettingError, match="rise must be a number of at least 0; got -1"):
         Lines(rise=-1)
+
+
+def test_weights_count_in_what_the_scale_starts_with():
+    """‖Σ wᵢτᵢ‖₁ over itself is 1, whatever the weights are: α stays 1/N."""
+    assert same(parameters(Lines(rise=0.4, weights=[2, 0.5])), parameters(Lines(start=0.5, rise=0.4, weights=[2, 0.5])))

@@ -129,7 +129,7 @@ def test_a_token_goes_to_the_expert_of_the_largest_product():
 
 def test_routers_are_the_unit_states_of_the_last_tokens():
     base = lettered()
-    method = Moe(gates="hidden", prompts=PROMPTS, against=[[], ["count"]])
+    method = Moe(gates="hidden", prompts=PROMPTS, against=[["tell a story"], ["count", "write code"]])
     with torch.no_grad():
         routers = method.routers(base, 2, torch.Generator())
         entering = {}
@@ -143,8 +143,8 @@ def test_routers_are_the_unit_states_of_the_last_tokens():
             for hook in hooks:
                 hook.remove()
     for depth in range(4):
-        one = (entering["write code", depth] + entering["a function", depth]) / 2
-        two = entering["tell a story", depth] - entering["count", depth]
+        one = (entering["write code", depth] + entering["a function", depth]) / 2 - entering["tell a story", depth]
+        two = entering["tell a story", depth] - (entering["count", depth] + entering["write code", depth]) / 2
         assert torch.allclose(routers[depth], torch.stack([one / one.norm(), two / two.norm()]), atol=1e-5)
 
 

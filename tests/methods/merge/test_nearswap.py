@@ -46,3 +46,8 @@ def test_two_donors_and_a_negative_step_are_refused():
         mw.apply(tiny(), Nearswap(), donors=[tiny(), tiny()])
     with pytest.raises(SettingError, match="t must be a number of at least 0; got -1"):
         Nearswap(t=-1)
+
+
+def test_a_difference_of_the_whole_step_is_adopted_bit_for_bit():
+    # 1e-9 - 1 rounds to -1 = -t: the donor's 1e-9 is taken, and not 1 - 1.
+    assert merged(Nearswap(t=1.0), torch.ones(1), [torch.tensor([1e-9])]).tolist() == torch.tensor([1e-9]).tolist()

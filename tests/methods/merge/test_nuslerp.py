@@ -86,3 +86,15 @@ def test_another_number_of_donors_or_weights_is_refused():
             mw.apply(tiny(), Nuslerp(), donors=donors)
     with pytest.raises(SettingError, match="3 weights for 2 donors"):
         merged(Nuslerp(weights=[1, 2, 3]), BASE, DONORS)
+
+
+def test_weights_below_zero_count_by_their_share():
+    assert torch.equal(merged(Nuslerp(weights=[-3, -1]), BASE, DONORS), merged(Nuslerp(weights=[3, 1]), BASE, DONORS))
+
+
+def test_nearly_parallel_donors_are_still_joined_by_an_arc():
+    # Unit vectors with the cosine .9999, where merge.slerp takes the line, on which half way has the length √((1 + .9999)/2).
+    donors = [torch.tensor([1.0, 0.0]), torch.tensor([0.9999, (1 - 0.9999**2) ** 0.5])]
+    assert merged(Nuslerp(), torch.zeros(2), donors).double().norm().item() == pytest.approx(1, abs=5e-7)
+    line = merged(Slerp(), donors[0], donors[1:]).double().norm().item()
+    assert line == pytest.approx(0.99995**0.5, abs=5e-7)

@@ -13,6 +13,7 @@ BASE, DONOR = normal(30, 50), normal(30, 50, seed=1)
 
 def test_a_case_by_hand():
     assert merged(Passthrough(scale=0.5), torch.ones(2), [torch.tensor([4.0, -3.0])]).tolist() == [2.0, -1.5]
+    assert merged(Passthrough(scale=-2.0), torch.ones(2), [torch.tensor([4.0, -3.0])]).tolist() == [-8.0, 6.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -54,7 +54,18 @@ def test_two_donors_are_weighed_by_hand():
     base = torch.zeros(3)
     donors = [torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 1.0, -2.0])]
     assert merged(Pcb(keep=0.67, clamp=0.0), base, donors).tolist() == [0.0, 1.0, 0.0]
-    assert math.exp(0.5) * 2 * math.tanh(0.25) > 0
+    # keep all: the least of each goes, and entries 0 and 2 have none, so that 1 alone is above its cut again.
+    assert merged(Pcb(keep=1.0, clamp=0.0), base, donors).tolist() == [0.0, 1.0, 0.0]
+    # Three donors, changes (0, 1, 2), (0, 1, 2) and (0, 2, -1), with ν in halves: at 1 each of the first has
+    # b = e^¾·(2 tanh ¼ + tanh ½) and the third e³·(2 tanh ½ + tanh 1); at 2 each of the first e³·(2 tanh 1 - tanh ½) and the
+    # third e^¾·(tanh ¼ - 2 tanh ½) < 0, its least. Scores from the least to the largest of each, 0 at 0 of the first two.
+    donors = [torch.tensor([0.0, 1.0, 2.0])] * 2 + [torch.tensor([0.0, 2.0, -1.0])]
+    small = math.exp(0.75) * (2 * math.tanh(0.25) + math.tanh(0.5)) / (math.exp(3) * (2 * math.tanh(1) - math.tanh(0.5)))
+    low, high = math.exp(0.75) * (math.tanh(0.25) - 2 * math.tanh(0.5)), math.exp(3) * (2 * math.tanh(0.5) + math.tanh(1))
+    zero = -low / (high - low)  # what the third's 0 scores; it adds nothing
+    assert 0 < zero < 0.1
+    expected = [0.0, (2 * small * 1 + 2) / (2 * small + 1), 2.0]
+    assert merged(Pcb(keep=1.0, clamp=0.0), base, donors).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("form", FORMS)

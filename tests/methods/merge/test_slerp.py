@@ -35,6 +35,14 @@ def test_nearly_parallel_models_are_joined_by_a_line():
     assert torch.allclose(merged(Slerp(t=0.3), BASE, [donor]), 0.7 * BASE + 0.3 * donor, atol=1e-7)
 
 
+@pytest.mark.parametrize(("cosine", "arc"), [(0.9, True), (0.9994, True), (0.9996, False), (-0.9994, True), (-0.9996, False)])
+def test_a_line_is_taken_from_the_cosine_9995_on(cosine, arc):
+    # Half way between unit vectors an arc has the length 1 and a line √((1 + cos)/2).
+    first, second = torch.tensor([1.0, 0.0]), torch.tensor([cosine, (1 - cosine**2) ** 0.5])
+    length = merged(Slerp(), first, [second]).double().norm().item()
+    assert length == pytest.approx(1 if arc else ((1 + cosine) / 2) ** 0.5, abs=2e-5)
+
+
 @pytest.mark.parametrize("donor", [BASE, -BASE, torch.zeros(30, 50)])
 def test_equal_opposite_and_empty_tensors_are_merged_without_failing(donor):
     assert torch.allclose(merged(Slerp(t=0.3), BASE, [donor]), 0.7 * BASE + 0.3 * donor, atol=1e-6)
@@ -51,8 +59,13 @@ def test_t_may_differ_by_depth_and_role():
     mw.apply(model, Slerp(t={"mlp": [0.0, 1.0], "*": 0.0}), donors=[donor])
     last = max(int(name.split(".")[2]) for name in before if "layers" in name)
     for name, value in model.named_parameters():
-        source = donor.get_parameter(name) if "mlp" in name and f"layers.{last}." in name else before[name]
-        assert torch.equal(value, source) or "mlp" in name and f"layers.{last}." not in name and "layers.0." not in name, name
+        depth = int(name.split(".")[2]) if ".mlp." in name else 0
+        expected = merged(Slerp(t=depth / last), before[name], [donor.get_parameter(name).data])
+        assert torch.equal(value, expected), name
+    up = "model.layers.{}.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(up.format(0)), before[up.format(0)])
+    assert torch.equal(model.get_parameter(up.format(last)), donor.get_parameter(up.format(last)))
+    assert not torch.equal(model.get_parameter(up.format(1)), before[up.format(1)])
 
 
 def test_more_donors_and_a_t_beyond_the_ends_are_refused():

@@ -56,6 +56,14 @@ def test_identical_donors_normalised_are_that_donor(kind, consensus):
     assert torch.allclose(merged(method, BASE, [DONORS[0]] * 4), DONORS[0], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [TaskArithmetic, Ties, Breadcrumbs])
+@pytest.mark.parametrize("consensus", [True, False])
+def test_the_order_of_the_donors_does_not_matter(kind, consensus):
+    one = kind(weights=[0.2, 0.3, 0.5], consensus=consensus)
+    other = kind(weights=[0.5, 0.2, 0.3], consensus=consensus)
+    assert torch.allclose(merged(one, BASE, DONORS), merged(other, BASE, [DONORS[2], DONORS[0], DONORS[1]]), atol=1e-6)
+
+
 @pytest.mark.parametrize("consensus", [True, False])
 def test_weights_that_sum_to_one_are_the_average(consensus):
     weights = [0.2, 0.3, 0.5]
@@ -74,6 +82,24 @@ def test_masks_come_from_the_seed(kind):
     method = kind(keep=0.5)
     assert torch.equal(merged(method, BASE, DONORS, seed=1), merged(method, BASE, DONORS, seed=1))
     assert not torch.equal(merged(method, BASE, DONORS, seed=1), merged(method, BASE, DONORS, seed=2))
+
+
+@pytest.mark.parametrize("kind", [Dare, Della])
+def test_every_donor_has_a_mask_of_its_own(kind):
+    donors = [torch.ones(50, 40), 2 * torch.ones(50, 40)]
+    found = merged(kind(keep=0.5, rescale="none", consensus=False, normalize=False), torch.zeros(50, 40), donors)
+    assert {value: (found == value).float().mean().item() for value in (0.0, 1.0, 2.0, 3.0)} == pytest.approx(
+        dict.fromkeys((0.0, 1.0, 2.0, 3.0), 0.25), abs=0.06
+    )
+
+
+def test_della_is_dropped_elected_and_divided_unless_asked_otherwise():
+    """Della's own settings are mergekit's: consensus, normalize, and sizes brought to the sum that they had."""
+    stated = Della(keep=0.6, spread=0.15, consensus=True, normalize=True, rescale="l1", scale=1.0, raw_votes=False)
+    assert torch.equal(merged(Della(keep=0.6), BASE, DONORS, seed=4), merged(stated, BASE, DONORS, seed=4))
+    one = merged(Della(keep=0.6), torch.zeros(30, 50), DONORS[:1], seed=4)  # one donor: what stays has the sum of sizes of all
+    assert one.abs().sum().item() == pytest.approx(DONORS[0].abs().sum().item(), rel=1e-5)
+    assert (one == 0).float().mean().item() == pytest.approx(0.4, abs=0.06)
 
 
 def test_dropped_changes_keep_their_expectation():
@@ -133,6 +159,11 @@ def test_breadcrumbs_by_hand():
     # top of ten entries is no whole one: nothing of the largest goes, and nothing else is lost.
     assert merged(Breadcrumbs(keep=0.9, top=0.05), torch.zeros(10), [change]).abs().min() == 0
     assert (merged(Breadcrumbs(keep=1.0, top=0.05), torch.zeros(10), [change]) == change).all()
+    # keep 0.5, top 0.3: 10, 9 and 8 go, and 1 and 2. By itself it keeps .9 and leaves out .01 of the largest.
+    result = merged(Breadcrumbs(keep=0.5, top=0.3), torch.zeros(10), [change])
+    assert result.tolist() == [3.0, 0.0, 0.0, 7.0, 0.0, 0.0, 4.0, -5.0, 0.0, 6.0]
+    kept = merged(Breadcrumbs(), torch.zeros(1000), [torch.arange(1.0, 1001)]).nonzero()[:, 0]
+    assert kept.tolist() == list(range(90, 990))
     # Each donor may lose a share of its own: of the second none.
     each = merged(Breadcrumbs(keep=0.8, top_each=[0.2, 0.0]), torch.zeros(10), [change, 100 * change])
     assert each.tolist() == [303.0, -1000.0, 1.0, 707.0, -2.0, 900.0, 404.0, -505.0, 808.0, 606.0]
@@ -225,6 +256,11 @@ def test_shares_and_weights_out_of_range_are_refused():
             kind(keep_each=[2.5, 0.1])
         with pytest.raises(SettingError, match="weights are numbers; got nan"):
             kind(weights=[float("nan")])
+        for wrong in (-0.01, 1.01, float("nan")):
+            with pytest.raises(SettingError, match="keep_each are fractions from 0 to 1"):
+                kind(keep_each=[wrong])
+    with pytest.raises(SettingError, match="top_each are fractions from 0 to 1; got 1.01"):
+        Breadcrumbs(top_each=[0.5, 1.01])
 
 
 def test_a_donor_with_nan_is_refused_before_work(tmp_path, monkeypatch):
