@@ -7,6 +7,7 @@ keep their values, except that with fewer channels the norms are scaled, because
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,52 @@ def remove_units(
             if changed:
                 child.resized = sorted(changed.union(getattr(child, "resized", ())))  # type: ignore[assignment]
     return Removed(kind, before, after, why_not)
+
+
+def give_biases(module: Any, biases: Mapping[str, torch.Tensor]) -> str:
+    """Add to the biases of layers, by their paths [out], or give them biases where they have none.
+
+    Where the config can say so (`attention_bias`, `mlp_bias`), the other layers that it then gives biases take zeros.
+
+    Returns why plain transformers cannot load the result, "" when it can.
+    """
+    layers = {path: module.get_submodule(path) for path in biases}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            weight = layer.weight
+            if layer.bias is None:
+                layer.bias = nn.Parameter(weight.new_zeros(len(biases[path])))
+            layer.bias.copy_(layer.bias.double() + biases[path].double())
+    missing = _missing_biases(module)
+    if missing is None:
+        for layer in layers.values():
+            layer.resized = sorted({"bias", *getattr(layer, "resized", ())})
+        return f"{type(module.config).__name__} cannot say that {next(iter(layers))} has a bias"
+    for path, like in missing.items():
+        module.get_submodule(path).bias = nn.Parameter(like.new_zeros(like.shape[0]))
+    return ""
+
+
+def _missing_biases(module: Any) -> dict[str, torch.Tensor] | None:
+    """The layers without a bias that get one from the config once it says that there are biases, with their weights.
+
+    The config then says so. None where no config makes just the module's tensors and those biases.
+    """
+    own = {name: value.shape for name, value in module.named_parameters()}
+    keys = [key for key in ("attention_bias", "mlp_bias") if hasattr(module.config, key)]
+    for chosen in itertools.chain.from_iterable(itertools.combinations(keys, count) for count in range(len(keys) + 1)):
+        trial = copy.deepcopy(module.config)
+        for key in chosen:
+            setattr(trial, key, True)
+        with torch.device("meta"):
+            built = {name: value.shape for name, value in type(module)(trial).named_parameters()}
+        more = [name for name in built if name not in own]
+        if all(name.endswith(".bias") for name in more) and {name: built[name] for name in built if name not in more} == own:
+            for key in chosen:
+                setattr(module.config, key, True)
+            paths = [name.removesuffix(".bias") for name in more]
+            return {path: module.get_submodule(path).weight for path in paths}
+    return None
 
 
 def _kept(found: list[Units], keep: Any) -> list[list[int]]:

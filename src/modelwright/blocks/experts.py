@@ -93,6 +93,13 @@ def split_experts(model: nn.Module, inside: str = "") -> list[str]:
     return paths
 
 
+def fuse_experts(model: nn.Module) -> None:
+    """Put all experts that were split back into their stacks, in place."""
+    for path, child in list(model.named_modules()):
+        if isinstance(child, SplitExperts):
+            model.set_submodule(path, child.to_fused())
+
+
 def _linear(weight: torch.Tensor, trains: bool) -> nn.Linear:
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     made.weight = nn.Parameter(weight.detach().clone(), requires_grad=trains)

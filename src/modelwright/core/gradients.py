@@ -70,6 +70,23 @@ def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tens
     return sums
 
 
+def gradient_moments(model: Model, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The means over examples of ∂L/∂θ and of its square, float32, by parameter; an example is a row, L its `mean_gradients`' loss.
+
+    Raises DataError when there is no row.
+    """
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    rows = list(_rows(batches))
+    if not rows:
+        raise DataError(f"{model.name} was given no example to take gradients of. Give it text of two tokens or more.")
+    for row in track(rows, "gradients"):
+        for name, found in mean_gradients(model, [row]).items():
+            sums[name] = sums[name].add_(found) if name in sums else found.clone()
+            squares[name] = squares[name].addcmul_(found, found) if name in squares else found.square()
+    return {name: value / len(rows) for name, value in sums.items()}, {name: value / len(rows) for name, value in squares.items()}
+
+
 def floats(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are real numbers, tied ones once."""
     return {name: value for name, value in module.named_parameters() if value.is_floating_point()}

@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of
@@ -231,6 +233,14 @@ def gather(
         for handle in handles:
             handle.remove()
     return found
+
+
+def statistics_of(model: Model, sites: Sequence[Site], gathers: Sequence[str], batches: Sequence[Batch]) -> dict[str, Statistics]:
+    """The same, by the names of matrices anywhere in a model in memory, which runs as a whole."""
+    walk = Resident(model)
+    walk.masks = [batch.get("attention_mask") for batch in batches]
+    with torch.no_grad():
+        return gather(walk, sites, gathers, functools.partial(map, walk.forward, batches))
 
 
 def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: dict[str, Any]) -> Callable[..., None]:

@@ -13,21 +13,22 @@ from modelwright.maths.second_order import Moment, inverse_factor
 class Statistics:
     """Sums over the inputs x [tokens, in] of one matrix; only what the method asks for is gathered.
 
-    gathers: of "norm" (or "square"), "mean", "absolute", "largest", "moment".
+    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "moment".
     """
 
     def __init__(self, inputs: int, gathers: Iterable[str] = (), device: torch.device | str = "cpu"):
         self.inputs = inputs
         self.tokens = 0
         wanted = set(gathers)
-        unknown = wanted - {"norm", "square", "mean", "absolute", "largest", "moment"}
+        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "moment"}
         assert not unknown, f"no such statistics: {unknown}"
 
         def zeros(*names: str) -> Tensor | None:
             return torch.zeros(inputs, device=device) if wanted & set(names) else None
 
         self._square = zeros("norm", "square")
-        self._sum = zeros("mean")
+        self._sum = zeros("mean", "variance")
+        self._spread = zeros("variance")
         self._absolute = zeros("absolute")
         self._largest = zeros("largest")
         self._moment: Moment | None = None  # made when the first inputs come
@@ -40,6 +41,11 @@ class Statistics:
     def add(self, x: Tensor) -> None:
         """Count the rows of x [..., in]."""
         x = x.detach().reshape(-1, self.inputs).float()
+        if self._spread is not None and len(x):  # before the sums below know of x
+            assert self._sum is not None
+            mean = x.mean(0)
+            apart = mean - self._sum / max(self.tokens, 1)
+            self._spread += (x - mean).square().sum(0) + apart.square() * (self.tokens * len(x) / (self.tokens + len(x)))
         self.tokens += len(x)
         if self._square is not None:
             self._square += x.square().sum(0)
@@ -69,6 +75,11 @@ class Statistics:
     def mean(self) -> Tensor:
         """Mean of each input [in]."""
         return self._mean_of(self._sum)
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean square of each input's distance from its mean [in]; the sums of parts are joined as Chan et al. 1979 do."""
+        return self._mean_of(self._spread)
 
     @property
     def absolute(self) -> Tensor:
@@ -104,7 +115,7 @@ class Statistics:
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
-        held = (self._square, self._sum, self._absolute, self._largest)
+        held = (self._square, self._sum, self._spread, self._absolute, self._largest)
         sums = all(bool(part.isfinite().all()) for part in held if part is not None)
         return sums and (self._moment is None or self._moment.finite())
 

@@ -1,0 +1,40 @@
+"""How many of each group go: budgets for the whole turned into what stays of each part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def keep_highest(score: Tensor, share: float) -> list[int]:
+    """The places that stay of scores [n] when the floor(share · n) lowest go, but never all; of equals the first go."""
+    gone = min(int(share * len(score)), len(score) - 1)
+    return sorted(score.argsort(stable=True)[gone:].tolist())
+
+
+def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share: float) -> list[list[int]]:
+    """What stays of each group of scores [n] when the lowest of all groups go, until they cost `share` of the whole.
+
+    costs: of one unit of each group. The unit that would go beyond the share stays, with those above it; of every
+    group the highest stays.
+    """
+    sizes = [len(score) for score in scores]
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    places = torch.cat([torch.arange(size) for size in sizes])
+    values = torch.cat([score.double().cpu() for score in scores])
+    values[torch.tensor([sum(sizes[:number]) + int(score.argmax()) for number, score in enumerate(scores)])] = torch.inf
+    cost = torch.tensor(costs, dtype=torch.float64)[groups]
+    order = values.argsort(stable=True)
+    spent = cost[order].cumsum(0)
+    stays = torch.ones(len(values), dtype=torch.bool)
+    stays[order[(spent <= share * float(cost.sum()) * (1 + 1e-12)) & values[order].isfinite()]] = False
+    return [places[stays & (groups == number)].tolist() for number in range(len(sizes))]
+
+
+def standardised(score: Tensor) -> Tensor:
+    """Scores of any shape with mean 0 and variance 1, so that groups of other sizes compete; 0 where all are equal."""
+    centred = score.double() - score.double().mean()
+    deviation = centred.std() if centred.numel() > 1 else centred.sum()
+    return centred / deviation if deviation > 0 else centred

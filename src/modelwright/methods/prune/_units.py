@@ -1,0 +1,157 @@
+"""Structured pruning: score the units of a model, choose which stay, take the others out, make up for what they did.
+
+A unit is what leaves together (`anatomy.Units`): a neuron, a key-value head with its query heads, an expert, a channel.
+A method fills slots: `look`, at text or weights; `scores` for every unit by what was seen, low goes first; `compensate`,
+before the units leave. What stays is a smaller model without masks or zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.anatomy import Site, anatomy_of
+from modelwright.anatomy._base import Units
+from modelwright.anatomy.removal import remove_units
+from modelwright.blocks.experts import fuse_experts
+from modelwright.core.errors import SiteError
+from modelwright.core.given import Batch
+from modelwright.core.method import ModelMethod
+from modelwright.core.model import Model, unwrapped
+from modelwright.core.settings import count, fraction
+from modelwright.maths.allocation import keep_highest, keep_highest_of_all
+
+KINDS = ("mlp", "heads", "experts", "residual")
+Kept = list[list[int]]  # for each entry of units, what stays
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPruner(ModelMethod):
+    """Takes whole units out of a model."""
+
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+
+    units: tuple[str, ...] = ("mlp", "heads")  # kinds that go: mlp, heads, experts or residual
+    share: float = fraction(0.2)  # of the units that go, by what they cost
+    scope: Literal["block", "model"] = "block"  # each block loses the same share; or units of all blocks compete
+    spare_first: int = count(0, low=0, unit="blocks")  # at the start, left as they are
+    spare_last: int = count(0, low=0, unit="blocks")  # at the end, left as they are
+
+    def problems(self) -> list[str]:
+        wrong = [kind for kind in self.units if kind not in KINDS]
+        return [f"units are some of {', '.join(KINDS)}; got {', '.join(wrong) or 'none'}."] if wrong or not self.units else []
+
+    # Slots
+
+    def look(self, model: Model, found: Sequence[Units], calibration: Sequence[Batch]) -> Any:
+        """What the other slots must see of the whole model."""
+
+    def scores(self, module: nn.Module, found: Sequence[Units], seen: Any) -> list[Tensor]:
+        """For each entry the score of its units [count], low goes first."""
+        raise AssertionError(f"{self.name()} writes scores")
+
+    def compensate(self, module: nn.Module, found: Sequence[Units], kept: Kept, seen: Any) -> str:
+        """Make up for what leaves, before it does; why plain transformers could then not load the model, "" when it can."""
+        return ""
+
+    # Mechanism
+
+    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
+    def pruned(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+        """Score, choose, compensate, remove."""
+        module = unwrapped(model.module)
+        found = self.found(module, notes)
+        seen = self.look(model, found, calibration)
+        with torch.no_grad():
+            scores = self.scores(module, found, seen)
+            refuse_not_finite(found, scores)
+            kept = self.kept(module, found, scores)
+            why = self.compensate(module, found, kept, seen)
+        if why := take_out(module, found, kept) or why:
+            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+        return model
+
+    def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
+        """The units that may go, kind after kind, without those of spared blocks.
+
+        Raises:
+            SiteError: the model has none of these kinds, or all of its blocks are spared.
+        """
+        anatomy, whole, lacking = anatomy_of(module), [], []
+        for kind in self.units:
+            try:
+                whole += anatomy.units(module, kind)
+            except SiteError as error:
+                lacking.append(error)
+        if not whole:
+            raise lacking[0]
+        if notes is not None:
+            notes += [f"{self.name()} left one kind alone: {error}" for error in lacking]
+        depths = 1 + max((units.depth for units in whole if units.depth is not None), default=0)
+        found = [units for units in whole if units.depth is None or self.spare_first <= units.depth < depths - self.spare_last]
+        if not found:
+            raise SiteError(f"{self.name()}: of {depths} blocks all are spared ({self.spare_first} and {self.spare_last}). Spare fewer.")
+        return found
+
+    def kept(self, module: nn.Module, found: Sequence[Units], scores: list[Tensor]) -> Kept:
+        """Which units of each entry stay."""
+        if self.scope == "block":
+            return [keep_highest(score, self.share) for score in scores]
+        return keep_highest_of_all(scores, [self.cost(module, units) for units in found], self.share)
+
+    def cost(self, module: nn.Module, units: Units) -> float:
+        """What one unit costs: its parameters."""
+        shapes = {name: value.shape for name, value in module.named_parameters()}
+        return sum(span.width * shapes[span.name].numel() / shapes[span.name][span.dim] for span in units.spans)
+
+    def planned(self, module: Any, donors: int) -> Any:
+        fuse_experts(module)
+        found = self.found(module)
+        evenly = [torch.arange(units.count) / units.count for units in found]
+        take_out(module, found, self.kept(module, found, evenly))
+        return module
+
+
+def per_member(units: Units, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Of tensors that are like the parameters, by their names, the units' channels [count, width, rest], one for each span."""
+    parts = [(span, tensors[span.name].narrow(span.dim, span.start, units.count * span.width)) for span in units.spans]
+    return [part.movedim(span.dim, 0).reshape(units.count, span.width, -1).float() for span, part in parts]
+
+
+def last_matrix(module: nn.Module, units: Units) -> Site:
+    """The matrix through which units write: the output side of an attention or MLP."""
+    names = {span.name for span in units.spans if span.output}
+    return next(site for site in anatomy_of(module).sites(module) if site.name in names)
+
+
+def inputs_of_units(units: Units, values: Tensor) -> Tensor:
+    """Of values for each input of the last matrix [in], each unit's [count, width]."""
+    span = next(span for span in units.spans if span.output)
+    return values.narrow(0, span.start, units.count * span.width).view(units.count, -1)
+
+
+def take_out(module: nn.Module, found: Sequence[Units], kept: Kept) -> str:
+    """Remove the units that do not stay; why plain transformers could not load the result, "" where it can."""
+    why = ""
+    for kind in dict.fromkeys(units.kind for units in found):
+        stays = {(units.kind, units.scope): rows for units, rows in zip(found, kept, strict=True)}
+        every = anatomy_of(module).units(module, kind)
+        rows = [stays.get((kind, units.scope), list(range(units.count))) for units in every]
+        why = remove_units(module, kind, rows, plain=False).why_not_plain or why
+    return why
+
+
+def refuse_not_finite(found: Sequence[Units], scores: Sequence[Tensor]) -> None:
+    """Raise SiteError where scores are NaN or infinite."""
+    bad = [units for units, score in zip(found, scores, strict=True) if not score.isfinite().all()]
+    if bad:
+        raise SiteError(
+            f"The {bad[0].kind} of {bad[0].scope or 'the model'} and {len(bad) - 1} more have scores that are NaN or infinite: "
+            "their inputs or gradients are. Look for NaN in the model, or use other calibration text."
+        )

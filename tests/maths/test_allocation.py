@@ -1,0 +1,30 @@
+import pytest
+import torch
+
+from modelwright.maths.allocation import keep_highest, keep_highest_of_all, standardised
+
+
+def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
+    score = torch.tensor([3.0, 1.0, 2.0, 1.0, 5.0])
+    assert keep_highest(score, 0.2) == [0, 2, 3, 4]
+    assert keep_highest(score, 0.5) == [0, 2, 4]
+    assert keep_highest(score, 0.0) == [0, 1, 2, 3, 4]
+    assert keep_highest(score, 1.0) == [4]
+
+
+def test_units_of_all_groups_compete_by_score_and_count_by_cost():
+    cheap, dear = torch.tensor([1.0, 4.0, 5.0, 6.0]), torch.tensor([2.0, 3.0])
+    # 10 parameters in all, 4 · 1 + 2 · 3; the order is 1 (1), 2 (3), then 3 stays as the highest of its group, 4 (1), ...
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.1) == [[1, 2, 3], [0, 1]]
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.39) == [[1, 2, 3], [0, 1]]
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.4) == [[1, 2, 3], [1]]
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.5) == [[2, 3], [1]]
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 1.0) == [[3], [1]]
+
+
+def test_standardised_scores_have_mean_0_and_variance_1_and_equal_ones_are_0():
+    found = standardised(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
+    assert found.mean().item() == pytest.approx(0, abs=1e-12)
+    assert found.std().item() == pytest.approx(1)
+    assert standardised(torch.full((4,), 7.0)).tolist() == [0.0] * 4
+    assert standardised(torch.tensor([7.0])).tolist() == [0.0]
