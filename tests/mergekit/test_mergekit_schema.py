@@ -185,3 +185,9 @@ def test_the_document_without_a_name_comes_last_and_the_others_in_their_order():
 )
 def test_a_tokenizer_is_a_source_with_rows_of_its_own(text, expected):
     assert one(LINEAR + text + "\n").vocabulary == expected
+
+
+def test_a_configuration_may_be_one_line_of_text():
+    line = '{"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}], "dtype": "bfloat16"}'
+    (config,) = read(line)
+    assert (config.method, config.dtype, len(config.references)) == ("linear", "bfloat16", 1)

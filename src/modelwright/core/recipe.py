@@ -165,7 +165,7 @@ def _loaded(source: str | Path, load: Callable[[str], Any]) -> Any:
     from ruamel.yaml.error import YAMLError
 
     text, name = str(source), "The recipe"
-    if "\n" not in text:
+    if "\n" not in text and not text.lstrip().startswith("{"):
         path, name = Path(text), text
         if not path.is_file():
             raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
