@@ -49,6 +49,25 @@ def test_no_weight_is_read(small, text, monkeypatch):
     assert all(row.time and row.peak_bytes for row in found.rows[1:])
 
 
+@pytest.mark.parametrize(
+    ("step", "form"),
+    [
+        ("prune.wanda", None),
+        ({"prune.flap": {"share": 0.5, "scope": "block"}}, None),
+        ({"prune.flap": {"share": 0.5, "scope": "model"}}, "after `import modelwright`"),
+        ("factor.svd", "after `import modelwright`"),
+        ("quantize.rtn", "in plain transformers with compressed-tensors"),
+    ],
+)
+def test_it_says_what_loads_the_result(step, form, small, text, tmp_path):
+    made = recipe.read({"model": str(small), "data": str(text), "samples": 4, "length": 32, "steps": [step], "save": str(tmp_path / "out")})
+    notes = [note for row in plan(made).rows for note in row.notes if "loads" in note]
+    assert notes == ([f"the result loads {form}"] if form else [])
+    mw.run(made)
+    stated = Checkpoint(tmp_path / "out").config.get("quantization_config", {"quant_method": None})["quant_method"]
+    assert stated == (None if not form else "compressed-tensors" if "compressed" in form else "modelwright")
+
+
 def test_folding_an_adapter_warns_that_it_fills_zeros(small, text):
     made = recipe.read({"model": str(small), "data": str(text), "steps": ["prune.magnitude", "adapt.lora", "train", "adapt.fold"]})
     assert plan(made).warnings == ["step 3 (adapt.fold) fills in the zeros of step 0 (prune.magnitude)."]

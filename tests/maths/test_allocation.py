@@ -16,7 +16,7 @@ def test_units_of_all_groups_compete_by_score_and_count_by_cost():
     cheap, dear = torch.tensor([1.0, 4.0, 5.0, 6.0]), torch.tensor([2.0, 3.0])
     # 10 parameters in all, 4 · 1 + 2 · 3; the order is 1 (1), 2 (3), then 3 stays as the highest of its group, 4 (1), ...
     assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.1) == [[1, 2, 3], [0, 1]]
-    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.39) == [[1, 2, 3], [0, 1]]
+    assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.39) == [[3], [0, 1]]  # 2 would be too much, 4 and 5 are not
     assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.4) == [[1, 2, 3], [1]]
     assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 0.5) == [[2, 3], [1]]
     assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 1.0) == [[3], [1]]

@@ -19,7 +19,7 @@ from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
 from . import recipe as recipes
-from . import stream, walk
+from . import loading, stream, walk
 from .data import Text
 from .errors import Faults, PlanError, SiteError
 from .given import Given
@@ -95,7 +95,7 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
         return Plan([], [])
     unordered, warnings = recipes.check_order(recipe, model)
     skeleton = emptied(model.module) if model.loaded else copy.deepcopy(stream.split_skeleton(model))  # steps change its config
-    rows = [_row("input", skeleton, 0)]
+    rows, form = [_row("input", skeleton, 0)], loads_with(skeleton)
     program = resident()
     streaming = not model.loaded
     for number, step in enumerate(recipe.steps):
@@ -116,8 +116,20 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
         row.time = time_class(lasts)
         row.notes = list(given.notes)
         given.notes.clear()
+        if loads_with(skeleton) != form:
+            form = loads_with(skeleton)
+            row.notes.append(f"the result loads {form}")
         rows.append(row)
     return Plan(rows, warnings)
+
+
+def loads_with(module: nn.Module) -> str:
+    """What reads a model, once it is saved."""
+    stored = {name for name, text in loading.described(module).items() if text["kind"] != loading.EXPERTS}
+    if not stored:
+        return "in plain transformers"
+    stated = loading.quantization_config(module) or {}
+    return "after `import modelwright`" if stated["quant_method"] == loading.METHOD else f"in plain transformers with {stated['quant_method']}"
 
 
 def check_patterns(number: int, method: Method, faults: Faults) -> bool:

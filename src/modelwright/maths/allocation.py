@@ -17,19 +17,21 @@ def keep_highest(score: Tensor, share: float) -> list[int]:
 def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share: float) -> list[list[int]]:
     """What stays of each group of scores [n] when the lowest of all groups go, until they cost `share` of the whole.
 
-    costs: of one unit of each group. The unit that would go beyond the share stays, with those above it; of every
-    group the highest stays.
+    costs: of one unit of each group. A unit that would go beyond the share is passed over, and cheaper ones after it may
+    still go; of every group the highest stays.
     """
     sizes = [len(score) for score in scores]
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     places = torch.cat([torch.arange(size) for size in sizes])
     values = torch.cat([score.double().cpu() for score in scores])
     values[torch.tensor([sum(sizes[:number]) + int(score.argmax()) for number, score in enumerate(scores)])] = torch.inf
-    cost = torch.tensor(costs, dtype=torch.float64)[groups]
-    order = values.argsort(stable=True)
-    spent = cost[order].cumsum(0)
+    left = share * sum(cost * size for cost, size in zip(costs, sizes, strict=True)) * (1 + 1e-12)
     stays = torch.ones(len(values), dtype=torch.bool)
-    stays[order[(spent <= share * float(cost.sum()) * (1 + 1e-12)) & values[order].isfinite()]] = False
+    for unit in values.argsort(stable=True)[: len(values) - len(sizes)].tolist():
+        cost = costs[groups[unit]]
+        if cost <= left:
+            stays[unit] = False
+            left -= cost
     return [places[stays & (groups == number)].tolist() for number in range(len(sizes))]
 
 

@@ -5,7 +5,8 @@ its variance times Σᵢ Wᵢⱼ² (`fluctuation`, their WIFV), which is the squ
 its variance alone (`variance`, IFV); or its norm times the mean of |Wᵢⱼ| (`size`, WIFN). Scores of attentions are squared. Over
 the whole model (`scope: model`, their AL-AM) the scores of each layer are standardised and units count by their
 parameters; a head's score is the mean of its channels'. Without `bias` and with `size` it is Wanda-sp.
-Differs: variances are those over all tokens, without the aliasing of the authors' code. A unit is a key-value head with its query heads.
+Differs: variances are those over all tokens, without the aliasing of the authors' code. A unit is a key-value head with
+its query heads. A unit that would go beyond the share is passed over.
 """
 
 from __future__ import annotations
