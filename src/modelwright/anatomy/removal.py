@@ -158,6 +158,15 @@ def remove_units(
     return Removed(kind, before, after, why_not)
 
 
+def lower_experts_per_token(module: Any, count: int) -> None:
+    """Let routers send each token to `count` experts where they send it to more."""
+    for child in (module.config, *module.modules()):
+        names = ["num_experts_per_tok", *(["top_k"] if child is not module.config else [])]
+        for name in names:
+            if isinstance(vars(child).get(name), int):
+                setattr(child, name, min(vars(child)[name], count))
+
+
 def give_biases(module: Any, biases: Mapping[str, torch.Tensor]) -> str:
     """Add to the biases of layers, by their paths [out], or give them biases where they have none.
 

@@ -113,7 +113,7 @@ class Case:
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())
         except SiteError as error:
-            if any(words in str(error) for words in ("chooses no weight", "no single row", "laid out otherwise")):
+            if any(words in str(error) for words in ("chooses no weight", "no single row", "laid out otherwise", "to remove")):
                 raise NotApplicable(str(error)) from None
             raise
 

@@ -18,8 +18,8 @@ from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
-from . import recipe as recipes
 from . import loading, stream, walk
+from . import recipe as recipes
 from .data import Text
 from .errors import Faults, PlanError, SiteError
 from .given import Given
@@ -129,7 +129,9 @@ def loads_with(module: nn.Module) -> str:
     if not stored:
         return "in plain transformers"
     stated = loading.quantization_config(module) or {}
-    return "after `import modelwright`" if stated["quant_method"] == loading.METHOD else f"in plain transformers with {stated['quant_method']}"
+    return (
+        "after `import modelwright`" if stated["quant_method"] == loading.METHOD else f"in plain transformers with {stated['quant_method']}"
+    )
 
 
 def check_patterns(number: int, method: Method, faults: Faults) -> bool:

@@ -28,7 +28,7 @@ def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share:
     left = share * sum(cost * size for cost, size in zip(costs, sizes, strict=True)) * (1 + 1e-12)
     stays = torch.ones(len(values), dtype=torch.bool)
     for unit in values.argsort(stable=True)[: len(values) - len(sizes)].tolist():
-        cost = costs[groups[unit]]
+        cost = costs[int(groups[unit])]
         if cost <= left:
             stays[unit] = False
             left -= cost

@@ -1,8 +1,11 @@
 """Pruning: remove the parts of a model that matter least.
 
-Mechanism: score → allocate → remove → compensate, over a unit: a weight, n of every m weights, or a whole block.
+Mechanism: score → allocate → remove → compensate, over a unit: a weight, n of every m weights, a neuron, a head, an
+expert, or a whole block.
 
 How to choose: without text, `prune.magnitude`. With text, `prune.sparsegpt` keeps the most quality of the
 weight pruners, `prune.wanda` is faster and needs less memory. Zeros save bytes on disk only when they are stored
-sparse (`store: sparse`), and no time. `prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
+sparse (`store: sparse`), and no time. What saves bytes, memory and time is to take units out: `prune.flap` heads and
+neurons without training, `prune.llm_pruner` the same by gradients before some training, `prune.shortgpt` whole blocks,
+`prune.reap` experts.
 """

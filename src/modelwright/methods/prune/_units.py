@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of
 from modelwright.anatomy._base import Units
-from modelwright.anatomy.removal import remove_units
+from modelwright.anatomy.removal import lower_experts_per_token, remove_units
 from modelwright.blocks.experts import fuse_experts
 from modelwright.core.errors import SiteError
 from modelwright.core.given import Batch
@@ -73,8 +73,12 @@ class UnitPruner(ModelMethod):
             refuse_not_finite(found, scores)
             kept = self.kept(module, found, scores)
             why = self.compensate(module, found, kept, seen)
+        config: Any = getattr(module, "config", None)
+        before = getattr(config, "num_experts_per_tok", 0)
         if why := take_out(module, found, kept) or why:
             notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+        if before and (now := config.num_experts_per_tok) < before:
+            notes.append(f"{self.name()}: tokens go to {now} experts, no longer to {before}, since no more are left")
         return model
 
     def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
@@ -143,6 +147,8 @@ def take_out(module: nn.Module, found: Sequence[Units], kept: Kept) -> str:
         stays = {(units.kind, units.scope): rows for units, rows in zip(found, kept, strict=True)}
         every = anatomy_of(module).units(module, kind)
         rows = [stays.get((kind, units.scope), list(range(units.count))) for units in every]
+        if kind == "experts":
+            lower_experts_per_token(module, min(map(len, rows)))
         why = remove_units(module, kind, rows, plain=False).why_not_plain or why
     return why
 

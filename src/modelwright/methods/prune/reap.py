@@ -1,0 +1,95 @@
+"""Remove the experts that text needs least, by how routers weigh them and how large their outputs are: REAP.
+
+Lasby, Lazarevich, Sinnadurai, Lie, Ioannou, Thangarasa 2025, arXiv:2510.13999. Over the tokens that are sent to an expert,
+with gate g and output f: the mean of g·‖f‖ (`reap`), the mean of ‖f‖ (`norm`), the sum of g (`gate`), or their number
+(`frequency`). On text of one task the last two keep what that task uses, as in Sarkar et al. 2024 (UNCURL, arXiv:2409.01483).
+Routers lose the same rows, so that the gates of what stays sum to one again where they did.
+Differs: UNCURL's own rule is not published; `gate` is the nearest to its abstract. Experts that see no token go first, by number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.anatomy._base import Units
+from modelwright.blocks.experts import SplitExperts
+from modelwright.core.given import Batch
+from modelwright.core.model import Model
+from modelwright.core.passage import Resident
+from modelwright.core.settings import fraction
+from modelwright.core.walk import split_experts
+from modelwright.methods.prune._units import UnitPruner
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reap(UnitPruner):
+    """Take whole experts out of a mixture, those that change their tokens' outputs least; no training."""
+
+    status: ClassVar[str] = "checked"
+    neutral = dict(share=0.0)
+
+    units: tuple[str, ...] = ("experts",)  # kinds that go: experts
+    share: float = fraction(0.25)  # of the units that go, by what they cost
+    measure: Literal["reap", "norm", "gate", "frequency"] = "reap"  # of an expert, over the tokens that are sent to it
+
+    def problems(self) -> list[str]:
+        return [] if self.units == ("experts",) else [f"units are experts; got {', '.join(self.units)}. Use prune.flap for others."]
+
+    def look(self, model: Model, found: Sequence[Units], calibration: Sequence[Batch]) -> dict[str, Tensor]:
+        """By the path of experts, the tokens, the sum of g, of ‖f‖ and of g·‖f‖ of each expert [4, count]."""
+        walk, sums = Resident(model), {units.scope: torch.zeros(4, units.count, dtype=torch.float64) for units in found}
+        with torch.no_grad(), split_experts(walk.module):
+            for batch in calibration:
+                mask = batch.get("attention_mask")
+                real = torch.ones_like(batch["input_ids"]).bool().view(-1) if mask is None else mask.bool().view(-1)
+                with contextlib.ExitStack() as hooks:
+                    for path, total in sums.items():
+                        hooks.enter_context(_counted(_experts(walk.module, path), total, real))
+                    walk.forward(batch)
+        return sums
+
+    def scores(self, module: nn.Module, found: Sequence[Units], seen: dict[str, Tensor]) -> list[Tensor]:
+        return [self.score(*seen[units.scope]) for units in found]
+
+    def score(self, tokens: Tensor, gates: Tensor, norms: Tensor, weighed: Tensor) -> Tensor:
+        """The measure of each expert [count]."""
+        means = {"reap": weighed, "norm": norms}
+        return means[self.measure] / tokens.clamp(min=1) if self.measure in means else {"gate": gates, "frequency": tokens}[self.measure]
+
+
+def _experts(module: nn.Module, path: str) -> SplitExperts:
+    """The experts within a block's mixture."""
+    return next(child for child in module.get_submodule(path).modules() if isinstance(child, SplitExperts))
+
+
+@contextlib.contextmanager
+def _counted(experts: SplitExperts, total: Tensor, real: Tensor) -> Iterator[None]:
+    """Add to the sums of experts what they do with the tokens that are no padding."""
+    routed: list[Tensor] = []
+
+    def remember(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        routed[:] = args[1:3]
+
+    def hook(number: int) -> Any:
+        def count(_: nn.Module, args: Any, out: Tensor) -> None:
+            index, weights = routed
+            token, place = torch.where(index == number)
+            counts = real.to(out.device)[token]
+            gate, norm = weights[token, place].double()[counts], out.double().norm(dim=-1)[counts]
+            total[:, number] += torch.stack([counts.sum().double(), gate.sum(), norm.sum(), (gate * norm).sum()]).cpu()
+
+        return count
+
+    handles = [experts.register_forward_pre_hook(remember)]
+    handles += [expert.register_forward_hook(hook(number)) for number, expert in enumerate(experts)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
