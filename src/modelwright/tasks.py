@@ -7,8 +7,8 @@
 
 Wang et al. 2024, arXiv:2405.07813, section 4.2: task i is served by θ0 + τ_M ⊙ m_i, which is near to its own θ0 + τ_i.
 The folder holds `base/`, a model as any other; `change/`, τ_M in the base's dtype, and `mask-0/`, `mask-1/` and so on, one for each
-task, as safetensors with the base's names; and `tasks.json`. A mask is uint8 [ceil(n / 8)] of n flattened entries, entry 8k + j in
-bit j of byte k (numpy.unpackbits with bitorder "little").
+task, as safetensors with the base's names; and `tasks.json`, with the tasks' names, the method and what the user should know. A mask
+is uint8 [ceil(n / 8)] of n flattened entries, entry 8k + j in bit j of byte k (numpy.unpackbits with bitorder "little").
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from .core import stream, walk
 from .core.errors import ModelError, SettingError, WeightsError, nearest
 from .core.files import refuse_inputs, whole_folder, write_json
 from .core.given import Given
-from .core.model import Model, open, tokenizer_files
-from .core.progress import track
+from .core.model import Model, check_readable, open, tokenizer_files
+from .core.progress import console, track
 from .core.weights import Checkpoint, Writer
+from .maths import slices
 from .maths.bits import packed, unpacked
 from .maths.slices import Entries, Sliced, Values, flat
 from .maths.task_vectors import onto
@@ -42,7 +43,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
 
     base, donors: folders or hub names, with the same tensors. method: how changes are merged and what a donor needs, by its
     settings but `agree` and `scale`; `merge.tall_masks` finds `least_each` on text. Tensors that its `where` and `skip` leave
-    out are the base's in every task.
+    out are the base's in every task; what the user should know of that is told, and stands in `tasks.json` under `notes`.
 
     Returns the folder.
     Raises a subclass of ModelwrightError, before anything is written, for models that cannot be packed.
@@ -54,8 +55,12 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
     files = [_files(one) for one in (start, *ends)]
     shapes = [{name: one.shape(name) for name in one.names} for one in files]
     walk.refuse_other_shapes(shapes[0], [(donor.name, found) for donor, found in zip(ends, shapes[1:], strict=True)])
-    chosen = {site.name: local for site, local in stream._every_tensor(files[0], method, Given())}
-    refuse_inputs(Path(save), [one.path for one in files])
+    given = Given()
+    chosen = {site.name: local for site, local in stream._every_tensor(files[0], method, given)}
+    method.refuse_other_numbers(len(ends))
+    refuse_inputs(Path(save), [one.path for one in files], inside=True)
+    for model in (start, *ends):
+        check_readable(model)
     with whole_folder(Path(save), overwrite=overwrite) as folder:
         with Writer(folder / "base", metadata=files[0].metadata or None) as out:
             for name in files[0].names:
@@ -72,12 +77,15 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
             with Writer(folder / f"mask-{number}") as out:
                 for name in track(list(chosen), donor.name):
                     out.add(name, _bits(parts(name, number)[1], math.prod(files[0].shape(name))))
-        write_json(folder / RECORD, {"tasks": [Path(donor.name).name for donor in ends], "method": {method.name(): method.settings()}})
+        record = {"tasks": [Path(donor.name).name for donor in ends], "method": {method.name(): method.settings()}, "notes": given.notes}
+        write_json(folder / RECORD, record)
+    for note in given.notes:
+        console.print(f"note: {note}", markup=False)
     return Path(save)
 
 
 def unpack_task(folder: str | Path, task: int | str, *, save: str | Path, overwrite: bool = False) -> Model:
-    """Write the model of one task, θ0 + τ_M ⊙ m: sums in float32, rounded once to the base's dtype.
+    """Write the model of one task, θ0 + τ_M ⊙ m: sums in float32 (of float64 models in float64), rounded once to the base's dtype.
 
     folder: as `pack_tasks` wrote it. task: its number, from 0, or its name. save: the folder to write.
 
@@ -86,7 +94,7 @@ def unpack_task(folder: str | Path, task: int | str, *, save: str | Path, overwr
     place = Path(folder)
     number = _number(place, task)
     base, change, mask = (Checkpoint(place / part) for part in ("base", "change", f"mask-{number}"))
-    refuse_inputs(Path(save), [place])
+    refuse_inputs(Path(save), [place], inside=True)
     with Writer(save, metadata=base.metadata or None, overwrite=overwrite) as out:
         for name in track(base.names, str(task)):
             if name in change:
@@ -105,17 +113,23 @@ def _files(model: Model) -> Checkpoint:
 
 def _bits(mask: Values, count: int) -> Sliced:
     """A mask of `count` entries as bytes."""
-    return Sliced((-(-count // 8),), torch.uint8, lambda at: packed(mask(slice(8 * at.start, min(8 * at.stop, count)))))
+
+    def values(at: slice) -> Tensor:
+        first, last = 8 * at.start, min(8 * at.stop, count)
+        parts = [slice(start, min(start + slices.SLICE, last)) for start in range(first, last, slices.SLICE)]
+        return packed(torch.cat([mask(part) for part in parts]))
+
+    return Sliced((-(-count // 8),), torch.uint8, values)
 
 
 def _masked(change: Entries, bits: Entries) -> Values:
-    """The change in float32 where the bits say so, and 0 elsewhere."""
+    """The change where the bits say so, and 0 elsewhere."""
     values = flat(change)
 
     def kept(at: slice) -> Tensor:
         first = at.start // 8
         mask = unpacked(bits[slice(first, -(-at.stop // 8))], at.stop - 8 * first)[at.start - 8 * first :]
-        return values(at).float() * mask
+        return values(at) * mask
 
     return kept
 

@@ -12,7 +12,7 @@ import modelwright as mw
 from modelwright.core.contract import letters
 from modelwright.core.errors import ModelError, RecipeError, SettingError, WeightsError
 from modelwright.core.model import Model
-from modelwright.core.weights import Checkpoint
+from modelwright.core.weights import Checkpoint, Writer
 from modelwright.maths import slices
 from modelwright.maths.bits import packed, unpacked
 from modelwright.methods.merge.consensus import Consensus
@@ -77,19 +77,47 @@ def test_a_task_is_nearer_to_its_model_than_the_base_or_the_sum_is(folders, tmp_
         assert far(served.read) < 0.8 * far(lambda name, change=change: base.read(name).double() + change.read(name).double())
 
 
-def test_donors_that_changed_other_entries_come_back_whole(tmp_path):
-    start, ends = tiny(seed=0), [tiny(seed=0), tiny(seed=0)]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_donors_that_changed_other_entries_come_back_up_to_the_rounding_of_the_change(tmp_path, dtype):
+    start, ends = tiny(seed=0).to(dtype), [tiny(seed=0).to(dtype), tiny(seed=0).to(dtype)]
     with torch.no_grad():
         for number, end in enumerate(ends):
             for value in end.parameters():
-                value.view(-1)[number::2] += 0.5
+                value.view(-1)[number::2] += 0.3 * torch.randn(value.numel(), generator=torch.Generator().manual_seed(number))[number::2]
     for name, module in (("base", start), ("one", ends[0]), ("two", ends[1])):
         Model(name=name, module=module).save(tmp_path / name)
     mw.pack_tasks(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], save=tmp_path / "packed")
+    unit = torch.finfo(dtype).eps / 2
     for name, end in (("one", ends[0]), ("two", ends[1])):
-        found = mw.unpack_task(tmp_path / "packed", name, save=tmp_path / f"{name}-again").module
-        for parameter, value in found.named_parameters():
-            assert torch.allclose(value, end.get_parameter(parameter), atol=1e-6), parameter
+        found = Checkpoint(mw.unpack_task(tmp_path / "packed", name, save=tmp_path / f"{name}-again").folder)
+        for parameter, own in end.named_parameters():
+            value, base = found.read(parameter), start.get_parameter(parameter)
+            change = (own.float() - base.float()).to(dtype).float()
+            assert torch.equal(value, (base.float() + change).to(dtype)), parameter
+            far = (value.double() - own.double()).abs()
+            assert (far <= 1.01 * unit * (2 * change.double().abs() + own.double().abs())).all(), parameter
+
+
+def test_of_entries_that_tie_at_the_cut_the_masks_are_of_the_change_that_is_stored(tmp_path, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 1000)
+    for seed, name in enumerate(("base", "one", "two")):
+        module = tiny(seed=0).bfloat16()
+        with torch.no_grad():
+            for number, value in enumerate(module.parameters()):
+                random = torch.Generator().manual_seed(100 * seed + number)
+                value.copy_(torch.randint(-3, 4, value.shape, generator=random) * bool(seed))  # few sizes, so that many tie
+        Model(name=name, module=module).save(tmp_path / name)
+    place = mw.pack_tasks(tmp_path / "base", [tmp_path / "one", tmp_path / "two"], save=tmp_path / "packed", method=Consensus(keep=0.5))
+    for name in Checkpoint(tmp_path / "base").names:
+        ends = [Checkpoint(tmp_path / one).read(name).float() for one in ("one", "two")]
+        total = torch.zeros_like(ends[0]).view(-1)
+        for end in ends:
+            kept = end.view(-1).abs().argsort(stable=True)[end.numel() - end.numel() // 2 :]
+            total[kept] += end.view(-1)[kept]
+        assert torch.equal(Checkpoint(place / "change").read(name).view(-1).float(), total), name
+        for number, end in enumerate(ends):
+            bits = unpacked(Checkpoint(place / f"mask-{number}").read(name), end.numel())
+            assert torch.equal(bits, end.view(-1).abs() > 0.4 * (total - end.view(-1)).abs()), name
 
 
 def test_plain_tools_read_the_folder(folders, tmp_path):
@@ -144,6 +172,43 @@ def test_what_cannot_be_packed_or_found_is_said_before_anything_is_written(folde
         mw.unpack_task(place, 3, save=tmp_path / "out")
     with pytest.raises(RecipeError, match="exists and is not empty"):
         pack(folders, tmp_path)
+
+
+@pytest.mark.parametrize("inside", [".", "base", "base/new", "mask-1", "new", ".."])
+def test_a_task_is_never_written_at_below_or_above_what_is_read(folders, tmp_path, inside):
+    place = pack(folders, tmp_path)
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    with pytest.raises(RecipeError, match="which is never touched"):
+        mw.unpack_task(place, 0, save=place / inside, overwrite=True)
+    assert {path: path.read_bytes() for path in place.rglob("*") if path.is_file()} == before
+    with pytest.raises(RecipeError, match="lies inside the input"):
+        mw.pack_tasks(folders["base"], [folders["code"], folders["prose"]], save=folders["code"] / "new")
+
+
+def test_what_is_wrong_with_values_or_numbers_is_said_before_a_folder_is_begun(folders, tmp_path, monkeypatch):
+    model = mw.open(folders["prose"])
+    model.module.model.norm.weight.data[0] = torch.nan
+    model.save(tmp_path / "broken")
+    begun, first, second = [], folders["base"], folders["code"]
+    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: begun.append("a folder"))
+    for base, donors in ((first, [second, tmp_path / "broken"]), (tmp_path / "broken", [first, second])):
+        with pytest.raises(WeightsError, match=r"is not finite: model\.norm\.weight has 1 values"):
+            mw.pack_tasks(base, donors, save=tmp_path / "packed")
+    for setting in ("least_each", "keep_each", "weights"):
+        with pytest.raises(SettingError, match=f"1 {setting} for 2 donors"):
+            mw.pack_tasks(first, [second, folders["prose"]], save=tmp_path / "packed", method=Consensus(**{setting: [0.1]}))
+    assert not begun
+    assert not list(tmp_path.glob("packed*"))
+
+
+def test_what_is_left_to_the_base_is_told_and_kept(folders, tmp_path, capsys):
+    place = pack(folders, tmp_path, least={"mlp": 0.3})
+    (note,) = json.loads((place / "tasks.json").read_text("utf-8"))["notes"]
+    assert "merge.consensus left" in note
+    assert "weights alone, whose roles its maps do not name; first model.embed_tokens" in note
+    assert f"note: {note}" in capsys.readouterr().err.replace("\n", " ").replace("  ", " ").strip()
+    mw.pack_tasks(folders["base"], [folders["code"], folders["prose"]], save=tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "tasks.json").read_text("utf-8"))["notes"] == []
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (8,), (13,), (3, 17)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modelwright.core.errors import SiteError
-from modelwright.maths import masks, slices
+from modelwright.maths import masks, slices, task_vectors
 from modelwright.maths.masks import find_cut, lowest
 
 
@@ -165,3 +165,16 @@ def test_a_sample_of_one_place_misses_and_a_wider_bracket_finds_the_cut(monkeypa
     monkeypatch.setattr(masks, "_bracket", lambda *given: tried.append(given[-1]) or bracket(*given))
     assert find_cut(values.__getitem__, 30_000, 9000).value == 8999
     assert tried == [10.0, 80.0]
+
+
+@pytest.mark.parametrize("at", [slice(0, 8), slice(2, 4), slice(4, 9)])
+def test_a_cut_marks_no_slices_but_those_that_it_was_found_in(at, monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 4)
+    values = torch.tensor([1.0, 1.0, 2.0, 1.0, 0.0, 1.0, 1.0, 1.0, 3.0])
+    cut = find_cut(values.__getitem__, 9, 6)
+    trimmed = task_vectors.without_lowest(slices.flat(values), 9, 6)
+    for work in (cut.mark, cut.before):
+        with pytest.raises(AssertionError):
+            work(values[at].clone(), at)
+    with pytest.raises(AssertionError):
+        trimmed(at)

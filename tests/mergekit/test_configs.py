@@ -5,11 +5,13 @@ import shutil
 
 import pytest
 import torch
-from tiny import outputs
+from tiny import outputs, tiny
 
 import modelwright as mw
+from modelwright.core.contract import letters
 from modelwright.core.errors import ModelwrightError, RecipeError, WeightsError
-from modelwright.core.weights import Checkpoint
+from modelwright.core.model import Model
+from modelwright.core.weights import Checkpoint, Writer
 from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.merge.moe import Moe
 
@@ -366,6 +368,9 @@ def test_an_expert_may_have_an_adapter(merge, folders, tmp_path):
         (("source_model: b", "source_modl: b"), "experts.1.source_model must be a model"),
         (('positive_prompts: ["tell', 'positive_prompt: ["tell'), "experts.1.positive_prompt is no key here. Did you mean"),
         (("source_model: b", "noise_scale: some, source_model: b"), "experts.1.noise_scale must be a number; got 'some'"),
+        (('["tell a story"]', "tell"), "experts.1.positive_prompts must be a list of texts, such as [write code]; got 'tell'"),
+        (('["story"]', "[1]"), "experts.0.negative_prompts must be a list of texts, such as [write code]; got [1]"),
+        (("experts_per_token: 1", "experts_per_token: 0"), "experts_per_token must be a whole number of at least 1; got 0"),
         (("source_model: b", "noise_scale: -1, source_model: b"), "noise_each are numbers of at least 0"),
         (("base_model: a", "base_model: a\nname: mixed"), "one has no `name`"),
         (("bfloat16", "float8"), "dtype is one of"),
@@ -378,3 +383,21 @@ def test_what_a_mixture_cannot_be_is_said(merge, tmp_path, change, wanted):
         merge(EXPERTS.replace(*change))
     assert wanted in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("base", ["a", "mean", "wide"])
+@pytest.mark.parametrize(("change", "wanted"), [
+    ({"experts_per_token: 1": "experts_per_token: 3"}, "3 experts per token, of 2 donors"),
+    ({"source_model: b": "source_model: wide"}, "other shapes, first model.layers.0.mlp"),
+])  # fmt: skip
+def test_what_a_mixture_of_earlier_documents_cannot_be_is_said_before_they_are_merged(
+    merge, folders, tmp_path, monkeypatch, change, wanted, base
+):
+    wide = Model(name="wide", module=tiny("llama", seed=4, intermediate_size=96), tokenizer=letters()).save(tmp_path / "models" / "wide")
+    begun, text = [], EXPERTS.replace("base_model: a", f"base_model: {base}")
+    monkeypatch.setattr(Writer, "__init__", lambda *_, **__: begun.append("a folder"))
+    for old, new in change.items():
+        text = text.replace(old, new)
+    with pytest.raises(ModelwrightError, match=wanted):
+        merge(text.replace(": wide", f": {wide}"))
+    assert not begun

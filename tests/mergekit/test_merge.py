@@ -424,6 +424,20 @@ models: [{model: b, parameters: {weight: 0.5}}, {model: tall, parameters: {weigh
     assert torch.allclose(merged.read(EMBED), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["ram", "ramplus_tl", "sce", "ties", "della"])
+def test_every_method_that_adds_changes_has_the_rows_of_the_base(merge, read, method):
+    parameters = "" if method in ("ram", "ramplus_tl", "sce") else "\nparameters: {weight: 1, density: 1}"
+    text = f"merge_method: {method}\nbase_model: BASE\nmodels: [{{model: ONE}}, {{model: TWO}}]{parameters}"
+    short = merge(text.replace("BASE", "a").replace("ONE", "tall").replace("TWO", "b"), "short")
+    assert short.shape(EMBED) == (97, 64)
+    assert any("tall has 105 rows and the base 97; those beyond are left out" in note for note in short.notes)
+    tall = merge(text.replace("BASE", "tall").replace("ONE", "a").replace("TWO", "b"), "tall")
+    assert torch.equal(tall.read(EMBED), read("tall", EMBED))
+    assert not torch.equal(tall.read(Q.format(0)), read("tall", Q.format(0)))
+    assert tall.config["vocab_size"] == 105
+    assert any("a has 97 rows and the base 105; the model is left out here" in note for note in tall.notes)
+
+
 @pytest.fixture
 def broken(folders, tmp_path):
     """A copy of model b with its tensors changed by a function."""
@@ -567,6 +581,20 @@ def test_weights_may_stay_as_they_are_on_the_sphere(merge, read):
     assert same(merge(text.replace("W", "0.25")), plain.path)
     longer = merge(text.replace("W", "0.25").replace("0.75", "2.25").replace("0.25", "0.75"), save="longer")
     assert torch.allclose(longer.read(EMBED), 3 * plain.read(EMBED), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", ["", "base_model: c\n", "base_model: c\nparameters: {normalize_weights: false}\n"])
+def test_one_model_on_the_sphere_comes_back(merge, folders, options):
+    merged = merge(f"merge_method: multislerp\n{options}models: [{{model: a, parameters: {{weight: 0.3}}}}]")
+    assert same(merged, folders["a"])
+
+
+def test_what_has_no_counterpart_is_said(merge):
+    two = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 1}}]\n"
+    merged = merge(f"merge_method: multislerp\n{two}parameters: {{eps: 10}}", save="sphere")
+    assert "parameters: eps is left out; vectors are divided by their lengths as they are, and those of length 0 stay 0." in merged.notes
+    merged = merge(f"merge_method: task_arithmetic\nbase_model: c\n{two}parameters: {{rescale: true}}", save="sum")
+    assert "parameters: rescale is left out; nothing is dropped, so there is nothing to make up for." in merged.notes
 
 
 @pytest.mark.parametrize("method", ["ties", "breadcrumbs", "dare_linear", "della"])

@@ -124,7 +124,7 @@ def test_every_method_of_the_table_is_compared():
         ("sce", {"select_topk": 1.0}),
         ("model_stock", {"filter_wise": False}),
         ("nuslerp", {"nuslerp_flatten": True, "nuslerp_row_wise": False}),
-        ("multislerp", {"normalize_weights": True, "eps": 1e-8}),
+        ("multislerp", {"normalize_weights": True}),
         ("slerp", {}),
     ],
 )

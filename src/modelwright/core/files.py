@@ -73,12 +73,17 @@ def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightErro
         raise error(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
 
 
-def refuse_inputs(final: Path, sources: Iterable[Path]) -> None:
-    """Raise RecipeError when the folder to write is, or holds, one that is read: an input is never touched."""
+def refuse_inputs(final: Path, sources: Iterable[Path], *, inside: bool = False) -> None:
+    """Raise RecipeError when the folder to write is, or holds, one that is read: an input is never touched.
+
+    inside: also when it would lie inside of one.
+    """
     target = final.resolve()
     for source in sources:
-        if target == source.resolve() or target in source.resolve().parents:
+        if source.resolve().is_relative_to(target):
             raise RecipeError(f"{final} is, or holds, the input {source}, which is never touched. Save to another folder.")
+        if inside and target.is_relative_to(source.resolve()):
+            raise RecipeError(f"{final} lies inside the input {source}, which is never touched. Save to another folder.")
 
 
 def claim(partial: Path, *, keep: bool = False) -> None:

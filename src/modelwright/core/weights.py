@@ -263,6 +263,17 @@ def not_finite(values: Tensor) -> int:
     return int((~values.isfinite()).sum())
 
 
+def _finite(name: str, tensor: Sliced) -> Iterator[Tensor]:
+    """The slices of a computed tensor. Raises WeightsError at one that holds NaN or infinity."""
+    for part in tensor:
+        if _is_float(part.dtype) and not_finite(part):
+            raise WeightsError(
+                f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
+                f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
+            )
+        yield part
+
+
 class Writer:
     """Write a checkpoint folder tensor by tensor; the folder appears under its name only when it is whole.
 
@@ -333,18 +344,13 @@ class Writer:
             raise WeightsError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot store.")
         nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
         shard = self._room_for(name, nbytes)
+        parts = map(_bytes, [tensor] if isinstance(tensor, Tensor) else _finite(name, tensor))
         if nbytes % 8:
-            data = _bytes(tensor if isinstance(tensor, Tensor) else tensor.whole())
-            shard.late[name] = (tensor.dtype, tuple(tensor.shape), data.clone())
+            shard.late[name] = (tensor.dtype, tuple(tensor.shape), torch.cat(list(parts)))
             return
         shard.enter(name, tensor.dtype, tensor.shape, nbytes)
-        for part in [tensor] if isinstance(tensor, Tensor) else tensor:
-            if not isinstance(tensor, Tensor) and _is_float(part.dtype) and not_finite(part):
-                raise WeightsError(
-                    f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
-                    f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
-                )
-            _write(shard.file, _bytes(part))
+        for part in parts:
+            _write(shard.file, part)
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
         """Copy tensor `name` from another checkpoint (there named `source`, if that differs), byte for byte."""

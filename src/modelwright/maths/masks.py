@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import SiteError
-from modelwright.maths.slices import Sliced, Values, each, flat, slices
+from modelwright.maths.slices import Sliced, Values, each, flat, in_order, slices
 
 SAMPLE = 1 << 16  # entries that tell about where a cut lies, at least
 RUN = 1 << 8  # of which so many lie beside each other
@@ -24,7 +24,8 @@ SPREAD = 10.0  # width of a bracket, in standard deviations of a fair sample; wh
 class Cut(NamedTuple):
     """Where a sorted list is cut: all entries below `value` come before, and the first ones of those equal to it.
 
-    Those that come before are all in the slices before `last`, and the first `ties` in the slice that starts there.
+    Those that come before are all in the slices before `last`, and the first `ties` in the slice that starts there. So it
+    marks the slices of `slices` alone, not others.
     """
 
     value: float
@@ -33,6 +34,7 @@ class Cut(NamedTuple):
 
     def mark(self, part: Tensor, at: slice) -> Tensor:
         """Mark what of a slice's values lies before the cut."""
+        assert in_order(at), at
         if at.start < self.last:
             return part <= self.value
         mask = part < self.value
@@ -42,6 +44,7 @@ class Cut(NamedTuple):
 
     def before(self, part: Tensor, at: slice) -> Tensor:
         """The same as 1 and 0 in the place of the values; to multiply with it is faster than to fill by a mask."""
+        assert in_order(at), at
         if at.start == self.last:
             return part.copy_(self.mark(part, at))
         return part.le_(self.value) if at.start < self.last else part.lt_(self.value)

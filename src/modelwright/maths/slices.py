@@ -95,6 +95,11 @@ def slices(count: int, size: int | None = None) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+def in_order(at: slice) -> bool:
+    """Whether a slice is one of those in which values are worked through, or the beginning of one."""
+    return at.start % SLICE == 0 and at.stop - at.start <= SLICE
+
+
 def each(work: Callable[[slice], Found], count: int, size: int | None = None) -> Iterator[Found]:
     """What `work` returns for each slice of `count` values, in order, a few slices ahead of the reader.
 

@@ -108,9 +108,9 @@ def slerp(gram: Tensor, t: float, straight: float = 1.0) -> Tensor:
 
 
 def tangent_mean(gram: Tensor, weights: Sequence[float]) -> Tensor:
-    """The direction of Σ w_i v̂_i with the length Σ w_i ‖v_i‖ [n]; of two vectors whose directions cancel, Σ w_i v_i."""
+    """The direction of Σ w_i v̂_i with the length Σ w_i ‖v_i‖ [n]; of one vector, and of two whose directions cancel, Σ w_i v_i."""
     size, shares, cosine = lengths(gram), gram.new_tensor(weights), cosines(gram)
-    if len(shares) == 2 and shares @ cosine @ shares < NOTHING**2 * (shares @ shares):
+    if len(shares) == 1 or len(shares) == 2 and shares @ cosine @ shares < NOTHING**2 * (shares @ shares):
         return shares
     return _unit(cosine, shares) / size.masked_fill(size == 0, 1) * (shares @ size)
 

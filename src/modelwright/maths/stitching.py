@@ -32,7 +32,7 @@ def stitched(base: Entries, donors: Sequence[Entries], masks: Sequence[Values], 
     start, ends = flat(base), [flat(donor) for donor in donors]
 
     def values(at: slice) -> torch.Tensor:
-        own = start(at).double()
+        own = start(at).to(torch.float64, copy=True)
         total, shares = torch.zeros_like(own), torch.zeros_like(own)
         for end, mask, weight in zip(ends, masks, weights, strict=True):
             part = mask(at).to(own.dtype).mul_(weight)

@@ -1,12 +1,13 @@
 """Task vectors: what finetuning added to a base, made sparse, put to the vote and added up.
 
 θ = θ0 + scale · norm(Σ_i w_i · agree(sparsify(θ_i - θ0))), tensor by tensor (task arithmetic 2212.04089, TIES 2306.01708,
-DARE 2311.03099, DELLA 2406.11617, Breadcrumbs 2312.06795). Deltas are computed in float32 a slice at a time and are
-never held whole.
+DARE 2311.03099, DELLA 2406.11617, Breadcrumbs 2312.06795). Deltas are computed in float32, of float64 models in float64, a
+slice at a time, and are never held whole.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -23,15 +24,20 @@ NOTHING = 1e-7  # of the sum of weights' sizes: a sum that is no larger is 0 but
 Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -> the delta with some entries 0
 
 
-def delta(start: Values, end: Values) -> Values:
-    """What was added between two models, in float32."""
-    return lambda at: end(at).to(torch.float32, copy=True).sub_(start(at))
+def wide(*tensors: Entries) -> torch.dtype:
+    """In which tensors' changes are computed: float32, and float64 where one of them is float64."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def delta(start: Entries, end: Entries) -> Values:
+    """What was added between two models, in their `wide` dtype."""
+    before, after, dtype = flat(start), flat(end), wide(start, end)
+    return lambda at: after(at).to(dtype, copy=True).sub_(before(at))
 
 
 def changes(base: Entries, donors: Sequence[Entries]) -> list[Values]:
-    """What each donor, a tensor of base's shape, adds to the base, in float32."""
-    start = flat(base)
-    return [delta(start, flat(donor)) for donor in donors]
+    """What each donor, a tensor of base's shape, adds to the base."""
+    return [delta(base, donor) for donor in donors]
 
 
 # Sparsify
@@ -57,27 +63,31 @@ def least_of_changes(base: Entries, donors: Sequence[Entries], keeps: Sequence[f
 
 def without_below(values: Values, count: int, least: float) -> Values:
     """Values smaller in size than `least` become 0."""
-    below = _below(least)
-    return lambda at: hardshrink(values(at), below)
+
+    def kept(at: slice) -> Tensor:
+        part = values(at)
+        return hardshrink(part, _below(least, part.dtype))
+
+    return kept
 
 
 def without_lowest(values: Values, count: int, removed: int) -> Values:
     """The `removed` smallest in size become 0."""
     cut = find_cut(lambda at: values(at).abs(), count, removed)
-    below = _below(cut.value)
 
     def kept(at: slice) -> Tensor:
+        assert slices.in_order(at), at
         part = values(at)
         if at.start == cut.last:
             return part.masked_fill(cut.mark(part.abs(), at), 0)
-        return hardshrink(part, cut.value if at.start < cut.last else below)  # one pass: 0 where not larger
+        return hardshrink(part, cut.value if at.start < cut.last else _below(cut.value, part.dtype))  # one pass: 0 where not larger
 
     return kept
 
 
-def _below(size: float) -> float:
-    """The next smaller float32 size: what is larger than it is at least `size`."""
-    return torch.nextafter(torch.tensor(size), torch.tensor(0.0)).item()
+def _below(size: float, dtype: torch.dtype) -> float:
+    """The next smaller size of a dtype: what is larger than it is at least `size`."""
+    return torch.nextafter(torch.tensor(size, dtype=dtype), torch.tensor(0.0, dtype=dtype)).item()
 
 
 def without_outliers(values: Values, count: int, keep: float, top: float) -> Values:
@@ -116,12 +126,13 @@ def by_rank(values: Values, shape: tuple[int, ...], keep: float, spread: float) 
 
     p = keep - spread + 2 · spread · (rank - 1)/(n - 1), rank 1 for the smallest of the row's n.
     """
+    assert 0 <= keep - spread <= keep + spread <= 1, (keep, spread)
     width = shape[-1] if shape else 1
 
     def probability(rows: Tensor) -> Tensor:
         order = _order(rows.abs())
         steps = torch.arange(width, dtype=torch.float32, device=rows.device).mul_(2 * spread / (width - 1)).add_(keep - spread)
-        return torch.empty_like(rows).scatter_(-1, order, steps.expand_as(rows)).clamp_(0, 1)
+        return torch.empty_like(rows, dtype=torch.float32).scatter_(-1, order, steps.expand_as(rows))
 
     if width == 1:
         return lambda at: torch.full((at.stop - at.start,), keep)
@@ -129,8 +140,8 @@ def by_rank(values: Values, shape: tuple[int, ...], keep: float, spread: float) 
 
 
 def _order(sizes: Tensor) -> Tensor:
-    """The stable argsort of each row of non-negative float32 sizes [n, width]; of an entry, its size and then its place decide."""
-    if sizes.device.type != "cpu":
+    """The stable argsort of each row of non-negative sizes [n, width]; of an entry, its size and then its place decide."""
+    if sizes.device.type != "cpu" or sizes.dtype != torch.float32:
         return sizes.argsort(dim=-1, stable=True)
     keys = sizes.contiguous().view(torch.int32).to(torch.int64).bitwise_left_shift_(32).add_(torch.arange(sizes.shape[-1]))
     keys.numpy().sort(axis=-1)  # numpy sorts whole numbers three times as fast as torch finds an order
@@ -198,12 +209,10 @@ def spread(numbers: Tensor, width: int) -> Values:
     return values
 
 
-def rescaled(values: Values, kept: Values, count: int, factor: float | None = None) -> Values:
-    """What was kept, times `factor`; without one, times what gives it back the sum of sizes that it had (L1)."""
-    if factor is None:
-        after = size(kept, count)
-        factor = size(values, count) / after if after else 1.0
-    return lambda at: kept(at).mul(factor)
+def restoring(values: Values, kept: Values, count: int) -> float:
+    """The factor that gives what was kept of values the sum of sizes that they had (L1); 1 where nothing was."""
+    after = size(kept, count)
+    return size(values, count) / after if after else 1.0
 
 
 def size(values: Values, count: int) -> float:
@@ -265,16 +274,16 @@ def merge(
     consensus, only those; 1 where it is 0). scale: λ.
 
     Returns a tensor of base's dtype. Without sparsify, consensus and normalize it is task arithmetic.
-    Source: arcee-ai/mergekit, generalized task arithmetic. Differs: deltas are float32 and not base's dtype.
+    Source: arcee-ai/mergekit, generalized task arithmetic. Differs: deltas are float32 or float64 and not base's dtype.
     """
     change = added(base, donors, weights, sparsify=sparsify, consensus=consensus, raw_votes=raw_votes, normalize=normalize)
     return onto(base, change, scale)
 
 
 def onto(base: Entries, change: Values, scale: float) -> Sliced:
-    """The base plus `scale` times a change, in the base's dtype."""
-    start = flat(base)
-    return Sliced(tuple(base.shape), base.dtype, lambda at: change(at).mul_(scale).add_(start(at)))
+    """The base plus `scale` times a change, in the base's dtype; sums run in its `wide` dtype."""
+    start, dtype = flat(base), wide(base)
+    return Sliced(tuple(base.shape), base.dtype, lambda at: change(at).to(dtype).mul_(scale).add_(start(at)))
 
 
 def added(
@@ -287,7 +296,7 @@ def added(
     raw_votes: bool = False,
     normalize: bool = True,
 ) -> Values:
-    """What `merge` adds to the base at scale 1, in float32."""
+    """What `merge` adds to the base at scale 1."""
     assert all(tuple(donor.shape) == tuple(base.shape) for donor in donors), [donor.shape for donor in donors]
     whole, shape = changes(base, donors), tuple(base.shape)
     kept = [one(change, shape) for one, change in zip(sparsify, whole, strict=True)] if sparsify else whole

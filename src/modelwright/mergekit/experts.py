@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from modelwright.core import find, model, walk
+from modelwright.core import model, walk
 from modelwright.core.errors import Faults, RecipeError, nearest
 from modelwright.core.files import whole_folder
 from modelwright.core.given import Given
-from modelwright.core.method import Method
-from modelwright.methods.merge._mixture import LAYOUTS
+from modelwright.methods.merge._mixture import LAYOUTS, refuse_other_experts
 from modelwright.methods.merge.moe import Moe
 
 from .schema import Experts, Reader, Reference
@@ -22,14 +21,15 @@ from .schema import Experts, Reader, Reference
 GATES = ("hidden", "cheap_embed", "random", "uniform_random")
 PROMPTED = GATES[:2]
 SCALES = (("noise_scale", "noise_each", 0.0), ("residual_scale", "residual_each", 1.0))  # theirs, ours, what changes nothing
-EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts", "noise_scale", "residual_scale")
+PROMPTS = ("positive_prompts", "negative_prompts")
+EXPERT_KEYS = ("source_model", *PROMPTS, "noise_scale", "residual_scale")
 
 
 @dataclass(frozen=True)
 class Mixture:
     """What is assembled: the method, the model that gives all but the experts, and the experts."""
 
-    method: Method
+    method: Moe
     base: Reference
     experts: tuple[Reference, ...]
     dtype: str | None
@@ -37,8 +37,10 @@ class Mixture:
     text: str
 
 
-def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Reference], Path]) -> Mixture:
-    """The mixture that a document asks for; `names` are those of earlier documents, `place` gives the folder of any other model.
+def prepared(document: Experts, earlier: Mapping[str, Mapping[str, Any]], place: Callable[[Reference], Path]) -> Mixture:
+    """The mixture that a document asks for.
+
+    earlier: name -> config.json of what earlier documents make. place: gives the folder of any other model.
 
     Raises: a subclass of ModelwrightError with all that is wrong.
     """
@@ -67,32 +69,45 @@ def prepared(document: Experts, names: Sequence[str | None], place: Callable[[Re
         reader.wrong(f"architecture: {stated['architecture']} with {len(shared)} shared experts is not here. There are {kinds}.")
     dtype = reader.dtype(stated, "dtype")
     faults += map(RecipeError, reader.problems)
-    settings: dict[str, Any] = {"gates": gates, "experts_per_token": stated.get("experts_per_token") or 2, "shared": len(shared)}
+    settings: dict[str, Any] = {"gates": gates, "shared": len(shared)}
+    if stated.get("experts_per_token") is not None:
+        settings["experts_per_token"] = stated["experts_per_token"]
     if architecture and len(fitting) == 1:
         settings["architecture"] = fitting[0]
     for key, ours, none in SCALES:
         values = [entry.get(key) for entry in entries if isinstance(entry, Mapping)]
         if any(value not in (None, none) for value in values):
             settings[ours] = [none if value is None else value for value in values]
-    prompts, against = ([list(entry.get(key) or ()) for entry in entries if isinstance(entry, Mapping)]
-                        for key in ("positive_prompts", "negative_prompts"))  # fmt: skip
+    prompts, against = ([entry.get(key) or [] for entry in entries if isinstance(entry, Mapping)] for key in PROMPTS)
     if gates in PROMPTED:
         settings |= {"prompts": prompts} | ({"against": against} if any(against) else {})
     elif any(prompts) or any(against):
         reader.notes.append(f"gate_mode: {gates} reads no prompts; they are left out")
-    method = None
+    method: Moe | None = None
     if not reader.problems:
         with faults.collected():
-            method = find.find("merge.moe").build(settings)
+            method = Moe.build(settings)
+        modules: list[Any] = []
         for reference in (base, *experts):
-            if reference and not (reference.path in names and reference.adapter is None):
-                with faults.collected():
-                    opened = model.open(place(reference))
-                    if reference is base and isinstance(method, Moe):
-                        method.config(opened.skeleton(), len(experts))
+            with faults.collected():
+                modules.append(_empty(reference, earlier, place))
+        if method is not None and len(modules) == 1 + len(experts):
+            with faults.collected():
+                method.config(modules[0], len(experts))
+                refuse_other_experts(modules[0], list(map(str, experts)), modules[1:])
     faults.refuse()
     assert method is not None and base is not None
     return Mixture(method, base, tuple(experts), dtype, (*document.notes, *reader.notes), document.text)
+
+
+def _empty(reference: Reference | None, earlier: Mapping[str, Mapping[str, Any]], place: Callable[[Reference], Path]) -> Any:
+    """The empty module of a model that lies on disk, or that an earlier document makes."""
+    from transformers import AutoConfig
+
+    assert reference is not None
+    if reference.path in earlier and reference.adapter is None:
+        return model.empty_module(AutoConfig.for_model(**earlier[reference.path]))
+    return model.open(place(reference)).skeleton()
 
 
 def _expert(reader: Reader, stated: Any, where: str) -> Reference | None:
@@ -104,6 +119,10 @@ def _expert(reader: Reader, stated: Any, where: str) -> Reference | None:
         value = stated.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             reader.wrong(f"{where}.{key} must be a number; got {value!r}.")
+    for key in PROMPTS:
+        texts = stated.get(key)
+        if texts is not None and not (isinstance(texts, list) and all(isinstance(text, str) for text in texts)):
+            reader.wrong(f"{where}.{key} must be a list of texts, such as [write code]; got {texts!r}.")
     return reader.reference(stated.get("source_model"), f"{where}.source_model")
 
 
@@ -113,8 +132,6 @@ def assemble(mixture: Mixture, place: Callable[[Reference], Path], folder: Path,
     given = Given(donors=[model.open(place(expert)) for expert in mixture.experts], seed=seed, notes=list(mixture.notes))
     if mixture.dtype is not None:
         base.module.to(getattr(torch, mixture.dtype))
-        for donor in given.donors:
-            donor.module.to(getattr(torch, mixture.dtype))
     made = walk.change(base, mixture.method, given)
     with whole_folder(folder, overwrite=overwrite) as partial:
         model.save_module(made.module, partial)

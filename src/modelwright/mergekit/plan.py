@@ -214,7 +214,9 @@ class Planner:
             for name in parameters:
                 if name in known and (not of_model or name in self.entry.each) or name in table.PLAIN:
                     continue
-                if name in known:
+                if name in self.entry.without:
+                    self.notes.append(f"{where}: {name} is left out; {self.entry.without[name]}.")
+                elif name in known:
                     self.notes.append(f"{where}: {name} is left out, as mergekit does; it is one for all models. Move it to the top.")
                 elif name in table.EVERY:
                     self.notes.append(f"{where}: {name} is left out, as mergekit does; {self.config.method} has no such parameter.")
@@ -428,7 +430,7 @@ class Planner:
     ) -> tuple[tuple[int, ...], list[int]]:
         """The shape in which models of other vocabularies meet, and the numbers of the donors that take part.
 
-        Sums of task vectors have the base's shape, and leave out a model with fewer rows; others take the rows that all have.
+        Sums of changes have the base's shape, and leave out a model with fewer rows; others take the rows that all have.
         """
         if self.words and self.words.holds(name, role):
             return (self.words.rows, *shape[1:]), list(range(len(donors)))
@@ -440,7 +442,7 @@ class Planner:
             other = next(i for i, found in enumerate(shapes) if found != shape)
             self.say("model", f"{donors[other].model.label} has the shape {list(shapes[other])}, not {list(shape)}", name)
             return shape, list(range(len(donors)))
-        if self.entry.base == "needed" and issubclass_of_deltas(self.entry.name):
+        if self.entry.base == "needed" and table.ours(self.entry.name).on_changes:
             kept = [i for i, found in enumerate(shapes) if found[0] >= shape[0]]
             for i, found in enumerate(shapes):
                 what = "those beyond are left out" if found[0] > shape[0] else "the model is left out here"
@@ -466,7 +468,7 @@ class Planner:
                 if value is table.REQUIRED:
                     self.say("setting", f"{self.config.method} needs `{parameter}` for {source.model}; no scope gives it here", name)
                     return None
-                if parameter == "weight" and self.as_mergekit and self.config.dtype and issubclass_of_deltas(self.entry.name):
+                if parameter == "weight" and self.as_mergekit and self.config.dtype and table.ours(self.entry.name).on_changes:
                     value = torch.tensor(value, dtype=getattr(torch, self.config.dtype)).item()  # mergekit weighs in that dtype
                 each[parameter].append(value)
         once: dict[str, Any] = {}
@@ -476,7 +478,7 @@ class Planner:
             if once[parameter] is table.REQUIRED:
                 self.say("setting", f"{self.config.method} needs `{parameter}`; no scope gives it here", name)
                 return None
-        if based and each.get("weight") and not any(each["weight"]):
+        if based and table.ours(self.entry.name).on_changes and each.get("weight") and not any(each["weight"]):
             self.say("note", "all weights are 0, so it stays the base's", name)
         try:
             stated = table.settings(self.config.method, each, once, based=based, as_mergekit=self.as_mergekit)
@@ -520,14 +522,6 @@ class Planner:
             self.notes.append(f"dtype: {self.config.dtype} is that of the result; sums run in float32 (mergekit: in {self.config.dtype})")
         if self.entry.name == "merge.dare":
             self.notes.append("what stays is divided by density, as published (mergekit: brought to the sum of sizes that it had)")
-
-
-def issubclass_of_deltas(name: str) -> bool:
-    """Whether our method of this name adds up task vectors."""
-    from modelwright.core import find
-    from modelwright.methods.merge._mechanism import TaskVectors
-
-    return issubclass(find.find(name), TaskVectors)
 
 
 def resolved(parameter: str, scopes: Sequence[Parameters], name: str, t: float) -> Any:

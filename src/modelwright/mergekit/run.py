@@ -23,6 +23,7 @@ from modelwright.core.model import RECORD, Model, tokenizer_files
 from modelwright.core.progress import track
 from modelwright.core.weights import HUB_FILES, Checkpoint, Writer, check_finite
 from modelwright.maths.slices import Entries, Sliced, Values, flat
+from modelwright.maths.task_vectors import wide
 from modelwright.methods.merge.linear import Linear
 
 from . import table, tokens
@@ -62,8 +63,8 @@ def merge(
             raise RecipeError("A mixture of experts (`experts:`) is the final document, the one without a name.")
         places = Places(between)
         plans = _plans([document for document in documents if isinstance(document, Config)], places, as_mergekit=as_mergekit)
-        names = [plan.config.name for plan in plans]
-        made = [prepared(document, names, places) for document in experts]
+        earlier = {str(plan.config.name): plan.result for plan in plans}
+        made = [prepared(document, earlier, places) for document in experts]
         refuse_inputs(final, places.sources)
         stream._steady_memory()
         _check_values(places)
@@ -243,14 +244,14 @@ def _tensor(plan: Plan, made: Made, given: Given) -> Sliced:
         extras["rng"] = given.rng(Site(made.name, made.name.rpartition(".")[0], known[0], known[1], depths).place)
     if "survey" in method.needs():
         extras["survey"] = method.survey(base, donors)
-    if plan.as_mergekit and table.on_deltas(method):
+    if plan.as_mergekit and method.on_changes:
         start, shape, dtype = flat(base), tuple(base.shape), base.dtype
 
         def change(donor: Values) -> Sliced:
             """What a donor adds to the base, rounded to the base's dtype."""
             return Sliced(shape, dtype, lambda at: donor(at).to(dtype) - start(at))
 
-        zeros = Sliced(shape, torch.float32, lambda at: torch.zeros(at.stop - at.start))
+        zeros = Sliced(shape, wide(base), lambda at: torch.zeros(at.stop - at.start))
         added = method.tensor(zeros, [change(flat(donor)) for donor in donors], **extras)
         return Sliced(made.shape, made.dtype, lambda at: start(at) + added.values(at).to(dtype))
     result = method.tensor(base, donors, **extras)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modelwright.core import find
 from modelwright.core.errors import MethodError, nearest
-from modelwright.core.method import TensorMethod
-from modelwright.methods.merge._mechanism import TaskVectors
+from modelwright.methods.merge._mechanism import PointWise
 
 REQUIRED: Any = object()
 
@@ -22,6 +21,7 @@ class Entry:
     name: of our method. base: whether it is "needed", "used" when given, or "unused". donors: how many it takes, the
     base not counted unless it is unused. each: parameter of every model -> (our setting with a value for each, its
     default). once: parameter of the tensor -> (our setting, its default). fixed: settings that it always has.
+    without: parameter that changes nothing here -> why.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Entry:
     each: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     once: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    without: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[str]:
@@ -53,7 +54,7 @@ EPSILON = {"epsilon": ("spread_each", 0.15)}
 SHARES = {"density", "gamma", "epsilon"}
 METHODS: dict[str, Entry] = {
     "linear": Entry("merge.linear", "unused", each=WEIGHT, once={"normalize": ("normalize", True)}),
-    "task_arithmetic": vectors("task_arithmetic", rescale=("", False)),  # nothing is dropped, so there is nothing to make up for
+    "task_arithmetic": replace(vectors("task_arithmetic"), without={"rescale": "nothing is dropped, so there is nothing to make up for"}),
     "ties": vectors("ties", DENSITY, normalize=True, rescale=("rescale", False)),
     "dare_linear": vectors("dare_linear", DENSITY, rescale=("rescale", True)),
     "dare_ties": vectors("dare_ties", DENSITY, rescale=("rescale", True)),
@@ -67,7 +68,8 @@ METHODS: dict[str, Entry] = {
         "merge.nuslerp", "used", (2, 2), each=WEIGHT, once={"nuslerp_flatten": ("flatten", True), "nuslerp_row_wise": ("columns", False)}
     ),
     "multislerp": Entry(
-        "merge.multislerp", "used", (2, None), each=WEIGHT, once={"normalize_weights": ("normalize", True), "eps": ("", 1e-8)}
+        "merge.multislerp", "used", (1, None), each=WEIGHT, once={"normalize_weights": ("normalize", True)},
+        without={"eps": "vectors are divided by their lengths as they are, and those of length 0 stay 0"},
     ),
     "karcher": Entry("merge.karcher", "unused", (2, None), once={"max_iter": ("iterations", 10), "tol": ("tolerance", 1e-5)}),
     "model_stock": Entry("merge.model_stock", donors=(2, None), once={"filter_wise": ("by_row", False)}),
@@ -80,7 +82,7 @@ METHODS: dict[str, Entry] = {
     ),
 }  # fmt: skip
 PLAIN = {"int8_mask", "lazy_unpickle"}  # change memory or speed alone
-EVERY = {name for entry in METHODS.values() for name in entry.parameters} | PLAIN
+EVERY = {name for entry in METHODS.values() for name in (*entry.parameters, *entry.without)} | PLAIN
 
 
 def entry_of(name: str) -> Entry:
@@ -117,7 +119,6 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
         if ours in ("normalize", "rescale", "by_row", "flatten", "columns"):
             value = truth(theirs, value)
         found[ours] = value
-    found.pop("", None)
     if "rescale" in found:
         published = "inverse" if entry.name == "merge.dare" and not as_mergekit else "l1"
         found["rescale"] = published if found["rescale"] else "none"
@@ -126,17 +127,19 @@ def settings(method: str, each: Mapping[str, list[Any]], once: Mapping[str, Any]
         found |= {"by_row": not flatten and not columns, "by_column": not flatten and columns}
     if method in ("nuslerp", "multislerp"):
         found["from_base"] = based
+    if method == "multislerp" and len(found["weights"]) == 1:
+        found["weights"] = (1.0,)  # one model comes back as it is, whatever its weight
     return {**entry.fixed, **found}
 
 
 @functools.lru_cache(maxsize=4096)
-def made(name: str, stated: tuple[tuple[str, Any], ...]) -> TensorMethod:
+def made(name: str, stated: tuple[tuple[str, Any], ...]) -> PointWise:
     """Our method with these settings."""
-    built = find.find(name).build(dict(stated))
-    assert isinstance(built, TensorMethod), built
-    return built
+    return ours(name).build(dict(stated))
 
 
-def on_deltas(method: TensorMethod) -> bool:
-    """Whether it adds up what donors learned, so that it works on differences alone."""
-    return isinstance(method, TaskVectors) or method.name() in ("merge.sce", "merge.ram")
+def ours(name: str) -> type[PointWise]:
+    """Our method of this name."""
+    cls = find.find(name)
+    assert issubclass(cls, PointWise), cls
+    return cls

@@ -9,6 +9,7 @@ import modelwright as mw
 from modelwright.core.errors import SettingError
 from modelwright.core.recipe import Recipe, Step, read
 from modelwright.methods.merge._objective import search
+from modelwright.methods.merge.della import Della
 from modelwright.methods.merge.evolve import Evolve
 from modelwright.methods.merge.pcb import Pcb
 from modelwright.methods.merge.task_arithmetic import TaskArithmetic
@@ -180,3 +181,12 @@ def test_what_cannot_be_searched_is_refused():
             Evolve(method=name)
     with pytest.raises(SettingError, match="lowest 1.0 is not less than highest 0.5"):
         Evolve(lowest=1.0, highest=0.5)
+
+
+def test_shares_of_della_are_tried_that_its_spread_allows(batches, donors, monkeypatch):  # noqa: F811
+    tried, build = [], Della.build.__func__
+    monkeypatch.setattr(Della, "build", classmethod(lambda cls, settings: tried.append(settings["keep_each"]) or build(cls, settings)))
+    for sampler in ("cmaes", "grid"):
+        mw.apply(tiny(seed=0), Evolve(method="merge.della", trials=4, points=2, sampler=sampler), donors=donors[:2], data=batches)
+    assert all(0.2 <= keep <= 0.8 for keeps in tried for keep in keeps)
+    assert Evolve(method="merge.dare").genes(1)["keep 0 0"] == (0.05, 1.0)

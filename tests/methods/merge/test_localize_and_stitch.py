@@ -79,3 +79,12 @@ def test_all_tensors_of_the_model_compete_but_the_embedding():
 def test_a_wrong_number_of_weights_is_refused():
     with pytest.raises(SettingError, match="1 weights for 2 donors"):
         mw.apply(tiny(), LocalizeAndStitch(weights=[1]), donors=[tiny(), tiny()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_model_and_the_donors_are_left_alone(dtype):
+    tensors = [tensor.to(dtype) for tensor in (BASE, *DONORS)]
+    before = [tensor.clone() for tensor in tensors]
+    result = merged(LocalizeAndStitch(keep=1.0), tensors[0], tensors[1:])
+    assert not torch.equal(result, tensors[0])
+    assert all(torch.equal(one, two) for one, two in zip(tensors, before, strict=True))

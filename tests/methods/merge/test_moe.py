@@ -113,6 +113,28 @@ def test_noise_comes_before_the_scale_of_the_outputs():
     assert torch.equal(again.gate_up_proj, made.gate_up_proj)
 
 
+@pytest.mark.parametrize("settings", [{}, {"gates": "cheap_embed", "prompts": [*PROMPTS, ["anything"]]}], ids=["random", "gated"])
+def test_a_mixture_shares_no_memory_with_its_donors(settings):
+    donors = [tiny(seed=1), tiny(seed=2), tiny(seed=3)]
+    before = [{name: value.clone() for name, value in donor.named_parameters()} for donor in donors]
+    made = mw.apply(lettered(), Moe(shared=1, **settings), donors=donors).module
+    with torch.no_grad():
+        for value in made.parameters():
+            value.zero_()
+    for donor, values in zip(donors, before, strict=True):
+        assert all(torch.equal(value, values[name]) for name, value in donor.named_parameters())
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+def test_a_mixture_has_the_models_dtype_whatever_its_donors_have(shared):
+    donors = [tiny(seed=1), tiny(seed=2), tiny(seed=3)]
+    made = mw.apply(tiny().bfloat16(), Moe(shared=shared), donors=donors)
+    assert {value.dtype for value in made.parameters()} == {torch.bfloat16}
+    assert outputs(made).isfinite().all()
+    down = donors[1].model.layers[2].mlp.down_proj.weight
+    assert torch.equal(made.model.layers[2].mlp.experts.down_proj[1], down.bfloat16())
+
+
 def test_a_token_goes_to_the_expert_of_the_largest_product():
     """One expert per token: where the router says donor n, the MLP is donor n's."""
     donors = [tiny(seed=1), tiny(seed=2)]

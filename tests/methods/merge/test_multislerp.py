@@ -80,3 +80,10 @@ def test_weights_without_a_mean_are_refused():
     assert merged(Multislerp(weights=[1, -1], normalize=False), BASE, DONORS[:2]).isfinite().all()
     with pytest.raises(SettingError, match="2 weights for 3 donors"):
         merged(Multislerp(weights=[1, 2]), BASE, DONORS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"from_base": True}, {"normalize": False}], ids=str)
+def test_one_donor_comes_back_bit_for_bit(settings):
+    for seed in range(5):
+        donor = normal(30, 50, seed=seed).double() * 10.0 ** normal(30, 50, seed=9)
+        assert torch.equal(merged(Multislerp(**settings), BASE.double(), [donor]), donor)

@@ -181,3 +181,11 @@ def test_the_donors_are_left_and_unlike_ones_refused(batches, donors):
     assert all(torch.equal(value, before[name]) for name, value in donors[0].named_parameters())
     with pytest.raises(ModelError, match="other shapes"):
         mw.apply(tiny(), Soup(), donors=[tiny(intermediate_size=96)], data=batches)
+
+
+def test_pad_tokens_do_not_count_for_learned_weights(batches, donors):
+    ids = torch.cat([batches[0]["input_ids"], torch.full((4, 30), 5)], 1)
+    padded = [{"input_ids": ids, "attention_mask": (torch.arange(54) < 24).long().expand(4, 54)}]
+    pots = [dict(donor.named_parameters()) for donor in donors]
+    method = Soup(kind="learned", iterations=10, learning_rate=0.3)
+    assert method.learned(tiny(seed=0), pots, padded) == pytest.approx(method.learned(tiny(seed=0), pots, batches), abs=1e-4)

@@ -75,3 +75,10 @@ def test_what_cannot_be_searched_is_refused(batches, donors):  # noqa: F811
         mw.apply(tiny(seed=0), TallMasks(), donors=[tiny(intermediate_size=96), tiny()], data=batches)
     with pytest.raises(SettingError, match="agree=4 of 3 donors is never reached"):
         mw.apply(tiny(seed=0), TallMasks(agree=4), donors=donors, data=batches)
+
+
+def test_bounds_are_merged_that_were_tried(batches, donors):  # noqa: F811
+    model = mw.open(tiny(seed=0))
+    mw.apply(model, TallMasks(lowest=1e-8, highest=4e-7, points=2), donors=donors[:2], data=batches)
+    method = read("steps:\n- " + model.history[-1]["notes"][-1].split(": ", 1)[1]).steps[0].method
+    assert set(method.least_each) <= {1e-8, 4e-7}

@@ -9,9 +9,15 @@ import modelwright as mw
 from modelwright.core.errors import SettingError
 from modelwright.maths import slices
 from modelwright.methods.merge.breadcrumbs import Breadcrumbs
+from modelwright.methods.merge.consensus import Consensus
 from modelwright.methods.merge.dare import Dare
 from modelwright.methods.merge.della import Della
 from modelwright.methods.merge.linear import Linear
+from modelwright.methods.merge.lines import Lines
+from modelwright.methods.merge.nearswap import Nearswap
+from modelwright.methods.merge.pcb import Pcb
+from modelwright.methods.merge.ram import Ram
+from modelwright.methods.merge.sce import Sce
 from modelwright.methods.merge.task_arithmetic import TaskArithmetic
 from modelwright.methods.merge.ties import Ties
 
@@ -222,6 +228,60 @@ def test_deltas_of_bfloat16_models_are_not_lost():
     base = torch.full((64,), 256.0, dtype=torch.bfloat16)
     donors = [base + 2, base + 4]
     assert merged(TaskArithmetic(weights=[0.5, 0.5]), base, donors).tolist() == [260.0] * 64  # 259, and its even neighbour
+
+
+@pytest.mark.parametrize("kind", [*KINDS, Ram, Pcb, Lines, Consensus, Nearswap, Sce])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_neutral_settings_give_the_base_bit_for_bit_in_every_dtype(kind, dtype):
+    base = (BASE.double() / 3).to(dtype)
+    donors = [(base.double() + 0.1 * normal(30, 50, seed=seed)).to(dtype) for seed in (1, 2)]
+    assert torch.equal(merged(kind(**kind.neutral), base, donors[: kind.takes[1]]), base)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_changes_of_float64_models_are_not_rounded(kind):
+    """One is 1e-12, which float32 loses beside 1, and sums keep every digit."""
+    base = BASE.double()
+    donors = [base + 0.1 * normal(30, 50, seed=seed).double() for seed in (1, 2)]
+    base[0, 0] = 1.0
+    donors[0][0, 0] = donors[1][0, 0] = 1.0 + 1e-12
+    found = merged(kind(**WHOLE[kind], consensus=False, normalize=False), base, donors)
+    assert torch.allclose(found, sum(donors) - base, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [Ties, Breadcrumbs])
+def test_what_is_trimmed_of_float64_models_is_exact(kind):
+    base, random = torch.zeros(30, 50, dtype=torch.float64), torch.Generator().manual_seed(0)
+    change = 1 + 1e-10 * torch.randperm(1500, generator=random).double().view(30, 50)  # all alike in float32
+    for settings in ({}, {"scope": "model"}) if kind is Ties else ({"top": 0.0},):
+        found = merged(kind(keep=0.2, consensus=False, normalize=False, **settings), base, [change])
+        assert torch.equal(found, change * (change >= change.flatten().topk(300).values.min()))
+
+
+def test_della_ranks_float64_changes_exactly():
+    rows = 1 + 1e-10 * normal(50, 1000).argsort(1).argsort(1).double()
+    method = Della(keep=0.5, spread=0.4, rescale="none", consensus=False, normalize=False)
+    kept = merged(method, torch.zeros(50, 1000, dtype=torch.float64), [rows]) != 0
+    low, high = (kept[mask].float().mean().item() for mask in (rows < 1 + 200e-10, rows >= 1 + 800e-10))
+    assert low == pytest.approx(0.1 + 0.8 * 99.5 / 999, abs=5 * (0.25 / 10_000) ** 0.5)
+    assert high == pytest.approx(0.1 + 0.8 * 899.5 / 999, abs=5 * (0.25 / 10_000) ** 0.5)
+
+
+@pytest.mark.parametrize("settings", [
+    {"keep": 0.1}, {"keep": 0.9}, {"keep": 0.15}, {"spread": 0.5}, {"keep_each": [0.5, 0.1]}, {"keep": 0.3, "spread_each": [0.1, 0.4]},
+    {"keep_each": [0.5, 0.2], "spread_each": [0.4, 0.3]},
+])  # fmt: skip
+def test_probabilities_of_della_that_are_none_are_refused(settings):
+    with pytest.raises(SettingError, match=r"merge\.della: keep 0\.\d+ and spread 0\.\d+ make probabilities from .*Lower spread"):
+        Della(**settings)
+
+
+def test_della_keeps_all_or_nothing_whatever_the_spread_and_checks_settings_by_role_at_their_place():
+    assert Della(keep_each=[1.0, 0.0, 0.3]).keeps(3) == [1.0, 0.0, 0.3]
+    method = Della(keep={"mlp": 0.5, "attn": 0.1}, spread=0.15)
+    assert method.at("mlp.up", 0, 4).keep == 0.5
+    with pytest.raises(SettingError, match=r"keep 0\.1 and spread 0\.15"):
+        method.at("attn.q", 0, 4)
 
 
 def test_masks_do_not_depend_on_the_order_of_the_tensors(tmp_path):

@@ -7,6 +7,7 @@ from tiny import tiny
 import modelwright as mw
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.maths import task_vectors
+from modelwright.maths.slices import Joined
 from modelwright.methods.merge.ties import Ties
 
 BASE = normal(30, 50)
@@ -122,6 +123,24 @@ def test_over_the_whole_model_all_tensors_compete():
     for name, value in before.items():
         change = donor.get_parameter(name) - value
         assert torch.equal(model.get_parameter(name) != value, (change.abs() >= least) & (change != 0)), name
+
+
+@pytest.mark.parametrize("rescale", ["l1", "inverse"])
+def test_over_the_whole_model_every_donor_has_one_factor(rescale):
+    # Changes of about 10 in one tensor and 0.1 in the other, but for one of 50: half of all is nearly all of the first.
+    donors = [[10 * normal(30, 50, seed=seed), 0.1 * normal(40, 35, seed=seed)] for seed in (1, 2)]
+    donors[0][1][3, 4] += 50.0
+    bases, settings = [torch.zeros(30, 50), torch.zeros(40, 35)], dict(scope="model", keep=0.5, normalize=False, consensus=False)
+    surveys = {how: Ties(rescale=how, **settings).survey(Joined(bases), [Joined(end) for end in donors]) for how in (rescale, "none")}
+    for number, ends in enumerate(donors):
+        plain, grown = (
+            [Ties(rescale=how, **settings).tensor(base, [end], [survey[number]]).whole() for base, end in zip(bases, ends, strict=True)]
+            for how, survey in reversed(surveys.items())
+        )
+        whole, kept = (sum(float(part.double().abs().sum()) for part in parts) for parts in (ends, plain))
+        assert all(torch.allclose(one, (whole / kept if rescale == "l1" else 2) * two) for one, two in zip(grown, plain, strict=True))
+        assert 1.001 < whole / kept < 1.1
+    assert plain[1].count_nonzero() < grown[0].count_nonzero() / 10
 
 
 def test_over_one_tensor_both_scopes_are_alike():

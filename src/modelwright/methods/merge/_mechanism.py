@@ -36,6 +36,7 @@ class PointWise(TensorMethod):
 
     where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default every tensor, norms and embeddings too
     unsurveyed: ClassVar[frozenset[str]] = frozenset()  # settings that the survey does not look at
+    on_changes: ClassVar[bool] = False  # adds to the model what it makes of the donors' changes alone, whatever the model is
 
     def surveyed(self) -> Self:
         """The method with defaults where its survey does not look: two of them that are equal find the same."""
@@ -120,6 +121,8 @@ class Spherical(Merger):
 class TaskVectors(Merger):
     """Adds what the donors learned to the model."""
 
+    on_changes: ClassVar[bool] = True
+
     scale: float = number(1.0)  # of the merged change, λ
     normalize: bool = False  # divide by the sum of the weights that count
     consensus: bool = False  # at each entry, only donors whose change has the elected sign count
@@ -140,6 +143,8 @@ class TaskVectors(Merger):
 @dataclass(frozen=True, kw_only=True)
 class SparseTaskVectors(TaskVectors):
     """Adds a part of what the donors learned."""
+
+    searched: ClassVar[tuple[float, float]] = (0.05, 1.0)  # values of `keep_each` that a search tries
 
     keep: float = fraction(0.2)  # of each donor's changes
     keep_each: tuple[float, ...] | None = None  # one for each donor, in the place of `keep`
@@ -175,8 +180,8 @@ class RandomTaskVectors(RescaledTaskVectors):
         return rescaling(lambda values, shape: self.drop(values, shape, keep, seed, donor), keep, self.rescale)
 
 
-def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale) -> Sparsify:
-    """Make sparse, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), or not at all (none)."""
+def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale | float) -> Sparsify:
+    """Make sparse, and make what stays larger: by 1/keep (inverse), to the sum of sizes before (l1), not at all (none), or by a factor."""
 
     def sparse(values: Values, shape: tuple[int, ...]) -> Values:
         if keep >= 1:
@@ -186,7 +191,11 @@ def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale) -> Sparsify:
         kept = sparsify(values, shape)
         if rescale == "none":
             return kept
-        return task_vectors.rescaled(values, kept, torch.Size(shape).numel(), 1 / keep if rescale == "inverse" else None)
+        if rescale == "l1":
+            factor = task_vectors.restoring(values, kept, torch.Size(shape).numel())
+        else:
+            factor = 1 / keep if rescale == "inverse" else rescale
+        return lambda at: kept(at).mul(factor)
 
     return sparse
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import SettingError, SiteError
+from modelwright.core.walk import refuse_other_shapes
 
 SOUND = 5.0  # condition number from which the rows of a router are too alike
 QWEN = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}
@@ -43,9 +44,14 @@ def mixture(base: Any, experts: int, chosen: int, *, shared: int = 0, architectu
     shared: further experts that every token sees, 0 or 1. architecture: of `LAYOUTS`; by default the one that fits.
 
     Raises:
+        SettingError: a token cannot see more experts than there are.
         SiteError: no layout, or not the one that is asked for, takes such blocks.
     """
     import transformers
+
+    if chosen > experts:
+        besides = " besides the shared one" * shared
+        raise SettingError(f"merge.moe: {chosen} experts per token, of {experts} donors{besides}. Ask for fewer.")
 
     config: Any = getattr(base, "config", None)
     kind = getattr(config, "model_type", type(base).__name__)
@@ -80,6 +86,14 @@ def mixture(base: Any, experts: int, chosen: int, *, shared: int = 0, architectu
     }
     stated = {layout.count: experts, "num_experts_per_tok": chosen, "architectures": [layout.model]}
     return own(**{**keys, **inner, **layout.keys, **stated})
+
+
+def refuse_other_experts(base: Any, names: Sequence[str], donors: Sequence[Any]) -> None:
+    """Raise ModelError when the MLPs of a donor, a module that may be empty, have other shapes than those of the base."""
+    own, *others = [
+        {name: tuple(value.shape) for name, value in each.named_parameters() if ".mlp." in name} for each in (base, *donors)
+    ]  # fmt: skip
+    refuse_other_shapes(own, list(zip(names, others, strict=True)))
 
 
 def unsound(routers: Sequence[Tensor]) -> list[str]:

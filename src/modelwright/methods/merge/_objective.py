@@ -16,17 +16,24 @@ from modelwright.core.progress import bar
 
 @torch.no_grad()
 def nats(module: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
-    """Mean negative log-likelihood of the next token, in nats.
+    """Mean negative log-likelihood of the next token, in nats; pad tokens, where `attention_mask` is 0, are cut out.
 
     Raises:
         SiteError: there is no token to predict.
     """
-    rows = [row for batch in batches for row in batch.get("input_ids", ())]
+    rows = [row for batch in batches if "input_ids" in batch for row in _unpadded(batch)]
     losses = [window_losses(module, row, len(row)) for row in rows if len(row) > 1]
     total = sum(int(count.sum()) for _, count in losses)
     if not total:
         raise SiteError("A search of coefficients needs calibration text of two tokens or more. Add `data:`.")
     return float(sum(loss.sum() for loss, _ in losses)) / total
+
+
+def _unpadded(batch: Mapping[str, Tensor]) -> list[Tensor]:
+    """The tokens of each row that are no padding."""
+    ids = batch["input_ids"]
+    kept = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    return [row[mask] for row, mask in zip(ids, kept, strict=True)]
 
 
 def search(

@@ -36,7 +36,7 @@ class ArceeFusion(PointWise):
         start, donor = flat(weight), flat(donors[0])
         if not count:
             return Sliced(shape, weight.dtype, start)
-        change, apart = delta(start, donor), spread(of_rows([start, donor], width, count, divergence), width)
+        change, apart = delta(weight, donors[0]), spread(of_rows([start, donor], width, count, divergence), width)
 
         def scores(at: slice) -> Tensor:
             return change(at).abs_().mul_(apart(at))

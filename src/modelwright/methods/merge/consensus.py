@@ -53,11 +53,21 @@ class Consensus(SparseTaskVectors):
         if self.agree > donors:
             raise SettingError(f"{self.name()}: agree={self.agree} of {donors} donors is never reached. Lower it or give more donors.")
 
+    def refuse_other_numbers(self, donors: int) -> None:
+        """Raise SettingError when a setting with a value for each donor has another number of them."""
+        self.weights_for(donors)
+        self.keeps(donors)
+        self.bounds(donors)
+
+    def bounds(self, donors: int) -> list[float]:
+        """λ of each donor."""
+        return self.each(self.least_each, "least_each", donors) or [self.least] * donors
+
     def parts(self, weight: Entries, donors: list[Entries]) -> tuple[Values, list[Values], list[float]]:
         """The merged change τ_M, each donor's τᵢ and its λᵢ."""
         merged = self.change(weight, donors, [counted(trimmed, keep=keep) for keep in self.keeps(len(donors))])
         own = [_times(change, share) for change, share in zip(changes(weight, donors), self.weights_for(len(donors)), strict=True)]
-        return merged, own, self.each(self.least_each, "least_each", len(donors)) or [self.least] * len(donors)
+        return merged, own, self.bounds(len(donors))
 
     def mask(self, weight: Entries, donors: list[Entries], number: int) -> tuple[Values, Values]:
         """The merged change τ_M, and where donor `number` needs it."""

@@ -22,13 +22,13 @@ from torch import Tensor
 
 from modelwright.core import find, walk
 from modelwright.core.given import Given
-from modelwright.core.method import DRIVEN, ModelMethod, fields_of
+from modelwright.core.method import DRIVEN, ModelMethod
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.model import put as write
 from modelwright.core.settings import count, number
 from modelwright.core.together import same_tensors
 from modelwright.maths.slices import Sliced
-from modelwright.methods.merge._mechanism import Merger
+from modelwright.methods.merge._mechanism import Merger, SparseTaskVectors
 from modelwright.methods.merge._objective import nats, search
 
 
@@ -109,8 +109,9 @@ class Evolve(ModelMethod):
     def genes(self, donors: int) -> dict[str, tuple[float, float]]:
         """Each coefficient with its range, such as "weight 0 1" of group 0 and donor 1."""
         kinds = {"weight": (self.lowest, self.highest)}
-        if "keep_each" in {field.name for field, _ in fields_of(find.find(self.method))}:
-            kinds["keep"] = (0.05, 1.0)
+        cls = find.find(self.method)
+        if issubclass(cls, SparseTaskVectors):
+            kinds["keep"] = cls.searched
         return {
             f"{kind} {group} {donor}": kinds[kind] for kind, group, donor in itertools.product(kinds, range(self.groups), range(donors))
         }

@@ -29,8 +29,8 @@ from modelwright.core.model import Model, empty_module, unwrapped
 from modelwright.core.passage import fill
 from modelwright.core.settings import count
 from modelwright.core.stream import revive
-from modelwright.core.walk import refuse_other_shapes, refuse_stored
-from modelwright.methods.merge._mixture import mixture, unsound
+from modelwright.core.walk import refuse_stored
+from modelwright.methods.merge._mixture import mixture, refuse_other_experts, unsound
 
 Prompts = tuple[tuple[str, ...], ...]
 
@@ -57,7 +57,16 @@ class Moe(ModelMethod):
         return empty_module(self.config(module, donors))
 
     def config(self, module: Any, donors: int) -> Any:
-        """The config of the mixture."""
+        """The config of the mixture of so many donors.
+
+        Raises:
+            SettingError: settings that have a value for each donor have another number of them.
+            and what `mixture` raises.
+        """
+        for what in ("lists of prompts", "lists of against", "noise_each", "residual_each"):
+            one = getattr(self, what.removeprefix("lists of "))
+            if one is not None and len(one) != donors:
+                raise SettingError(f"{self.name()}: {len(one)} {what} for {donors} donors. Give one for each donor.")
         return mixture(module, donors - self.shared, self.experts_per_token, shared=self.shared, architecture=self.architecture)
 
     def problems(self) -> list[str]:
@@ -75,19 +84,11 @@ class Moe(ModelMethod):
 
     @torch.no_grad()
     def model(self, model: Model, donors: Sequence[Model], rng: torch.Generator, notes: list[str]) -> Model:
-        for what in ("lists of prompts", "lists of against", "noise_each", "residual_each"):
-            one = getattr(self, what.removeprefix("lists of "))
-            if one is not None and len(one) != len(donors):
-                raise SettingError(f"{self.name()}: {len(one)} {what} for {len(donors)} donors. Give one for each donor.")
         experts = len(donors) - self.shared
-        if self.experts_per_token > experts:
-            besides = " besides the shared one" * self.shared
-            raise SettingError(f"{self.name()}: {self.experts_per_token} experts per token, of {experts} donors{besides}. Ask for fewer.")
         base, sources = unwrapped(model.module), [unwrapped(donor.module) for donor in donors]
         refuse_stored([model, *donors])
         config = self.config(base, len(donors))
-        shapes = [{name: tuple(value.shape) for name, value in each.named_parameters() if ".mlp." in name} for each in (base, *sources)]
-        refuse_other_shapes(shapes[0], [(donor.name, one) for donor, one in zip(donors, shapes[1:], strict=True)])
+        refuse_other_experts(base, [donor.name for donor in donors], sources)
         rows = self.routers(model, len(donors), rng)
         notes += [f"{self.name()}: {text}" for text in unsound([one[:experts] for one in rows])]
 
@@ -105,11 +106,13 @@ class Moe(ModelMethod):
             return own[name].data if name in own else base.get_input_embeddings().weight.new_zeros(wanted[name].shape)  # type: ignore[operator]
 
         def mlp(number: int, block: str, part: str) -> Tensor:
-            weight = sources[number].get_parameter(f"{block}.mlp.{part}_proj.weight").data
+            name = f"{block}.mlp.{part}_proj.weight"
+            weight = sources[number].get_parameter(name).data.clone()
             if self.noise_each and self.noise_each[number]:
-                weight = weight + self.noise_each[number] * torch.randn(weight.shape, generator=rng).to(weight)
-            scale = (self.residual_each[number] if self.residual_each else 1) * (2 if whole and number == experts else 1)
-            return weight * scale if part == "down" and scale != 1 else weight
+                weight += self.noise_each[number] * torch.randn(weight.shape, generator=rng).to(weight)
+            if part == "down":
+                weight *= (self.residual_each[number] if self.residual_each else 1) * (2 if whole and number == experts else 1)
+            return weight.to(own[name])
 
         whole = self.shared and not any(one[experts:].any() for one in rows)  # sigmoid 0 is ½
         made: Any = empty_module(config)

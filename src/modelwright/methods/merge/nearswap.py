@@ -29,10 +29,10 @@ class Nearswap(PointWise):
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
         start, donor = flat(weight), flat(donors[0])
-        change = delta(start, donor)
+        change = delta(weight, donors[0])
 
         def values(at: slice) -> torch.Tensor:
             step = change(at)
-            return torch.where(step.abs() <= self.t, donor(at).float(), step.clamp_(-self.t, self.t).add_(start(at)))
+            return torch.where(step.abs() <= self.t, donor(at).to(step.dtype), step.clamp_(-self.t, self.t).add_(start(at)))
 
         return Sliced(tuple(weight.shape), weight.dtype, values)

@@ -37,6 +37,7 @@ class Pcb(Merger):
     """Add a mean of the donors' changes at each entry, weighted by parameter competition; needs no search for a scale."""
 
     status: ClassVar[str] = "checked"
+    on_changes: ClassVar[bool] = True
     neutral = dict(scale=0.0)
     unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 
@@ -64,7 +65,7 @@ class Pcb(Merger):
             scores = torch.stack([within(self.balance(parts, ends, number), one.balances) for number, one in enumerate(ends)])
             sizes = torch.stack([part.abs().clamp(*one.sizes) for part, one in zip(parts, ends, strict=True)])
             total = (weights.to(parts.device) * scores * sizes * parts.sign()).sum(0)
-            return total.div_(scores.sum(0).clamp_(min=1e-12)).float()
+            return total.div_(scores.sum(0).clamp_(min=1e-12))
 
         return onto(weight, merged, self.scale)
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from modelwright.core.settings import number
-from modelwright.maths.slices import Entries, Sliced, each, flat
-from modelwright.maths.task_vectors import delta, onto
+from modelwright.maths.slices import Entries, Sliced, each
+from modelwright.maths.task_vectors import changes, onto
 from modelwright.methods.merge._mechanism import PointWise
 
 
@@ -27,6 +27,7 @@ class Ram(PointWise):
     """Add to the model what each donor alone changed, undiluted, and the mean of what several changed."""
 
     status: ClassVar[str] = "checked"
+    on_changes: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     scale: float = number(1.0)  # of the merged change, λ
@@ -46,11 +47,11 @@ class Ram(PointWise):
         factors = torch.tensor(survey or self.factors(weight, donors))[:, None]
 
         def merged(at: slice) -> Tensor:
-            changes, changed = self.parts(weight, donors, at)
-            changes.mul_(changed)
+            parts, changed = self.parts(weight, donors, at)
+            parts.mul_(changed)
             times = changed.sum(0)
-            alone = changes.mul(factors.to(changes.device)).sum(0)
-            return torch.where(times > 1, changes.sum(0).div_(times.clamp(min=1)), alone)
+            alone = parts.mul(factors.to(parts.device)).sum(0)
+            return torch.where(times > 1, parts.sum(0).div_(times.clamp(min=1)), alone)
 
         return onto(weight, merged, self.scale)
 
@@ -70,5 +71,5 @@ class Ram(PointWise):
 
     def parts(self, weight: Entries, donors: list[Entries], at: slice) -> tuple[Tensor, Tensor]:
         """The donors' changes at a slice, and where they changed something [donors, n]."""
-        changes = torch.stack([delta(flat(weight), flat(donor))(at) for donor in donors])
-        return changes, changes.abs() > self.threshold
+        parts = torch.stack([change(at) for change in changes(weight, donors)])
+        return parts, parts.abs() > self.threshold

@@ -74,7 +74,9 @@ class Soup(ModelMethod):
             for turn in range(self.iterations):
                 batch = batches[turn % len(batches)]
                 mixed = {name: torch.tensordot(logits.softmax(0), stack, 1).to(pots[0][name].dtype) for name, stack in stacks.items()}
-                out = functional_call(module, mixed, kwargs={**batch, "labels": batch["input_ids"], "use_cache": False})
+                ids = batch["input_ids"]
+                labels = ids.masked_fill(batch.get("attention_mask", torch.ones_like(ids)) == 0, -100)  # pad tokens do not count
+                out = functional_call(module, mixed, kwargs={**batch, "labels": labels, "use_cache": False})
                 optimizer.zero_grad()
                 out.loss.backward()
                 optimizer.step()

@@ -68,7 +68,7 @@ class TallMasks(Reader):
                 return nats(module, batches)
 
             study = search(objective, tried, {}, "grid", self.points, self.points, 0, self.name())
-            chosen.append(round(study.best_params["least"], 6))
+            chosen.append(study.best_params["least"])
             losses = ", ".join(
                 f"{trial.params['least']:g}: {trial.value:.4f}" for trial in sorted(study.trials, key=lambda one: one.params["least"])
             )
