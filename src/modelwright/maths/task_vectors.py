@@ -30,6 +30,11 @@ def wide(*tensors: Entries) -> torch.dtype:
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
+def sums_in(*dtypes: torch.dtype) -> torch.dtype:
+    """In which sums run whose terms and result have these dtypes: float32, and float64 where one is wider than 16 bits."""
+    return torch.float64 if max(dtype.itemsize for dtype in dtypes) > 2 else torch.float32
+
+
 def delta(start: Entries, end: Entries) -> Values:
     """What was added between two models, in their `wide` dtype."""
     before, after, dtype = flat(start), flat(end), wide(start, end)
@@ -259,7 +264,7 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
     assert all(tensor.shape == tensors[0].shape for tensor in tensors), [tensor.shape for tensor in tensors]
     shares = [weight / sum(weights) if normalize else weight for weight in weights]
     result = dtype or tensors[0].dtype
-    wide = torch.float64 if max(kind.itemsize for kind in (result, *(tensor.dtype for tensor in tensors))) > 2 else torch.float32
+    wide = sums_in(result, *(tensor.dtype for tensor in tensors))
     parts = [flat(tensor) for tensor in tensors]
 
     def values(at: slice) -> Tensor:
