@@ -6,8 +6,9 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,6 +147,11 @@ class _Stretch:
             self.room -= fits
             inside = inside[fits:]
 
+    @functools.cached_property
+    def inside(self) -> Any:
+        """What was collected, slice after slice, as numpy's."""
+        return torch.cat(self.buffers)[: sum(self.lengths)].numpy()
+
     def cut(self, lowest: int, count: int) -> Cut | None:
         """Where the `lowest` lowest of all `count` values end, if that is within this stretch."""
         rank = lowest - self.below
@@ -155,10 +161,11 @@ class _Stretch:
             return _cut_at(self.low, rank, self.at_low, count)
         rank -= sum(self.at_low)
         if rank <= sum(self.lengths):
-            middle = torch.cat(self.buffers)[: sum(self.lengths)]
-            value = middle.kthvalue(rank).values
-            equals = [int((part == value).count_nonzero()) for part in middle.split(self.lengths)]
-            return _cut_at(value.item(), rank - int((middle < value).count_nonzero()), equals, count)
+            middle = self.inside
+            value = np.partition(middle, rank - 1)[rank - 1]
+            slice_of = np.searchsorted(np.cumsum(self.lengths), np.flatnonzero(middle == value), side="right")
+            equals = np.bincount(slice_of, minlength=len(self.lengths)).tolist()
+            return _cut_at(float(value), rank - int(np.count_nonzero(middle < value)), equals, count)
         rank -= sum(self.lengths)
         return _cut_at(self.high, rank, self.at_high, count) if rank <= sum(self.at_high) else None
 
