@@ -47,6 +47,7 @@ CASES = {
     "arcee_fusion": Case(("base", "first")),
     "nearswap": Case(("base", "first"), {}, {"t": 0.001}),
     "passthrough": Case(("first",), base=False),
+    "ram": Case(BOTH),
 }
 
 
@@ -127,7 +128,7 @@ def main() -> None:
     parser.add_argument("--peer-python", default=sys.executable, help="a Python with mergekit")
     parser.add_argument("--gigabytes", type=float, default=1.6, help="size of each checkpoint")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--methods", nargs="+", default=["linear", "ties"], choices=list(CASES))
+    parser.add_argument("--methods", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--peer-dtype", default="bfloat16", help="what mergekit computes in")
     parser.add_argument("--work", help="where the models go; by default a temporary folder")
     parser.add_argument("--name", default="merge", help="the result is docs/results/NAME.json")

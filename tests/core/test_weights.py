@@ -122,6 +122,11 @@ def test_reading_reads_no_more_than_asked(folder, tensors, monkeypatch):
     count = 0
     checkpoint.read_rows("wide", 1, 3)
     assert count == 2 * 32 * 4
+    count, stored = 0, checkpoint.on_disk("wide")
+    first = stored[2:10]
+    assert stored[2:10] is first  # a formula that needs it twice
+    assert count == 8 * 4
+    assert stored[2:9].tolist() == first[:7].tolist()
 
 
 def test_opens_a_file_and_a_folder_with_one_other_file(tmp_path):

@@ -358,3 +358,19 @@ def test_rows_wider_than_a_slice_hold_no_more_than_two(monkeypatch):
     found(slice(2000, 2010))
     found(slice(0, 10))
     assert reads == [0, 1, 2, 0]  # the first had gone
+
+
+def test_what_was_kept_is_found_once(monkeypatch):
+    monkeypatch.setattr(slices, "SLICE", 10)
+    values, asked = torch.arange(1.0, 26.0), []
+
+    def kept(at):
+        asked.append(at)
+        return values[at] * (values[at] % 3 == 0)
+
+    found = task_vectors.remembered(flat(values), kept)
+    for _ in range(2):
+        whole = torch.cat([found(at) for at in slices.slices(25)])
+        assert whole.tolist() == [number * (number % 3 == 0) for number in range(1, 26)]
+    assert len(asked) == 3
+    assert values.tolist() == list(range(1, 26))

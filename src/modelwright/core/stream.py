@@ -335,7 +335,7 @@ def _steady_memory() -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # where there is no glibc
         library = ctypes.CDLL(None)
         library.mallopt(M_TRIM_THRESHOLD, 1 << 26)
-        library.mallopt(M_MMAP_THRESHOLD, (1 << 20) + (1 << 16))  # a slice in float64 takes a little more than 1 << 20
+        library.mallopt(M_MMAP_THRESHOLD, (1 << 21) + (1 << 16))  # a slice in float64 takes a little more than 1 << 21
 
 
 def _give_back() -> None:

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -158,17 +159,24 @@ class Checkpoint:
 
 
 class OnDisk:
-    """A stored tensor, read by slices of its flattened entries: x[start:stop]; memory never holds the whole."""
+    """A stored tensor, read by slices of its flattened entries: x[start:stop]; memory never holds the whole.
+
+    A slice that a thread asks for again, as a formula does that needs it twice, is not read again: it is not to be changed.
+    """
 
     def __init__(self, place: Place):
         self.place = place
         self.shape, self.dtype = place.shape, place.dtype
+        self._last = threading.local()
 
     def __getitem__(self, at: slice) -> Tensor:
         size = self.dtype.itemsize
         start, stop, step = at.indices(math.prod(self.shape))
         assert step == 1, at
-        return _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
+        if getattr(self._last, "at", None) != (start, stop):
+            self._last.values = _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
+            self._last.at = start, stop
+        return self._last.values
 
 
 def read_header(file: Path) -> tuple[dict[str, str], dict[str, Place]]:

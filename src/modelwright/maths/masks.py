@@ -6,8 +6,9 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from modelwright.maths.slices import Sliced, Values, each, flat, in_order, slice
 
 SAMPLE = 1 << 16  # entries that tell about where a cut lies, at least
 RUN = 1 << 8  # of which so many lie beside each other
+BUFFER = 1 << 20  # values that are collected in one tensor
 SPREAD = 10.0  # width of a bracket, in standard deviations of a fair sample; where it misses, a wider one is tried
 
 
@@ -105,39 +107,80 @@ def _cuts_within(values: Values, count: int, brackets: list[tuple[float, float]]
         part = values(at)
         return [_look(part, low, high) for low, high in brackets]
 
-    found = {}
-    for (low, high), seen in zip(brackets, zip(*each(look, count), strict=True), strict=True):
-        below, at_low, at_high, inside = zip(*seen, strict=True)
-        middle = torch.cat(inside)
-        for number in ranks:
-            rank = number - sum(below)
-            if 0 < rank <= sum(at_low):
-                found[number] = _cut_at(low, rank, at_low, count)
-            rank -= sum(at_low)
-            if 0 < rank <= middle.numel():
-                value = middle.kthvalue(rank).values
-                equals = [int((part == value).count_nonzero()) for part in inside]
-                found[number] = _cut_at(value.item(), rank - int((middle < value).count_nonzero()), equals, count)
-            rank -= middle.numel()
-            if 0 < rank <= sum(at_high):
-                found[number] = _cut_at(high, rank, at_high, count)
+    stretches = [_Stretch(low, high) for low, high in brackets]
+    for seen in each(look, count):
+        for stretch, one in zip(stretches, seen, strict=True):
+            stretch.add(*one)
+    found = {rank: cut for stretch in stretches for rank in ranks if (cut := stretch.cut(rank, count))}
     if len(found) < len(ranks) and brackets == [(float("-inf"), float("inf"))]:
         raise SiteError("Some values are NaN, so they have no order. Look for NaN in the models.")
     return found
 
 
+class _Stretch:
+    """What is known of the values between two ends, slice by slice.
+
+    They are copied to large buffers: small ones that stay would keep what comes and goes between them from its places.
+    """
+
+    def __init__(self, low: float, high: float):
+        self.low, self.high, self.below = low, high, 0
+        self.at_low: list[int] = []
+        self.at_high: list[int] = []
+        self.lengths: list[int] = []
+        self.buffers: list[Tensor] = []
+        self.room = 0  # in the last buffer
+
+    def add(self, below: int, at_low: int, at_high: int, inside: Tensor) -> None:
+        """Take in what `_look` found in the next slice."""
+        self.below += below
+        self.at_low.append(at_low)
+        self.at_high.append(at_high)
+        self.lengths.append(len(inside))
+        while len(inside):
+            if not self.room:
+                self.buffers.append(inside.new_empty(BUFFER))
+                self.room = BUFFER
+            start = BUFFER - self.room
+            fits = min(len(inside), self.room)
+            self.buffers[-1][start : start + fits] = inside[:fits]
+            self.room -= fits
+            inside = inside[fits:]
+
+    @functools.cached_property
+    def inside(self) -> Any:
+        """What was collected, slice after slice, as numpy's."""
+        return torch.cat(self.buffers)[: sum(self.lengths)].numpy()
+
+    def cut(self, lowest: int, count: int) -> Cut | None:
+        """Where the `lowest` lowest of all `count` values end, if that is within this stretch."""
+        rank = lowest - self.below
+        if rank <= 0:
+            return None
+        if rank <= sum(self.at_low):
+            return _cut_at(self.low, rank, self.at_low, count)
+        rank -= sum(self.at_low)
+        if rank <= sum(self.lengths):
+            middle = self.inside
+            value = np.partition(middle, rank - 1)[rank - 1]
+            slice_of = np.searchsorted(np.cumsum(self.lengths), np.flatnonzero(middle == value), side="right")
+            equals = np.bincount(slice_of, minlength=len(self.lengths)).tolist()
+            return _cut_at(float(value), rank - int(np.count_nonzero(middle < value)), equals, count)
+        rank -= sum(self.lengths)
+        return _cut_at(self.high, rank, self.at_high, count) if rank <= sum(self.at_high) else None
+
+
 def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:
-    """Of a slice's values: how many lie below a bracket, on its lower and its upper end, and those that lie inside."""
-    reaches = part >= low
-    below = part.numel() - int(reaches.count_nonzero())
-    part = part[_places(reaches.logical_and_(part <= high))]
-    inside = part[_places((part > low) & (part < high))]
-    return below, int((part == low).count_nonzero()), int((part == high).count_nonzero()), inside
+    """Of a slice's values: how many lie below a bracket, on its lower and its upper end, and those that lie inside.
 
-
-def _places(mask: Tensor) -> Tensor:
-    """Where a mask [n] is true. On a processor numpy finds that several times as fast as torch."""
-    return torch.from_numpy(np.flatnonzero(mask.numpy())) if mask.device.type == "cpu" else mask.nonzero()[:, 0]
+    By numpy, which compares and finds several times as fast as torch on a processor, and has no 16-bit numbers of ours.
+    """
+    values = (part if part.dtype in (torch.float32, torch.float64) else part.double()).cpu().numpy()
+    reaches = values >= low
+    below = values.size - int(np.count_nonzero(reaches))
+    values = values[np.flatnonzero(reaches & (values <= high))]
+    inside = values[(values > low) & (values < high)]
+    return below, int(np.count_nonzero(values == low)), int(np.count_nonzero(values == high)), torch.from_numpy(inside)
 
 
 def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-SLICE = 1 << 17  # entries worked on at a time, so that they stay in the processor's cache
+SLICE = 1 << 18  # entries worked on at a time, so that they stay in the processor's cache
 
 Values = Callable[[slice], Tensor]  # gives the values at a slice
 Found = TypeVar("Found")

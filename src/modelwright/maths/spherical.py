@@ -1,4 +1,4 @@
-"""Means on the sphere, in float64: each is a sum of the vectors, with coefficients that follow from their Gram matrix.
+"""Means on the sphere: each is a sum of the vectors, with coefficients that follow from their Gram matrix, in float64.
 
 G_ij = v_i · v_j [..., n, n]. So a tensor is read once for its dot products and once for its sum, a slice at a time,
 however often an iteration turns: a mean of directions never leaves the span of the vectors.
@@ -6,6 +6,7 @@ however often an iteration turns: a mean of directions never leaves the span of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modelwright.maths.slices import Entries, Sliced, each, flat, slices
-from modelwright.maths.task_vectors import NOTHING, average, by_rows
+from modelwright.maths.task_vectors import NOTHING, average, by_rows, sums_in
 
 Coefficients = Callable[[Tensor], Tensor]  # G [..., n, n] -> what each vector counts in the sum [..., n]
 
@@ -70,13 +71,17 @@ def mean(
 
         return Sliced(shape, dtype, mixed)
 
-    def products(at: slice) -> Tensor:
-        whole, _ = vectors([part(at) for part in parts])
-        return whole @ whole.T
+    exact = sums_in(dtype, *(tensor.dtype for tensor in tensors))
 
-    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
-    for part in each(products, count):
-        gram += part.cpu()
+    def products(at: slice) -> Tensor:
+        read = [part(at).to(exact) for part in parts]
+        whole = read if base is None else [one - read[-1] for one in read[:-1]]
+        return torch.stack([torch.dot(one, other) for one, other in itertools.combinations_with_replacement(whole, 2)]).double().cpu()
+
+    gram, (first, second) = torch.zeros(len(tensors), len(tensors), dtype=torch.float64), torch.triu_indices(len(tensors), len(tensors))
+    for found in each(products, count):
+        gram[first, second] += found
+    gram[second, first] = gram[first, second]
     shares = coefficients(gram).tolist()
     if base is not None:
         tensors, shares = [*tensors, base], [*shares, 1 - sum(shares)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modelwright.maths import slices
+from modelwright.maths.bits import packed, unpacked
 from modelwright.maths.masks import find_cut, find_cuts
 from modelwright.maths.slices import Entries, Sliced, Values, each, flat
 
@@ -27,6 +28,11 @@ Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -
 def wide(*tensors: Entries) -> torch.dtype:
     """In which tensors' changes are computed: float32, and float64 where one of them is float64."""
     return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+
+
+def sums_in(*dtypes: torch.dtype) -> torch.dtype:
+    """In which sums run whose terms and result have these dtypes: float32, and float64 where one is wider than 16 bits."""
+    return torch.float64 if max(dtype.itemsize for dtype in dtypes) > 2 else torch.float32
 
 
 def delta(start: Entries, end: Entries) -> Values:
@@ -116,9 +122,24 @@ def dropped(values: Values, keep: float | Values, seed: int) -> Values:
         part = values(at)
         random = torch.Generator().manual_seed((seed * 1_000_003 + at.start) % (1 << 63))
         draw = torch.rand(part.shape, generator=random)
-        return part * (draw.to(part.device) < (keep if isinstance(keep, float) else keep(at)))
+        return part * draw.to(part.device).lt_(keep if isinstance(keep, float) else keep(at))
 
     return kept
+
+
+def remembered(values: Values, kept: Values) -> Values:
+    """What was kept of values; which they are is found once, and then remembered in a bit for each."""
+    masks: dict[int, Tensor] = {}
+
+    def found(at: slice) -> Tensor:
+        if at.start in masks:
+            part = values(at)
+            return part * unpacked(masks[at.start], len(part)).to(part)
+        part = kept(at)
+        masks[at.start] = packed(part != 0)
+        return part
+
+    return found
 
 
 def by_rank(values: Values, shape: tuple[int, ...], keep: float, spread: float) -> Values:
@@ -243,7 +264,7 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
     assert all(tensor.shape == tensors[0].shape for tensor in tensors), [tensor.shape for tensor in tensors]
     shares = [weight / sum(weights) if normalize else weight for weight in weights]
     result = dtype or tensors[0].dtype
-    wide = torch.float64 if max(kind.itemsize for kind in (result, *(tensor.dtype for tensor in tensors))) > 2 else torch.float32
+    wide = sums_in(result, *(tensor.dtype for tensor in tensors))
     parts = [flat(tensor) for tensor in tensors]
 
     def values(at: slice) -> Tensor:
@@ -303,10 +324,11 @@ def added(
 
     def values(at: slice) -> Tensor:
         parts = [part(at) for part in kept]
-        sign = elect(parts) if consensus and raw_votes else None
+        if not consensus:
+            return summed(parts, weights, normalize)
+        votes = elect(parts) if raw_votes else None
         parts = [part.mul_(weight) for part, weight in zip(parts, weights, strict=True)]
-        sign = elect(parts) if consensus and sign is None else sign
-        return combined(parts, weights, sign, normalize)
+        return combined(parts, weights, elect(parts) if votes is None else votes, normalize)
 
     return values
 
@@ -316,13 +338,16 @@ def cancel(weights: Sequence[float]) -> bool:
     return abs(sum(weights)) <= NOTHING * sum(map(abs, weights))
 
 
-def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor | None, normalize: bool) -> Tensor:
-    """Σ of weighted deltas [n] that have the given sign (1 or -1), or of all; over the weights that count."""
-    if sign is None:
-        total = parts[0].clone()
-        for part in parts[1:]:
-            total.add_(part)
-        return total.div_(1.0 if cancel(weights) else sum(weights)) if normalize else total
+def summed(parts: list[Tensor], weights: Sequence[float], normalize: bool) -> Tensor:
+    """Σ of deltas [n] times their weights, in the place of the first; over the sum of the weights."""
+    total = parts[0].mul_(weights[0])
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total.add_(part, alpha=weight)
+    return total.div_(1.0 if cancel(weights) else sum(weights)) if normalize else total
+
+
+def combined(parts: list[Tensor], weights: Sequence[float], sign: Tensor, normalize: bool) -> Tensor:
+    """Σ of weighted deltas [n] that have the given sign (1 or -1); over the weights that count."""
     total, shares = torch.zeros_like(parts[0]), torch.zeros_like(parts[0])
     for part, weight in zip(parts, weights, strict=True):
         agreeing = part.mul_(sign).clamp_(min=0)  # the size of what has the elected sign

@@ -74,3 +74,12 @@ def test_divergences_of_nearby_rows_are_more_than_their_rounding():
     share, change = before.double().softmax(-1), after.double() - before.double()
     variance = (share * change.square()).sum(-1) - (share * change).sum(-1).square()
     assert torch.allclose(divergence(before, after).double(), variance / 2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1e-3, 0.1, 1.0, 10.0])
+def test_divergences_from_changes_are_those_of_the_formula(size):
+    before = normal(8, 1000)
+    after = before + size * normal(8, 1000, seed=1)
+    old, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    assert torch.allclose(divergence(before, after).double(), (new.exp() * (new - old)).sum(-1), rtol=2e-4)
+    assert torch.allclose(divergence(before.double(), after.double()), (new.exp() * (new - old)).sum(-1), rtol=1e-6)

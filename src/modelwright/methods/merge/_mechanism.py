@@ -192,6 +192,7 @@ def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale | float) -> Spar
         if rescale == "none":
             return kept
         if rescale == "l1":
+            kept = task_vectors.remembered(values, kept)
             factor = task_vectors.restoring(values, kept, torch.Size(shape).numel())
         else:
             factor = 1 / keep if rescale == "inverse" else rescale
