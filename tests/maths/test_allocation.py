@@ -22,6 +22,11 @@ def test_units_of_all_groups_compete_by_score_and_count_by_cost():
     assert keep_highest_of_all([cheap, dear], [1.0, 3.0], 1.0) == [[3], [1]]
 
 
+def test_units_of_infinite_score_stay():
+    score = torch.tensor([2.0, float("inf"), 1.0, float("inf")])
+    assert keep_highest_of_all([score, torch.tensor([5.0, 6.0])], [1.0, 1.0], 1.0) == [[1, 3], [1]]
+
+
 def test_standardised_scores_have_mean_0_and_variance_1_and_equal_ones_are_0():
     found = standardised(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
     assert found.mean().item() == pytest.approx(0, abs=1e-12)

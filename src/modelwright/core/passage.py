@@ -243,6 +243,33 @@ def statistics_of(model: Model, sites: Sequence[Site], gathers: Sequence[str], b
         return gather(walk, sites, gathers, functools.partial(map, walk.forward, batches))
 
 
+def similarities_of_blocks(model: Model, batches: Sequence[Batch]) -> list[float]:
+    """For each block, the mean over tokens of the cosine of what enters and what leaves it; pad tokens do not count."""
+    walk, turn = Resident(model), dict[str, Any](mask=None)
+    sums, tokens = torch.zeros(2, walk.depths, dtype=torch.float64)
+
+    def hook(depth: int) -> Callable[..., None]:
+        def count(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+            before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+            cosines, mask = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1), turn["mask"]
+            cosines = cosines[mask.bool()] if mask is not None and mask.shape == cosines.shape else cosines
+            sums[depth] += cosines.double().sum().cpu()
+            tokens[depth] += cosines.numel()
+
+        return count
+
+    handles = [block.register_forward_hook(hook(depth), with_kwargs=True) for depth, block in enumerate(walk.stack)]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                turn["mask"] = batch.get("attention_mask")
+                walk.forward(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return (sums / tokens.clamp(min=1)).tolist()
+
+
 def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: dict[str, Any]) -> Callable[..., None]:
     """Count a matrix's inputs. Matrices that are given the same tensor one after another, as q, k and v are, share."""
     own = found[name]

@@ -18,7 +18,7 @@ def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share:
     """What stays of each group of scores [n] when the lowest of all groups go, until they cost `share` of the whole.
 
     costs: of one unit of each group. A unit that would go beyond the share is passed over, and cheaper ones after it may
-    still go; of every group the highest stays.
+    still go. Units of infinite score stay, and of every group the highest.
     """
     sizes = [len(score) for score in scores]
     groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -27,7 +27,7 @@ def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share:
     values[torch.tensor([sum(sizes[:number]) + int(score.argmax()) for number, score in enumerate(scores)])] = torch.inf
     left = share * sum(cost * size for cost, size in zip(costs, sizes, strict=True)) * (1 + 1e-12)
     stays = torch.ones(len(values), dtype=torch.bool)
-    for unit in values.argsort(stable=True)[: len(values) - len(sizes)].tolist():
+    for unit in values.argsort(stable=True)[: int(values.isfinite().sum())].tolist():
         cost = costs[int(groups[unit])]
         if cost <= left:
             stays[unit] = False

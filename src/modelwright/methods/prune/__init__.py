@@ -6,6 +6,6 @@ expert, or a whole block.
 How to choose: without text, `prune.magnitude`. With text, `prune.sparsegpt` keeps the most quality of the
 weight pruners, `prune.wanda` is faster and needs less memory. Zeros save bytes on disk only when they are stored
 sparse (`store: sparse`), and no time. What saves bytes, memory and time is to take units out: `prune.flap` heads and
-neurons without training, `prune.llm_pruner` the same by gradients before some training, `prune.shortgpt` whole blocks,
-`prune.reap` experts.
+neurons without training, `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many
+small steps, `prune.shortgpt` whole blocks, `prune.reap` experts.
 """
