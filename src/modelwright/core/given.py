@@ -56,6 +56,10 @@ class Given:
         """Raise NeedError with all that is missing."""
         refuse(NeedError, self.lacking(method))
 
+    def models(self, *others: Model) -> list[Model]:
+        """These and all models that are given."""
+        return [*others, *self.donors, *(one for one in (self.base, self.teacher) if one is not None)]
+
     def rng(self, place: str = "") -> torch.Generator:
         """A generator that depends on the seed and the place alone, so that order and streaming do not matter."""
         digest = hashlib.sha256(f"{self.seed}/{place}".encode()).digest()

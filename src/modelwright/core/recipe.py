@@ -26,7 +26,7 @@ import torch
 from . import data as texts
 from . import find, walk
 from .errors import Faults, ModelError, ModelwrightError, NeedError, RecipeError, WeightsError, nearest, refuse
-from .files import refuse_existing, refuse_inputs, whole_folder, write_json, write_text
+from .files import alone, place_of, refuse_existing, refuse_inputs, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
 from .method import Method
@@ -277,8 +277,6 @@ def run(
         recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
     elif not isinstance(recipe, Recipe):
         recipe = read(str(recipe), overrides)
-    from modelwright import __version__, report
-
     from . import plan  # which itself reads recipes
 
     if trust_remote_code and isinstance(recipe.model, (str, Path)):
@@ -292,8 +290,21 @@ def run(
     assert model is not None and recipe.save is not None
     for name in {id(each): each for each in (model, *map(open, map(str, _models_of(recipe))))}.values():
         check_readable(name)
-    final = Path(recipe.save)
-    beside = work or final.absolute().with_name(final.name + ".steps")
+    final = place_of(recipe.save)
+    with contextlib.nullcontext(work) if work else alone(final) as beside:
+        refuse_existing(final, overwrite=overwrite)
+        account = _steps(recipe, model, given, predicted, beside, final, overwrite)
+        if not keep_steps and work is None:
+            _remove_steps(beside)
+    return Run(open(final), account)
+
+
+def _steps(
+    recipe: Recipe, model: Model, given: Given, predicted: Sequence[Any], beside: Path, final: Path, overwrite: bool
+) -> list[dict[str, Any]]:
+    """Run the steps, each into a folder in `beside` unless that is there, and write the result; returns the account."""
+    from modelwright import __version__, report
+
     source = _anew(model)
     key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
@@ -328,9 +339,7 @@ def run(
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
         write_text(partial / "README.md", report.run_card(recipe.plain()["model"], whole_names(recipe).yaml(), account, partial))
-    if not keep_steps and work is None:
-        _remove_steps(beside)
-    return Run(open(final), account)
+    return account
 
 
 def _remove_steps(beside: Path) -> None:
@@ -338,19 +347,16 @@ def _remove_steps(beside: Path) -> None:
     for path in beside.iterdir():
         if re.fullmatch(r"\d\d+-.+-[0-9a-f]{16}(\.json|\.work|\.whole)?(\.partial)?", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with contextlib.suppress(OSError):  # something else lies there
-        beside.rmdir()
 
 
 def _refuse_target(recipe: Recipe, overwrite: bool) -> None:
     """Raise RecipeError when the result has no place to go."""
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
-    final = Path(recipe.save)
     for name in [recipe.model, *_models_of(recipe)]:
         with contextlib.suppress(ModelError, WeightsError):  # a model that cannot be opened is said where it is named
-            refuse_inputs(final, [] if isinstance(name, Mapping) else open(name).sources)
-    refuse_existing(final, overwrite=overwrite)
+            refuse_inputs(recipe.save, [] if isinstance(name, Mapping) else open(name).sources)
+    refuse_existing(recipe.save, overwrite=overwrite)
 
 
 def _surprises(expected: Any, found: Mapping[str, Any]) -> list[str]:

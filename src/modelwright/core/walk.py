@@ -25,7 +25,7 @@ from modelwright.maths.slices import Joined, Sliced
 from . import data as texts
 from . import training
 from .errors import MethodError, ModelError, PlanError, SiteError
-from .files import refuse_existing
+from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
@@ -78,11 +78,12 @@ def apply(
         check_readable(checked)
     for step in methods:
         given.refuse_lacking(step)
+    if save is not None:
+        refuse_inputs(save, [folder for each in given.models(model) for folder in each.sources])
+        refuse_existing(save, overwrite=overwrite)
     if save is not None and (len(methods) == 1 or model.checkpoint is not None):
-        final = Path(save).absolute()
-        refuse_existing(final, overwrite=overwrite)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.parent) as between:
+        final = place_of(save)
+        with alone(final) as steps, tempfile.TemporaryDirectory(dir=steps) as between:
             for number, step in enumerate(methods[:-1]):
                 model = write(model, step, given, Path(between) / str(number))
             return write(model, methods[-1], given, final, overwrite=overwrite)
