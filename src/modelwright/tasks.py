@@ -50,6 +50,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
     method, start, ends = method or Consensus(), open(base), [open(donor) for donor in donors]
     if len(ends) < 2:
         raise SettingError(f"pack_tasks takes two donors or more; got {len(ends)}. One model alone is smallest as it is.")
+    walk.refuse_strangers(start, method, Given(donors=ends))
     walk.refuse_stored([start, *ends])
     files = [_files(one) for one in (start, *ends)]
     shapes = [{name: one.shape(name) for name in one.names} for one in files]

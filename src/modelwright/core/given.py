@@ -53,8 +53,10 @@ class Given:
         ]
 
     def refuse_lacking(self, method: Method) -> None:
-        """Raise NeedError with all that is missing."""
+        """Raise NeedError with all that is missing, SettingError where settings do not go with the number of donors."""
         refuse(NeedError, self.lacking(method))
+        if "donors" in method.needs():
+            refuse(SettingError, method.unfit_for(len(self.donors)))
 
     def models(self, *others: Model) -> list[Model]:
         """These and all models that are given."""

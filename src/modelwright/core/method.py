@@ -62,6 +62,8 @@ class Method(ABC):
     subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
     takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
+    alike: ClassVar[bool] = False  # donors must be of the model's architecture, tensor by tensor
+    of_changes: ClassVar[bool] = False  # merges what donors changed in the model, so that it is no donor of its own
 
     status: ClassVar[str] = "sketch"
     causal: ClassVar[bool] = False  # needs a model that predicts the next token
@@ -92,6 +94,14 @@ class Method(ABC):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings taken together, each a sentence; for methods to extend."""
+        return []
+
+    def unfit_for(self, donors: int) -> list[str]:
+        """Why the settings do not go with so many donors, each a sentence; for methods to extend."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What the user should know of these settings before the result is used; for methods to extend."""
         return []
 
     def promise(self) -> dict[str, float]:

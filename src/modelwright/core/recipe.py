@@ -25,7 +25,7 @@ import torch
 
 from . import data as texts
 from . import find, walk
-from .errors import Faults, ModelError, ModelwrightError, NeedError, RecipeError, WeightsError, nearest, refuse
+from .errors import Faults, ModelError, ModelwrightError, PlanError, RecipeError, WeightsError, nearest, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
@@ -401,15 +401,6 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
         text = read_data(recipe.data)
     given = Given(data=text, seed=recipe.seed, samples=recipe.samples, length=recipe.length)
     present = replace(given, data=() if recipe.data is not None else None)
-    for number, step in enumerate(recipe.steps):
-        named = {key: step.given[key] for key in GIVEN if key in step.given}
-        for key in named:
-            for name in _names({key: named[key]}):
-                if name != INPUT:
-                    with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
-                        open(name)
-        lacking = replace(present, **named).lacking(step.method)
-        faults += [NeedError(f"step {number}: {sentence}") for sentence in lacking]
     model = None
     with faults.collected("model: "):
         if isinstance(recipe.model, Mapping):
@@ -419,6 +410,19 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
                 model = new.model(recipe.model, text, recipe.seed)
         else:
             model = open(recipe.model)
+    for number, step in enumerate(recipe.steps):
+        named = {key: step.given[key] for key in GIVEN if key in step.given}
+        opened = {INPUT: model} if model else {}
+        for key in named:
+            for name in _names({key: named[key]}):
+                if name != INPUT:
+                    with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
+                        opened[name] = open(name)
+        with faults.collected(f"step {number}: "):
+            replace(present, **named).refuse_lacking(step.method)
+        donors = [opened[name] for name in named.get("donors", ()) if name in opened]
+        doubled = walk.doubled(step.method, None if number else model, donors)
+        faults += [PlanError(f"step {number}: {sentence}") for sentence in doubled]
     return model, given
 
 

@@ -23,8 +23,8 @@ from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
-from . import training
-from .errors import MethodError, ModelError, PlanError, SiteError
+from . import kinds, training
+from .errors import MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
@@ -76,8 +76,9 @@ def apply(
             raise MethodError(f"apply takes methods, such as Wanda(sparsity=0.5); got {each!r}. A recipe names methods by text: see run.")
     for checked in [model, *given.donors] if given.donors else []:
         check_readable(checked)
-    for step in methods:
+    for number, step in enumerate(methods):
         given.refuse_lacking(step)
+        refuse(PlanError, doubled(step, None if number else model, given.donors))
     if save is not None:
         refuse_inputs(save, [folder for each in given.models(model) for folder in each.sources])
         refuse_existing(save, overwrite=overwrite)
@@ -108,6 +109,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
     """Apply a method to a model in memory, in place."""
     given.refuse_lacking(method)
     refuse_marks(model, method, given.donors)
+    refuse_strangers(model, method, given)
     if isinstance(method, ModelMethod) and any(donor.loaded and model.loaded and donor.module is model.module for donor in given.donors):
         raise ModelError(f"{method.name()}: a donor is the model itself, which changes on the way. Open the donor separately.")
     with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
@@ -125,6 +127,10 @@ def change(model: Model, method: Method, given: Given) -> Model:
         else:
             assert isinstance(method, ModelMethod), method
             model = method.model(model, **_given_whole(model, method, given))
+    for one in dict.fromkeys(given.models(model)):
+        if one.unread:
+            lost = f"{len(one.unread)} tensors, first {one.unread[0]}, have no place in a model of its kind, and are left out"
+            given.notes.append(f"{one.name}: {lost}")
     record(model, method, given)
     return model
 
@@ -165,6 +171,33 @@ def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> 
             f"{method.name()} wants donors that are {' and '.join(sorted(method.donors_want))}; "
             f"{', '.join(donor.name for donor in strangers)}: {', '.join(sorted(strangers[0].marks)) or 'none of these'}. Name others."
         )
+
+
+def refuse_strangers(model: Model, method: Method, given: Given) -> None:
+    """Raise when donors cannot be merged into the model; what the user should know of them goes to the notes."""
+    refuse(PlanError, doubled(method, model, given.donors))
+    if "donors" in method.needs():
+        given.notes += [f"{method.name()}: {remark}" for remark in method.remarks()]
+    if method.alike:
+        first, *others = (kinds.Kind.of(one) for one in dict.fromkeys((model, *given.donors, *([given.base] if given.base else []))))
+        kinds.refuse_others(first, others)
+        given.notes += kinds.differences(first, others)
+
+
+def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> list[str]:
+    """Sentences on donors that are listed twice, or that are the model itself where it adds nothing; None: not known yet."""
+
+    def same(one: Model, two: Model) -> bool:
+        places = [[folder.resolve() for folder in each.sources] for each in (one, two)]
+        return one is two or bool(places[0]) and places[0] == places[1] and not one.changed and not two.changed
+
+    found = []
+    for number, donor in enumerate(donors):
+        if any(same(donor, other) for other in donors[:number]):
+            found.append(f"{method.name()}: {donor.name} is listed more than once. Give it once, with the sum of its weights.")
+        if model is not None and method.of_changes and same(donor, model):
+            found.append(f"{method.name()}: {donor.name} is the model itself, which has changed nothing. Name the models made from it.")
+    return list(dict.fromkeys(found))
 
 
 # Which sites
@@ -239,10 +272,10 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
+    if method.every:  # by the files, as long as they are not read
+        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     module = unwrapped(model.module)
     donors = [unwrapped(open(donor).module) for donor in (*given.donors, *([given.base] if given.base else []))]
-    if method.every:
-        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     with contextlib.ExitStack() as stack:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
@@ -319,6 +352,7 @@ def refuse_stored(models: Sequence[Model]) -> None:
     faults = [model.name for model in models if not model.dense]
     if faults:
         raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+    own: dict[str, torch.dtype] = {}
     for model in models:
         dtypes = (
             {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
@@ -328,6 +362,14 @@ def refuse_stored(models: Sequence[Model]) -> None:
         narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
         if narrow:
             raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
+        own = own or dtypes
+        other = [name for name in own if name in dtypes and own[name].is_floating_point is not dtypes[name].is_floating_point]
+        if other:
+            kinds = " and ".join(str(each[other[0]]).removeprefix("torch.") for each in (own, dtypes))
+            raise ModelError(
+                f"{models[0].name} and {model.name}: {len(other)} tensors are whole numbers in one of them alone, first {other[0]} "
+                f"({kinds}). Merge the models that they were made from."
+            )
 
 
 def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:

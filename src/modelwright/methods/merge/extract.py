@@ -30,6 +30,7 @@ class Extract(ModelMethod):
     """Give the model an adapter of what the donor learned; what has no two sides is saved whole beside it."""
 
     status: ClassVar[str] = "checked"
+    alike: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int | None]] = (1, 1)
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     fails = dict(bytes_are_as_predicted="ranks are those of the changes, which no plan has read")

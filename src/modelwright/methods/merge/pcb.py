@@ -37,6 +37,7 @@ class Pcb(Merger):
     """Add a mean of the donors' changes at each entry, weighted by parameter competition; needs no search for a scale."""
 
     status: ClassVar[str] = "checked"
+    of_changes: ClassVar[bool] = True
     neutral = dict(scale=0.0)
     unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 

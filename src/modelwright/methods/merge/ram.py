@@ -27,6 +27,7 @@ class Ram(PointWise):
     """Add to the model what each donor alone changed, undiluted, and the mean of what several changed."""
 
     status: ClassVar[str] = "checked"
+    of_changes: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     scale: float = number(1.0)  # of the merged change, λ

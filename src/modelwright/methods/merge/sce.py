@@ -27,6 +27,7 @@ class Sce(PointWise):
     """Merge the changes on which donors differ most, each donor weighted, tensor by tensor, by how much it changed."""
 
     status: ClassVar[str] = "checked"
+    of_changes: ClassVar[bool] = True
     neutral = dict(keep=0.0)
 
     keep: float = fraction(1.0)  # of the entries on which donors differ
