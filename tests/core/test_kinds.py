@@ -12,7 +12,7 @@ from tiny import tiny
 
 import modelwright as mw
 from modelwright.core.contract import letters
-from modelwright.core.errors import ModelError, PlanError, SettingError
+from modelwright.core.errors import MethodError, ModelError, PlanError, SettingError
 from modelwright.core.kinds import Kind, differences
 from modelwright.core.model import Model
 from modelwright.methods.merge.fisher import Fisher
@@ -158,3 +158,16 @@ def test_settings_that_do_not_go_with_the_donors_are_refused_before_work(small, 
         with pytest.raises(SettingError, match=sentence):
             use()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["donor", "other"]
+
+
+def test_one_donor_needs_no_list(small, donor):
+    folder = donor()
+    for one in (str(folder), folder, mw.open(folder), mw.open(folder).module):
+        merged = mw.apply(small, Linear(), donors=one).module.state_dict()[Q]
+        assert torch.equal(merged, load_file(folder / "model.safetensors")[Q])
+
+
+def test_a_method_by_name_is_answered_with_its_class(small):
+    for method in ("merge.ties", ["merge.ties"]):
+        with pytest.raises(MethodError, match="not their names: from modelwright.methods.merge.ties import Ties. mw.run takes a recipe"):
+            mw.apply(small, method)

@@ -45,8 +45,9 @@ NEEDS: dict[str, str] = {
     "seed": "the seed of the step",
     "survey": "what `survey` found over all tensors",
     "notes": "a list for sentences that the user should read",
+    "details": "a list for sentences that only the record keeps",
 }
-DRIVEN = frozenset({"rng", "seed", "survey", "notes"})  # needs that the driver meets by itself
+DRIVEN = frozenset({"rng", "seed", "survey", "notes", "details"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
@@ -80,6 +81,16 @@ class Method(ABC):
         super().__init_subclass__(**kwargs)
         assert "__init__" not in cls.__dict__, f"{cls.__name__} is a dataclass; it writes no __init__"
         cls.__repr__ = Method.__repr__  # type: ignore[method-assign]  # so that `dataclass` writes none
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse what is no setting by a sentence, before `__init__` does.
+
+        Raises:
+            SettingError: with the nearest name.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        refuse(SettingError, [unknown_setting(cls.name(), key, known) for key in settings if key not in known])
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         problems = []

@@ -23,7 +23,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
-from . import kinds, training
+from . import find, kinds, training
 from .errors import MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
@@ -42,7 +42,7 @@ def apply(
     method: Method | Sequence[Method],
     *,
     data: Any = None,
-    donors: Sequence[Any] = (),
+    donors: Any = (),
     base: Any = None,
     teacher: Any = None,
     seed: int = 0,
@@ -56,7 +56,7 @@ def apply(
     target: a folder, a hub name or "starter"; a `Model`; a transformers model or any `nn.Module`. A `Model` or module
         in memory is changed in place and returned.
     data: text for methods that need it (see `core.data.read`), or a list of batches of model inputs.
-    donors, base, teacher: models, for methods that need them.
+    donors, base, teacher: models, for methods that need them; donors are one model or a list.
     save: a folder to write. With it, a model on disk streams there and is never held whole, if the method allows.
 
     Returns the changed model: a `Model`, or the module if a module came in.
@@ -65,13 +65,18 @@ def apply(
     model = open(target)
     given = Given(
         data=data if data is None or isinstance(data, (list, tuple)) and data and isinstance(data[0], dict) else texts.read(data),
-        donors=[open(donor) for donor in donors],
+        donors=[open(donor) for donor in ([donors] if isinstance(donors, (str, Path, Model, nn.Module)) else donors)],
         base=None if base is None else open(base),
         teacher=None if teacher is None else open(teacher),
         seed=seed, samples=samples, length=length,
     )  # fmt: skip
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = [method] if isinstance(method, (Method, str)) else list(method)
     for each in methods:
+        if isinstance(each, str):
+            cls = find.find(each)
+            raise MethodError(
+                f"apply takes methods, not their names: from {cls.__module__} import {cls.__name__}. mw.run takes a recipe with names."
+            )
         if not isinstance(each, Method):
             raise MethodError(f"apply takes methods, such as Wanda(sparsity=0.5); got {each!r}. A recipe names methods by text: see run.")
     for checked in [model, *given.donors] if given.donors else []:
@@ -146,6 +151,7 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
         "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
         "tokenizer": lambda: model.tokenizer,
         "notes": lambda: given.notes,
+        "details": lambda: given.details,
     }
     return {need: extras[need]() for need in method.needs()}
 
@@ -154,7 +160,8 @@ def record(model: Model, method: Method, given: Given) -> None:
     """Write the step into the model's history and set its marks."""
     model.marks = (model.marks | method.leaves) - method.drops
     model.changed = True
-    model.history.append({"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)})
+    step = {"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)}
+    model.history.append(step | ({"details": list(given.details)} if given.details else {}))
 
 
 def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> None:

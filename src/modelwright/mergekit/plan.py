@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -271,6 +272,8 @@ class Planner:
         names = self.names(self.template)
         if not self.config.towers[0].name:
             return [(self.config.towers[0], names)]
+        if [tower.name for tower in self.config.towers] == ["default"] and not any(belongs(name, SIGHT[0], SIGHT[:1]) for name in names):
+            return [(self.config.towers[0], names)]  # mergekit's name for the one part that a model of text has
         left, found = list(names), []
         words = [tower.name for tower in self.config.towers]
         for tower in sorted(self.config.towers, key=lambda tower: tower.name in (*TEXT, "decoder")):  # what is left goes to the text
@@ -464,6 +467,9 @@ class Planner:
                 value = default if value is None else value
                 if value is table.REQUIRED:
                     self.say("setting", f"{self.config.method} needs `{parameter}` for {source.model}; no scope gives it here", name)
+                    return None
+                if parameter not in table.SHARES and (isinstance(value, str) or not math.isfinite(value)):
+                    self.say("setting", f"{parameter} of {source.model} must be a number; got {value}", name)
                     return None
                 if parameter == "weight" and self.as_mergekit and self.config.dtype and issubclass_of_deltas(self.entry.name):
                     value = torch.tensor(value, dtype=getattr(torch, self.config.dtype)).item()  # mergekit weighs in that dtype

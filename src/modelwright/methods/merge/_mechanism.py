@@ -59,14 +59,16 @@ class Weighted(Method):
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        faults = []
+        faults = []  # which come first, since sums of what is infinite say nothing
         for name, values in vars(self).items():
-            parts, shares = values if name == "weights" or name.endswith("_each") else None, name in SHARES
-            bad = [part for part in parts or () if not math.isfinite(part) or shares and not 0 <= part <= 1]
-            if bad:
-                faults.append(f"{self.name()}: {name} are {'fractions from 0 to 1' if shares else 'numbers'}; got {bad[0]!r}.")
+            listed = isinstance(values, (list, tuple)) and (name == "weights" or name.endswith("_each"))
+            parts, shares = list(values) if listed else [], name in SHARES
+            for place, part in enumerate(parts, 1):
+                if isinstance(part, (int, float)) and not (math.isfinite(part) and (not shares or 0 <= part <= 1)):
+                    kind = "fractions from 0 to 1" if shares else "numbers"
+                    faults.append(f"{self.name()}: {name} are {kind}; got {part!r}, for donor {place} of {len(parts)}.")
         refuse(SettingError, faults)
+        super().__post_init__()
 
     def weights_for(self, donors: int) -> list[float]:
         """One weight for each donor.
