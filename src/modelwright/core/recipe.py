@@ -120,6 +120,8 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     stated = source if isinstance(source, Mapping) else parse(source)
     if not isinstance(stated, Mapping):
         raise RecipeError(f"A recipe is a mapping with the keys {', '.join(KEYS)}; found {type(stated).__name__}.")
+    if "merge_method" in stated and "steps" not in stated:
+        raise RecipeError("This is a configuration of mergekit, and no recipe. Merge it: modelwright merge config.yaml folder/")
     stated = json.loads(json.dumps(stated, default=str))
     problems = []
     for override in overrides:
@@ -153,28 +155,32 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 def parse(source: str | Path) -> Any:
     """The contents of a YAML file, or of YAML text."""
-    return _loaded(source, lambda text: _yaml().load(text))
+    return _loaded(source, "recipe", lambda text: _yaml().load(text))
 
 
-def parse_all(source: str | Path) -> list[Any]:
-    """The documents of a YAML file, or of YAML text."""
-    return _loaded(source, lambda text: list(_yaml().load_all(text)))
+def parse_all(source: str | Path, what: str) -> list[Any]:
+    """The documents of a YAML file, or of YAML text; `what` they are, for messages."""
+    return _loaded(source, what, lambda text: list(_yaml().load_all(text)))
 
 
-def _loaded(source: str | Path, load: Callable[[str], Any]) -> Any:
+def _loaded(source: str | Path, what: str, load: Callable[[str], Any]) -> Any:
+    from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import YAMLError
 
-    text, name = str(source), "The recipe"
+    text, name = str(source), f"The {what}"
     if "\n" not in text and not text.lstrip().startswith("{"):
         path, name = Path(text), text
         if not path.is_file():
-            raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
+            raise RecipeError(f"There is no {what} {path}. Name a YAML file.")
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     try:
         return load(text)
+    except DuplicateKeyError as error:
+        key, line = str(error.problem).split('"')[1], error.problem_mark.line + 1
+        raise RecipeError(f"{name} has the key {key!r} twice, the second time in line {line}. Keep one.") from None
     except YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {error}") from error
 
