@@ -14,11 +14,27 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from . import __version__
 from .core.errors import ModelwrightError
 
+
+class Verbs(TyperGroup):
+    """The verbs; an interrupt says what it leaves, and is exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            goes_on = ctx.invoked_subcommand in ("run", "fit")
+            rest = "the same command goes on from here" if goes_on else "nothing was written"
+            Console(stderr=True).print(f"interrupted; {rest}")
+            raise SystemExit(130) from None
+
+
 app = typer.Typer(
+    cls=Verbs,
     help="Give it a model and a budget; get back the best model that fits, with a measured account of what was paid.",
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
@@ -63,9 +79,6 @@ def _plain_errors() -> Iterator[None]:
             f"[red]error:[/] {_escape(f'{type(error).__name__}: {error}')}"
         )
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command goes on from here")
-        raise SystemExit(130) from None
 
 
 def _escape(text: str) -> str:
@@ -252,6 +265,9 @@ def merge(
     save: Annotated[Path | None, typer.Option(help="The folder to write, for a method; by default merged.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="A setting of the method, such as keep=0.3. Repeatable.")] = None,
     as_mergekit: Annotated[bool, typer.Option("--as-mergekit", help="Of a configuration, compute the numbers that mergekit does.")] = False,
+    data: Annotated[str | None, typer.Option(help="Text, for methods that read some: .txt, .jsonl, a folder, or corpus.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Sequences of the text.")] = None,
+    length: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence.")] = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -260,7 +276,7 @@ def merge(
     from .core.progress import silence
 
     if Path(method).suffix in (".yaml", ".yml"):
-        if donors or set_ or save:
+        if donors or set_ or save or data or samples or length:
             raise typer.BadParameter("a configuration names its models and settings itself: modelwright merge config.yaml folder")
         from .mergekit import merge as merge_config
 
@@ -271,12 +287,37 @@ def merge(
     if not donors or as_mergekit:
         raise typer.BadParameter("--as-mergekit goes with a configuration" if as_mergekit else "name the models to merge after the base")
     from .core import recipe
+    from .core.errors import NeedError
+    from .core.given import Given
+
+    text = {key: value for key, value in (("data", data), ("samples", samples), ("length", length)) if value is not None}
+    stated = {"model": base, **text, "steps": [{_merger(method): {"donors": list(donors)}}], "save": str(save or "merged")}
+    asked = recipe.read(stated, [f"steps.0.{setting}" for setting in set_ or []])
+    if data is None and Given().untold(asked.steps[0].method):
+        raise NeedError(f"{asked.steps[0].method.name()} needs calibration text. Add --data my.txt, or --data corpus.")
+    with silence(quiet):
+        done = recipe.run(asked, overwrite=overwrite)
+    _print_merged(done.model, as_json)
+
+
+def _merger(method: str) -> str:
+    """The whole name of a method that merges.
+
+    Raises:
+        MethodError: there is none; it goes by another name here; or it does not merge.
+    """
+    from .core import find
+    from .core.errors import MethodError
+    from .mergekit.table import METHODS
 
     name = method if "." in method else f"merge.{method}"
-    stated = {"model": base, "steps": [{name: {"donors": list(donors)}}], "save": str(save or "merged")}
-    with silence(quiet):
-        done = recipe.run(recipe.read(stated, [f"steps.0.{text}" for text in set_ or []]), overwrite=overwrite)
-    _print_merged(done.model, as_json)
+    if not find.exists(name) and method in METHODS:
+        entry = METHODS[method]
+        settings = "".join(f" --set {key}={json.dumps(value)}" for key, value in entry.fixed.items())
+        raise MethodError(f"{method} is mergekit's name. Here it is {entry.name}: modelwright merge {entry.name[6:]} base donors{settings}")
+    if "donors" not in find.find(name).needs():
+        raise MethodError(f"{name} does not merge: it takes no donors. Put it into a recipe, and run that: modelwright run recipe.yaml")
+    return name
 
 
 def _print_merged(model: Any, as_json: bool) -> None:

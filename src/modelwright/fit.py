@@ -45,7 +45,7 @@ from . import __version__, report
 from .core import data as texts
 from .core import find, measure, plan, recipe, walk
 from .core.errors import DataError, ModelError, PlanError, RecipeError
-from .core.files import locked, publish, refuse_existing, write_json, write_text
+from .core.files import locked, place_of, publish, refuse_existing, refuse_inputs, write_json, write_text
 from .core.given import Given
 from .core.model import Model, check_readable, open, stored_bytes, unwrapped, weight_of
 from .core.progress import bar, console, track
@@ -232,14 +232,15 @@ def fit(
     Raises:
         PlanError: no trial meets the budget; the text says which came nearest.
     """
-    folder = Path(save)
-    refuse_existing(folder, overwrite=overwrite)
+    refuse_existing(save, overwrite=overwrite)
+    folder = place_of(save)
     effort = Effort.quick() if quick else Effort()
     effort = replace(effort, trials=trials) if trials is not None else effort
     source = open(model, trust_remote_code=trust_remote_code)
     name = source.name
     if source.folder is None or source.changed or "packed" in source.marks or "adapters" in source.marks:
         raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
+    refuse_inputs(save, source.sources)
     effort = effort.of(tokens) if tokens is not None else effort.for_size(sum(value.numel() for value in source.skeleton().parameters()))
     source = open(str(source.folder), trust_remote_code=source.trust_remote_code)  # a reader of its own, to forget
     check_readable(source)
@@ -247,7 +248,7 @@ def fit(
     key = recipe._hash(
         __version__, recipe.model_digest(source), texts.digest(texts.read(data)), limits.bytes, dataclasses.asdict(effort), seed
     )
-    work = folder.absolute().with_name(f"{folder.name}.fit") / key
+    work = folder.with_name(f"{folder.name}.fit") / key
     work.mkdir(parents=True, exist_ok=True)
     job = Job(source, name, limits, data, effort, seed, work)
     before = time.perf_counter()

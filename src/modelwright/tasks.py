@@ -51,6 +51,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
     method, start, ends = method or Consensus(), open(base), [open(donor) for donor in donors]
     if len(ends) < 2:
         raise SettingError(f"pack_tasks takes two donors or more; got {len(ends)}. One model alone is smallest as it is.")
+    walk.refuse_strangers(start, method, Given(donors=ends))
     walk.refuse_stored([start, *ends])
     files = [_files(one) for one in (start, *ends)]
     shapes = [{name: one.shape(name) for name in one.names} for one in files]
@@ -58,7 +59,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
     given = Given()
     chosen = {site.name: local for site, local in stream._every_tensor(files[0], method, given)}
     method.refuse_other_numbers(len(ends))
-    refuse_inputs(Path(save), [one.path for one in files], inside=True)
+    refuse_inputs(Path(save), [one.path for one in files])
     for model in (start, *ends):
         check_readable(model)
     with whole_folder(Path(save), overwrite=overwrite) as folder:
@@ -94,7 +95,7 @@ def unpack_task(folder: str | Path, task: int | str, *, save: str | Path, overwr
     place = Path(folder)
     number = _number(place, task)
     base, change, mask = (Checkpoint(place / part) for part in ("base", "change", f"mask-{number}"))
-    refuse_inputs(Path(save), [place], inside=True)
+    refuse_inputs(Path(save), [place])
     with Writer(save, metadata=base.metadata or None, overwrite=overwrite) as out:
         for name in track(base.names, str(task)):
             if name in change:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import standin
+from tiny import tiny
 
 import modelwright
 from modelwright import cli, report
 from modelwright.core import find
+from modelwright.core.contract import letters
 from modelwright.core.method import SiteMethod
+from modelwright.core.model import Model
+from modelwright.core.weights import Writer
 
 ROOT = Path(__file__).parents[2]
 
@@ -307,3 +312,89 @@ def test_check_ends_with_a_line_of_counts(call, monkeypatch):
     code, printed, _ = call("check", "prune.wanda")
     assert code == 1
     assert printed.splitlines()[-1] == "2 passed, 1 not applicable, 1 failed"
+
+
+@pytest.fixture
+def donors(small, tmp_path):
+    """Two models like `small`, by name in the current folder."""
+    for seed in (5, 6):
+        Model(name="donor", module=tiny("llama", seed=seed), tokenizer=letters()).save(tmp_path / f"donor{seed}")
+    return str(small), "donor5", "donor6"
+
+
+def test_merge_takes_text_for_the_methods_that_read_it(call, donors, text):
+    code, _, said = call("merge", "soup", *donors)
+    assert code == 2
+    assert "merge.soup needs calibration text. Add --data my.txt, or --data corpus." in one_line(said)
+    code, printed, _ = call("merge", "soup", *donors, "--data", str(text), "--samples", "2", "--length", "16", "--quiet")
+    assert code == 0
+    assert "nats on the calibration text" in one_line(printed)
+    assert "length: 16" in Path("merged/recipe.yaml").read_text("utf-8")
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        ("dare_ties", "dare_ties is mergekit's name. Here it is merge.dare: modelwright merge dare base donors --set consensus=true"),
+        ("ramplus_tl", 'Here it is merge.ram: modelwright merge ram base donors --set scope="tensor"'),
+        ("prune.wanda", "prune.wanda does not merge: it takes no donors."),
+        ("tise", "There is no method 'merge.tise'. Did you mean 'merge.ties'?"),
+    ],
+)
+def test_merge_says_which_method_a_name_is(call, donors, method, sentence):
+    code, _, said = call("merge", method, *donors)
+    assert code == 2
+    assert sentence in one_line(said)
+
+
+def test_a_configuration_and_a_recipe_are_told_apart(call, small):
+    Path("config.yaml").write_text(f"merge_method: linear\nmodels:\n  - model: {small}\n    parameters: {{weight: 1}}\n", "utf-8")
+    Path("recipe.yaml").write_text(f"model: {small}\nsteps: [prune.magnitude]\nsave: out\n", "utf-8")
+    for verb in ("plan", "run"):
+        code, _, said = call(verb, "config.yaml")
+        assert (code, one_line(said)) == (
+            2, "error: This is a configuration of mergekit, and no recipe. Merge it: modelwright merge config.yaml folder/",
+        )  # fmt: skip
+    code, _, said = call("merge", "recipe.yaml", "out")
+    assert (code, one_line(said)) == (
+        2, "error: This is a recipe, and no configuration of mergekit. Run it: modelwright run recipe.yaml",
+    )  # fmt: skip
+    assert "There is no configuration nosuch.yaml. Name a YAML file." in one_line(call("merge", "nosuch.yaml", "out")[2])
+
+
+def test_a_key_that_stands_twice_is_one_sentence(call, small):
+    Path("twice.yaml").write_text(f"model: {small}\nsteps: [prune.magnitude]\nmodel: other\n", "utf-8")
+    code, _, said = call("run", "twice.yaml")
+    assert (code, one_line(said)) == (2, "error: twice.yaml has the key 'model' twice, the second time in line 3. Keep one.")
+
+
+def test_extract_says_its_ranks_in_one_note_and_the_record_has_each(call, donors):
+    code, printed, _ = call("merge", "extract", *donors[:2], "--set", "rank=2", "--quiet")
+    assert code == 0
+    notes = [line for line in printed.splitlines() if "have ranks" in line]
+    assert "rank 2 of" not in printed
+    assert len(notes) == 1
+    assert re.search(r"note: merge.extract: \d+ layers have ranks from 2 to 2, with [\d.]+% to [\d.]+% of the squares", notes[0])
+    (step,) = json.loads(Path("merged/modelwright.json").read_text("utf-8"))["steps"]
+    assert len(step["details"]) == int(re.search(r"(\d+) layers", notes[0])[1])
+    assert all("rank 2 of" in line for line in step["details"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rest"), [(["merge", "ties"], "nothing was written"), (["merge", "{config}"], "nothing was written"),
+                            (["run"], "the same command goes on from here")])  # fmt: skip
+def test_an_interrupt_says_what_it_leaves(call, donors, monkeypatch, tmp_path, arguments, rest):
+    base, donor, _ = donors
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    Path("c.yaml").write_text(f"merge_method: ties\nbase_model: {base}\nmodels: [{{model: {donor}, parameters: {{weight: 1}}}}]\n", "utf-8")
+    Path("r.yaml").write_text(f"model: {base}\nsteps: [prune.magnitude]\nsave: out\n", "utf-8")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(Writer, "add", interrupt)
+    monkeypatch.setattr(Writer, "copy", interrupt)
+    ways = {"ties": ["merge", "ties", base, donor], "{config}": ["merge", "c.yaml", "out"], "run": ["run", "r.yaml"]}
+    code, _, said = call(*ways[arguments[-1]])
+    assert (code, said.splitlines()[-1]) == (130, f"interrupted; {rest}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == before

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 import pytest
 from killing import killed_at
@@ -35,13 +37,16 @@ def test_a_folder_takes_the_place_of_another(tmp_path, way):
     assert os.listdir(tmp_path) == ["there"]
 
 
-def test_a_link_is_replaced_and_what_it_leads_to_is_not(tmp_path, way):
-    old = folder(tmp_path / "old", "old")
-    (tmp_path / "there").symlink_to(old)
-    publish(folder(tmp_path / "new", "new"), tmp_path / "there")
-    assert (tmp_path / "there" / "text").read_text() == "new"
-    assert (old / "text").read_text() == "old"
-    assert sorted(os.listdir(tmp_path)) == ["old", "there"]
+def test_a_link_stays_and_the_result_lies_where_it_leads(tmp_path, way):
+    for number, make in enumerate((whole_folder, Writer)):
+        old = folder(tmp_path / f"old {number}", "old")
+        link = tmp_path / f"there {number}"
+        link.symlink_to(old)
+        with make(link, overwrite=True) as made:
+            (getattr(made, "partial", made) / "text").write_text("new")
+        assert link.readlink() == old
+        assert (old / "text").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == ["old 0", "old 1", "there 0", "there 1"]
 
 
 MOMENTS = {
@@ -119,6 +124,101 @@ def test_the_mark_of_a_half_written_folder_is_gone_when_it_is_whole(tmp_path):
         with whole_folder(tmp_path / "out", overwrite=True) as partial:
             (partial / "a").write_text("a")
         assert [path.name for path in (tmp_path / "out").iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("final", [".", "./", "..", "../in", "link"])
+def test_the_current_folder_and_those_that_hold_it_are_never_replaced(small, tmp_path, monkeypatch, final):
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    if final == "link":
+        (tmp_path / "in" / "link").symlink_to(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    for save in (
+        lambda: mw.run(str(small), [Magnitude()], save=final, overwrite=True),
+        lambda: mw.apply(small, Magnitude(), save=final, overwrite=True),
+        lambda: mw.merge({"merge_method": "passthrough", "models": [{"model": str(small)}]}, save=final, overwrite=True),
+    ):
+        with pytest.raises(RecipeError, match=f"saved to {final}: a result takes the place of its folder, and this one is or holds"):
+            save()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("final", "sentence"),
+    [
+        ("dangling", "it is a link to .*nowhere, which is not there"),
+        ("a file/sub", "a file is a file, and not a folder"),
+        ("a file/sub/deeper", "a file is a file, and not a folder"),
+        ("read only", "its mode says that it is not writable"),
+    ],
+)
+def test_a_place_where_nothing_can_lie_is_said_before_work(small, tmp_path, monkeypatch, final, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a file").touch()
+    (tmp_path / "read only").mkdir(mode=0o555)
+    before = sorted(tmp_path.rglob("*"))
+    for save in (
+        lambda: mw.run(str(small), [Magnitude()], save=final),
+        lambda: mw.apply(small, Magnitude(), save=final),
+        lambda: mw.merge({"merge_method": "passthrough", "models": [{"model": str(small)}]}, save=final),
+        lambda: mw.fit(str(small), save=final),
+        lambda: mw.open(small).save(final),
+    ):
+        with pytest.raises(RecipeError, match=f"Nothing can be saved to {final}: .*{sentence}"):
+            save()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_above_that_is_not_writable_is_said():
+    made = tempfile.mkdtemp()  # that everyone may enter
+    os.chmod(made, 0o555)
+    child = os.fork()
+    if child == 0:
+        try:
+            if not os.geteuid():
+                os.setuid(65534)  # whom modes bind
+            refuse_existing(f"{made}/out", overwrite=False)
+        except RecipeError as error:
+            os._exit(0 if str(error).startswith(f"Nothing can be saved to {made}/out: the folder {made} is not writable") else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(child, 0)
+    os.rmdir(made)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_a_second_run_into_one_folder_is_refused_and_the_first_finishes(small, tmp_path):
+    out = tmp_path / "out"
+    merge = {"merge_method": "passthrough", "models": [{"model": str(small)}]}
+    for first in (lambda: mw.run(str(small), [Magnitude()], save=str(out)), lambda: mw.apply(small, Magnitude(), save=out)):
+        with files.alone(out):
+            for second in (first, lambda: mw.merge(merge, save=out)):
+                with pytest.raises(RecipeError, match="Another process is saving to .*out now"):
+                    second()
+            assert [path.name for path in tmp_path.iterdir()] == ["out.steps"]
+        first()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_no_empty_folder_of_steps_stays(tmp_path, error):
+    with pytest.raises(error), files.alone(tmp_path / "out"):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_input_is_never_written_into(small, tmp_path):
+    given = shutil.copytree(small, tmp_path / "given")
+    before = sorted(given.rglob("*"))
+    for save in (
+        lambda: mw.run(str(given), [Magnitude()], save=str(given / "sub")),
+        lambda: mw.apply(given, Magnitude(), save=given / "sub"),
+    ):
+        with pytest.raises(RecipeError, match="lies inside the input"):
+            save()
+    assert sorted(given.rglob("*")) == before
 
 
 def test_what_holds_an_input_is_never_written_to(tmp_path):

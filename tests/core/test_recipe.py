@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -153,11 +154,12 @@ def test_every_run_writes_a_card_that_says_how_to_load(step, line, small, tmp_pa
 
 def test_texts_of_donors_keep_their_place_and_count_in_what_is_resumed(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    other = shutil.copytree(small, tmp_path / "other")
     for name, words in (("a", "the quick brown fox "), ("b", "0123456789 ")):
         (tmp_path / f"{name}.txt").write_text(words * 60)
     stated = {
         "model": str(small), "length": 16, "samples": 2, "save": "out",
-        "steps": [{"merge.regmean": {"donors": [str(small), str(small)], "texts": ["a.txt", "corpus"]}}],
+        "steps": [{"merge.regmean": {"donors": [str(small), str(other)], "texts": ["a.txt", "corpus"]}}],
     }  # fmt: skip
     whole = recipe.whole_names(recipe.read(stated))
     assert whole.steps[0].method.texts == (str(tmp_path / "a.txt"), "corpus")

@@ -97,3 +97,15 @@ def test_comments_beside_settings_are_their_texts():
     texts = setting_texts(find("quantize.gptq"))
     assert texts["bits"] == "per weight"
     assert "share a scale" in texts["group"]
+
+
+def test_a_setting_with_a_wrong_name_names_the_nearest():
+    with pytest.raises(SettingError, match="merge.ties has no setting 'keeep'. Did you mean 'keep'"):
+        find("merge.ties")(keeep=1)
+
+
+@pytest.mark.parametrize("name", ["merge.linear", "merge.karcher", "merge.ties", "merge.fisher"])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_are_said_with_their_donor(name, value):
+    with pytest.raises(SettingError, match=f"^{name}: weights are numbers; got {value}, for donor 2 of 3.$"):
+        find(name)(weights=[1.0, value, 1.0])

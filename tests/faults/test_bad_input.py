@@ -149,9 +149,10 @@ def test_where_that_chooses_nothing(small, text) -> None:
 
 def test_donors_of_other_shapes_are_named(small, tmp_path) -> None:
     Model(name="wide", module=tiny("llama", intermediate_size=96)).save(tmp_path / "wide")
+    other = shutil.copytree(small, tmp_path / "other")
     for save in (None, tmp_path / "out"):
         with pytest.raises(ModelError, match=r"tensors have other shapes, first model.layers.0.mlp.(gate|down|up)_proj.weight"):
-            mw.apply(small, Ties(), donors=[tmp_path / "wide", small], save=save)
+            mw.apply(small, Ties(), donors=[tmp_path / "wide", other], save=save)
     assert not (tmp_path / "out").exists()
     with pytest.raises(SettingError, match="3 weights for 2 donors"):
         mw.apply(small, Ties(weights=(1, 2, 3)), donors=[small, small])

@@ -519,7 +519,7 @@ def test_quantized_models_are_refused(merge, broken):
         ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]", SettingError,
          "the weights sum to 0"),
         ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: 1, density: 1.5}}]", SettingError, "from 0 to 1"),
-        ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: x}}]", SettingError, "weights must be"),
+        ("merge_method: ties\nbase_model: c\nmodels: [{model: a, parameters: {weight: x}}]", SettingError, "a must be a number; got x"),
         ("merge_method: linear\nmodels: [{model: nowhere}]", WeightsError, "'nowhere'"),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [2, 9]}]}]", RecipeError, "a has 4 layers, and"),
         ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [3, 5]}]}]", RecipeError, "a has 4 layers, and"),
@@ -848,3 +848,21 @@ def test_a_base_of_other_widths_gives_no_config(merge, folders, tmp_path):
     tiny("llama", hidden_size=32).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ModelError, match="hidden_size 32; a has 64"):
         merge(f"merge_method: passthrough\nbase_model: {tmp_path / 'narrow'}\nslices: [{{sources: [{{model: a, layer_range: [1, 3]}}]}}]")
+
+
+@pytest.mark.parametrize(("stated", "said"), [("half", "half"), (".inf", "inf"), ("-.inf", "-inf"), (".nan", "nan")])
+@pytest.mark.parametrize("method", ["linear", "ties"])
+def test_a_weight_that_is_no_number_is_said_with_its_model(merge, method, stated, said):
+    with pytest.raises(SettingError, match=f"weight of b must be a number; got {said}"):
+        merge(f"merge_method: {method}\nbase_model: c\nmodels: [{{model: a, parameters: {{weight: 1}}}}, "
+              f"{{model: b, parameters: {{weight: {stated}}}}}]")  # fmt: skip
+
+
+def test_default_is_the_one_part_of_a_model_of_text(merge):
+    models = "models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 2}}]"
+    whole, part = (
+        merge(f"merge_method: linear\n{models}", "whole"),
+        merge(f"merge_method: linear\nmodules: {{default: {{{models}}}}}", "part"),
+    )
+    assert whole.names == part.names
+    assert all(torch.equal(whole.read(name), part.read(name)) for name in whole)

@@ -191,3 +191,23 @@ def test_a_configuration_may_be_one_line_of_text():
     line = '{"merge_method": "linear", "models": [{"model": "a", "parameters": {"weight": 1}}], "dtype": "bfloat16"}'
     (config,) = read(line)
     assert (config.method, config.dtype, len(config.references)) == ("linear", "bfloat16", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "sentence"),
+    [
+        ("", "The configuration is empty"),
+        (" ", "The configuration is empty"),
+        (None, "A configuration of mergekit is a YAML file, YAML text or a mapping; got None"),
+        (3, "A configuration of mergekit is a YAML file, YAML text or a mapping; got 3"),
+    ],
+)
+def test_what_is_no_configuration_is_said(source, sentence):
+    with pytest.raises(RecipeError, match=sentence):
+        read(source)
+
+
+def test_keys_of_the_tokenizer_at_the_top_are_sent_to_their_place():
+    stated = {"merge_method": "linear", "models": [{"model": "a"}], "pad_to_multiple_of": 8}
+    with pytest.raises(RecipeError, match="^pad_to_multiple_of belongs under `tokenizer:`"):
+        read(stated)

@@ -2,7 +2,8 @@
 
 A folder is written beside its name, as `<name>.partial`, synced to the disk, and given its name in one step. Where a
 folder had the name, the two change places at once if the system can do that; otherwise the old one waits as
-`.<name>.replaced` for a moment, and `restore` gives it its name back should the process be killed there.
+`.<name>.replaced` for a moment, and `restore` gives it its name back should the process be killed there. A link is
+followed: the result lies where it leads. What is made on the way lies in `<name>.steps`, where one process works at a time.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ def whole_folder(final: Path, *, overwrite: bool = False) -> Iterator[Path]:
         WeightsError: the disk is full.
     """
     refuse_existing(final, overwrite=overwrite)
+    final = place_of(final)
     partial = partial_of(final)
     claim(partial)
     try:
@@ -54,6 +56,16 @@ def read_json(file: Path, error: type[ModelwrightError], advice: str) -> dict[st
     return content
 
 
+def place_of(final: str | os.PathLike[str]) -> Path:
+    """The whole path of the folder in which a result will lie, links followed."""
+    return Path(final).resolve()
+
+
+def steps_of(final: Path) -> Path:
+    """Where what is made on the way to a folder lies until the end."""
+    return final.with_name(final.name + ".steps")
+
+
 def partial_of(final: Path) -> Path:
     """Where a folder is written until it is whole."""
     return final.with_name(final.name + ".partial")
@@ -64,26 +76,88 @@ def replaced_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.replaced")
 
 
-def refuse_existing(final: Path, *, overwrite: bool, error: type[ModelwrightError] = RecipeError) -> None:
-    """Raise `error` when `final` holds something that would be lost, or is a file."""
-    restore(final)
-    if final.exists() and not final.is_dir():
+def refuse_existing(final: str | os.PathLike[str], *, overwrite: bool, error: type[ModelwrightError] = RecipeError) -> None:
+    """Raise `error` when a result cannot be saved to `final`, or when that holds something that would be lost."""
+    place = place_of(final)
+    if why := _no_place(final, place):
+        raise error(f"Nothing can be saved to {final}: {why}")
+    restore(place)
+    if place.exists() and not place.is_dir():
         raise error(f"{final} cannot be the folder to write: it is a file. Choose another name.")
-    if final.exists() and not overwrite and any(final.iterdir()):
+    if place.exists() and not overwrite and any(place.iterdir()):
         raise error(f"{final} exists and is not empty. Choose another folder, or pass --overwrite (overwrite=True).")
 
 
-def refuse_inputs(final: Path, sources: Iterable[Path], *, inside: bool = False) -> None:
-    """Raise RecipeError when the folder to write is, or holds, one that is read: an input is never touched.
+def _no_place(final: str | os.PathLike[str], place: Path) -> str:
+    """Why no folder can be put at `place`, as the end of a sentence; "" if one can."""
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        return f"a result takes the place of its folder, and this one is or holds the current one, {here}. Name a folder inside it."
+    if os.path.islink(final) and not os.path.exists(place):
+        return f"it is a link to {place}, which is not there. Make that folder, or save elsewhere."
+    above = next(folder for folder in place.parents if os.path.exists(folder))
+    if not above.is_dir():
+        return f"{above} is a file, and not a folder. Choose another name."
+    if not os.access(above, os.W_OK | os.X_OK):
+        return f"the folder {above} is not writable. Make it so, or save elsewhere."
+    if os.path.isdir(place) and not place.stat().st_mode & 0o222:
+        return "its mode says that it is not writable. Change that, or save elsewhere."
+    return ""
 
-    inside: also when it would lie inside of one.
-    """
-    target = final.resolve()
+
+def refuse_inputs(final: str | os.PathLike[str], sources: Iterable[Path]) -> None:
+    """Raise RecipeError when the folder to write is one that is read, holds one or lies in one: an input is never touched."""
+    target = place_of(final)
     for source in sources:
         if source.resolve().is_relative_to(target):
             raise RecipeError(f"{final} is, or holds, the input {source}, which is never touched. Save to another folder.")
-        if inside and target.is_relative_to(source.resolve()):
+        if source.resolve() in target.parents:
             raise RecipeError(f"{final} lies inside the input {source}, which is never touched. Save to another folder.")
+
+
+@contextlib.contextmanager
+def alone(final: Path) -> Iterator[Path]:
+    """The folder for what is made on the way to `final`, with no other process inside; removed at the end if it is empty.
+
+    Raises:
+        RecipeError: another process is inside, or what has the name of the folder is none.
+    """
+    folder = steps_of(final)
+    if folder.is_symlink() or folder.exists() and not folder.is_dir():
+        raise RecipeError(f"{folder} is where a run keeps its steps, but holds something else. Move it, or save elsewhere.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _lock(folder) as taken:
+        if not taken:
+            raise RecipeError(f"Another process is saving to {final} now. Let it finish, or save to another folder.")
+        try:
+            yield folder
+        finally:
+            with contextlib.suppress(OSError):  # something lies there, from which a run goes on
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Whether no other process has this folder; the system holds the lock, so it ends with a process that is killed."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):  # Windows locks no folders
+        yield True
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The process that had it may have removed the folder meanwhile.
+            taken = os.path.exists(folder) and os.path.samestat(os.fstat(handle), os.stat(folder))
+        except BlockingIOError:
+            taken = False
+        except OSError:  # a disk without locks
+            taken = True
+        yield taken
+    finally:
+        os.close(handle)
 
 
 def claim(partial: Path, *, keep: bool = False) -> None:

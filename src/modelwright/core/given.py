@@ -32,7 +32,13 @@ class Given:
     length: int = 512  # tokens in each, at most what the model allows
     work: Path | None = None  # where a long step keeps its progress
     notes: list[str] = field(default_factory=list)  # what the user should know: sites left out, fallbacks
+    details: list[str] = field(default_factory=list)  # what only the record keeps, such as a sentence for every matrix
     cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)  # the text's tokens, by tokenizer
+
+    def untold(self, method: Method | type[Method]) -> bool:
+        """Whether the method reads text and there is none."""
+        reads = {"statistics", "calibration", "gradients", "train"} & set(method.needs())
+        return bool(reads) and self.data is None and getattr(method, "texts", None) is None
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""
@@ -40,21 +46,26 @@ class Given:
         named = len(self.donors)
         wrong = "donors" in method.needs() and named and (named < least or most is not None and named > most)
         number = f"{least}" if most == least else f"{least} or more" if most is None else f"{least} to {most}"
-        untold = self.data is None and getattr(method, "texts", None) is None
         return [
             f"{method.name()} takes {number} donor{'s' * (number != '1')}; the step gives {named}. Name that many under `donors:`."
         ] * bool(wrong) + [
             f"{method.name()} needs {NEEDS[need]}."
             for need in method.needs()
-            if (need in ("statistics", "calibration", "gradients", "train") and untold)
+            if (need in ("statistics", "calibration", "gradients", "train") and self.untold(method))
             or (need == "donors" and not self.donors)
             or (need == "teacher" and self.teacher is None)
             or (need == "base" and self.base is None)
         ]
 
     def refuse_lacking(self, method: Method) -> None:
-        """Raise NeedError with all that is missing."""
+        """Raise NeedError with all that is missing, SettingError where settings do not go with the number of donors."""
         refuse(NeedError, self.lacking(method))
+        if "donors" in method.needs():
+            refuse(SettingError, method.unfit_for(len(self.donors)))
+
+    def models(self, *others: Model) -> list[Model]:
+        """These and all models that are given."""
+        return [*others, *self.donors, *(one for one in (self.base, self.teacher) if one is not None)]
 
     def rng(self, place: str = "") -> torch.Generator:
         """A generator that depends on the seed and the place alone, so that order and streaming do not matter."""

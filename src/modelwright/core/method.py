@@ -45,8 +45,9 @@ NEEDS: dict[str, str] = {
     "seed": "the seed of the step",
     "survey": "what `survey` found over all tensors",
     "notes": "a list for sentences that the user should read",
+    "details": "a list for sentences that only the record keeps",
 }
-DRIVEN = frozenset({"rng", "seed", "survey", "notes"})  # needs that the driver meets by itself
+DRIVEN = frozenset({"rng", "seed", "survey", "notes", "details"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
@@ -62,6 +63,8 @@ class Method(ABC):
     subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
     takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
+    alike: ClassVar[bool] = False  # donors must be of the model's architecture, tensor by tensor
+    base_apart: ClassVar[bool] = False  # merges what donors changed in the model, so that it is no donor of its own
 
     status: ClassVar[str] = "sketch"
     causal: ClassVar[bool] = False  # needs a model that predicts the next token
@@ -79,6 +82,16 @@ class Method(ABC):
         assert "__init__" not in cls.__dict__, f"{cls.__name__} is a dataclass; it writes no __init__"
         cls.__repr__ = Method.__repr__  # type: ignore[method-assign]  # so that `dataclass` writes none
 
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse what is no setting by a sentence, before `__init__` does.
+
+        Raises:
+            SettingError: with the nearest name.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        refuse(SettingError, [unknown_setting(cls.name(), key, known) for key in settings if key not in known])
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         problems = []
         for field, kind in fields_of(type(self)):
@@ -92,6 +105,14 @@ class Method(ABC):
 
     def problems(self) -> list[str]:
         """What is wrong with the settings taken together, each a sentence; for methods to extend."""
+        return []
+
+    def unfit_for(self, donors: int) -> list[str]:
+        """Why the settings do not go with so many donors, each a sentence; for methods to extend."""
+        return []
+
+    def remarks(self) -> list[str]:
+        """What the user should know of these settings before the result is used; for methods to extend."""
         return []
 
     def promise(self) -> dict[str, float]:

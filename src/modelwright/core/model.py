@@ -53,6 +53,7 @@ class Model:
         self.folder = folder
         self.trust_remote_code = trust_remote_code
         self.history: list[dict[str, Any]] = []
+        self.unread: list[str] = []  # tensors of its files that the module has no place for
         self.changed = False  # whether a method has changed it in memory, so that its folder holds something else
         self._module = module
         self._tokenizer = tokenizer
@@ -78,7 +79,7 @@ class Model:
     def module(self) -> nn.Module:
         """The module with its weights, in evaluation mode."""
         if self._module is None:
-            self._module = load_module(self.stored_in, self.config, self.trust_remote_code).eval()
+            self._module = load_module(self.stored_in, self.config, self.trust_remote_code, self.unread).eval()
         return self._module
 
     @module.setter
@@ -386,8 +387,10 @@ def stated_descriptions(config: Any, module: nn.Module | None = None) -> dict[st
     raise ModelError(f"A checkpoint in the {stated['quant_method']} format cannot be opened yet. Open the unquantised model.")
 
 
-def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> nn.Module:
+def load_module(folder: Path, config: Any, trust_remote_code: bool = False, unread: list[str] | None = None) -> nn.Module:
     """The module with its weights; packed layers stay packed; a peft adapter is put on its base.
+
+    What the files have and the module has no place for goes to `unread`.
 
     Raises:
         ModelError: tensors are missing from the checkpoint, or an adapter is not stored as safetensors.
@@ -397,7 +400,7 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
         from peft import PeftModel
 
         refuse_pickled(folder)
-        base = load_module(base_of(adapter), config, trust_remote_code)
+        base = load_module(base_of(adapter), config, trust_remote_code, unread)
         with quiet():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
     descriptions = stated_descriptions(config)
@@ -412,6 +415,8 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False) -> n
     lacking = sorted(found["missing_keys"])
     if lacking:
         raise ModelError(f"{folder} lacks {len(lacking)} tensors that its config.json asks for, first {lacking[0]!r}. Fetch it again.")
+    if unread is not None:
+        unread[:] = sorted(found["unexpected_keys"])
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if attribute in vars(module):
             delattr(module, attribute)

@@ -25,8 +25,8 @@ import torch
 
 from . import data as texts
 from . import find, walk
-from .errors import Faults, ModelError, ModelwrightError, NeedError, RecipeError, WeightsError, nearest, refuse
-from .files import refuse_existing, refuse_inputs, whole_folder, write_json, write_text
+from .errors import Faults, ModelError, ModelwrightError, PlanError, RecipeError, WeightsError, nearest, refuse
+from .files import alone, place_of, refuse_existing, refuse_inputs, whole_folder, write_json, write_text
 from .given import Given
 from .measure import peak_memory, sizes
 from .method import Method
@@ -120,6 +120,8 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     stated = source if isinstance(source, Mapping) else parse(source)
     if not isinstance(stated, Mapping):
         raise RecipeError(f"A recipe is a mapping with the keys {', '.join(KEYS)}; found {type(stated).__name__}.")
+    if "merge_method" in stated and "steps" not in stated:
+        raise RecipeError("This is a configuration of mergekit, and no recipe. Merge it: modelwright merge config.yaml folder/")
     stated = json.loads(json.dumps(stated, default=str))
     problems = []
     for override in overrides:
@@ -153,28 +155,32 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
 
 def parse(source: str | Path) -> Any:
     """The contents of a YAML file, or of YAML text."""
-    return _loaded(source, lambda text: _yaml().load(text))
+    return _loaded(source, "recipe", lambda text: _yaml().load(text))
 
 
-def parse_all(source: str | Path) -> list[Any]:
-    """The documents of a YAML file, or of YAML text."""
-    return _loaded(source, lambda text: list(_yaml().load_all(text)))
+def parse_all(source: str | Path, what: str) -> list[Any]:
+    """The documents of a YAML file, or of YAML text; `what` they are, for messages."""
+    return _loaded(source, what, lambda text: list(_yaml().load_all(text)))
 
 
-def _loaded(source: str | Path, load: Callable[[str], Any]) -> Any:
+def _loaded(source: str | Path, what: str, load: Callable[[str], Any]) -> Any:
+    from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import YAMLError
 
-    text, name = str(source), "The recipe"
+    text, name = str(source), f"The {what}"
     if "\n" not in text and not text.lstrip().startswith("{"):
         path, name = Path(text), text
         if not path.is_file():
-            raise RecipeError(f"There is no recipe {path}. Name a YAML file.")
+            raise RecipeError(f"There is no {what} {path}. Name a YAML file.")
         try:
             text = path.read_text("utf-8")
         except UnicodeDecodeError as error:
             raise RecipeError(f"{path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
     try:
         return load(text)
+    except DuplicateKeyError as error:
+        key, line = str(error.problem).split('"')[1], error.problem_mark.line + 1
+        raise RecipeError(f"{name} has the key {key!r} twice, the second time in line {line}. Keep one.") from None
     except YAMLError as error:
         raise RecipeError(f"{name} is not valid YAML: {error}") from error
 
@@ -277,8 +283,6 @@ def run(
         recipe = Recipe(model=recipe, steps=tuple(step if isinstance(step, Step) else Step(step) for step in steps), **others)  # type: ignore[arg-type]
     elif not isinstance(recipe, Recipe):
         recipe = read(str(recipe), overrides)
-    from modelwright import __version__, report
-
     from . import plan  # which itself reads recipes
 
     if trust_remote_code and isinstance(recipe.model, (str, Path)):
@@ -292,8 +296,21 @@ def run(
     assert model is not None and recipe.save is not None
     for name in {id(each): each for each in (model, *map(open, map(str, _models_of(recipe))))}.values():
         check_readable(name)
-    final = Path(recipe.save)
-    beside = work or final.absolute().with_name(final.name + ".steps")
+    final = place_of(recipe.save)
+    with contextlib.nullcontext(work) if work else alone(final) as beside:
+        refuse_existing(final, overwrite=overwrite)
+        account = _steps(recipe, model, given, predicted, beside, final, overwrite)
+        if not keep_steps and work is None:
+            _remove_steps(beside)
+    return Run(open(final), account)
+
+
+def _steps(
+    recipe: Recipe, model: Model, given: Given, predicted: Sequence[Any], beside: Path, final: Path, overwrite: bool
+) -> list[dict[str, Any]]:
+    """Run the steps, each into a folder in `beside` unless that is there, and write the result; returns the account."""
+    from modelwright import __version__, report
+
     source = _anew(model)
     key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
@@ -328,9 +345,7 @@ def run(
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
         write_text(partial / "README.md", report.run_card(recipe.plain()["model"], whole_names(recipe).yaml(), account, partial))
-    if not keep_steps and work is None:
-        _remove_steps(beside)
-    return Run(open(final), account)
+    return account
 
 
 def _remove_steps(beside: Path) -> None:
@@ -338,19 +353,16 @@ def _remove_steps(beside: Path) -> None:
     for path in beside.iterdir():
         if re.fullmatch(r"\d\d+-.+-[0-9a-f]{16}(\.json|\.work|\.whole)?(\.partial)?", path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    with contextlib.suppress(OSError):  # something else lies there
-        beside.rmdir()
 
 
 def _refuse_target(recipe: Recipe, overwrite: bool) -> None:
     """Raise RecipeError when the result has no place to go."""
     if recipe.save is None:
         raise RecipeError("The recipe does not say where to save. Add `save: folder/`.")
-    final = Path(recipe.save)
     for name in [recipe.model, *_models_of(recipe)]:
         with contextlib.suppress(ModelError, WeightsError):  # a model that cannot be opened is said where it is named
-            refuse_inputs(final, [] if isinstance(name, Mapping) else open(name).sources)
-    refuse_existing(final, overwrite=overwrite)
+            refuse_inputs(recipe.save, [] if isinstance(name, Mapping) else open(name).sources)
+    refuse_existing(recipe.save, overwrite=overwrite)
 
 
 def _surprises(expected: Any, found: Mapping[str, Any]) -> list[str]:
@@ -395,15 +407,6 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
         text = read_data(recipe.data)
     given = Given(data=text, seed=recipe.seed, samples=recipe.samples, length=recipe.length)
     present = replace(given, data=() if recipe.data is not None else None)
-    for number, step in enumerate(recipe.steps):
-        named = {key: step.given[key] for key in GIVEN if key in step.given}
-        for key in named:
-            for name in _names({key: named[key]}):
-                if name != INPUT:
-                    with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
-                        open(name)
-        lacking = replace(present, **named).lacking(step.method)
-        faults += [NeedError(f"step {number}: {sentence}") for sentence in lacking]
     model = None
     with faults.collected("model: "):
         if isinstance(recipe.model, Mapping):
@@ -413,6 +416,19 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
                 model = new.model(recipe.model, text, recipe.seed)
         else:
             model = open(recipe.model)
+    for number, step in enumerate(recipe.steps):
+        named = {key: step.given[key] for key in GIVEN if key in step.given}
+        opened = {INPUT: model} if model else {}
+        for key in named:
+            for name in _names({key: named[key]}):
+                if name != INPUT:
+                    with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
+                        opened[name] = open(name)
+        with faults.collected(f"step {number}: "):
+            replace(present, **named).refuse_lacking(step.method)
+        donors = [opened[name] for name in named.get("donors", ()) if name in opened]
+        doubled = walk.doubled(step.method, None if number else model, donors)
+        faults += [PlanError(f"step {number}: {sentence}") for sentence in doubled]
     return model, given
 
 

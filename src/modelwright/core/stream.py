@@ -66,6 +66,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     """Apply a method from the model's folder to a new one."""
     given.refuse_lacking(method)
     walk.refuse_marks(model, method)
+    walk.refuse_strangers(model, method, given)
     _steady_memory()
     with torch.no_grad():
         if isinstance(method, TensorMethod):

@@ -23,9 +23,9 @@ from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
-from . import training
-from .errors import MethodError, ModelError, PlanError, SiteError
-from .files import refuse_existing
+from . import find, kinds, training
+from .errors import MethodError, ModelError, PlanError, SiteError, refuse
+from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
@@ -42,7 +42,7 @@ def apply(
     method: Method | Sequence[Method],
     *,
     data: Any = None,
-    donors: Sequence[Any] = (),
+    donors: Any = (),
     base: Any = None,
     teacher: Any = None,
     seed: int = 0,
@@ -56,7 +56,7 @@ def apply(
     target: a folder, a hub name or "starter"; a `Model`; a transformers model or any `nn.Module`. A `Model` or module
         in memory is changed in place and returned.
     data: text for methods that need it (see `core.data.read`), or a list of batches of model inputs.
-    donors, base, teacher: models, for methods that need them.
+    donors, base, teacher: models, for methods that need them; donors are one model or a list.
     save: a folder to write. With it, a model on disk streams there and is never held whole, if the method allows.
 
     Returns the changed model: a `Model`, or the module if a module came in.
@@ -65,24 +65,31 @@ def apply(
     model = open(target)
     given = Given(
         data=data if data is None or isinstance(data, (list, tuple)) and data and isinstance(data[0], dict) else texts.read(data),
-        donors=[open(donor) for donor in donors],
+        donors=[open(donor) for donor in ([donors] if isinstance(donors, (str, Path, Model, nn.Module)) else donors)],
         base=None if base is None else open(base),
         teacher=None if teacher is None else open(teacher),
         seed=seed, samples=samples, length=length,
     )  # fmt: skip
-    methods = [method] if isinstance(method, Method) else list(method)
+    methods = [method] if isinstance(method, (Method, str)) else list(method)
     for each in methods:
+        if isinstance(each, str):
+            cls = find.find(each)
+            raise MethodError(
+                f"apply takes methods, not their names: from {cls.__module__} import {cls.__name__}. mw.run takes a recipe with names."
+            )
         if not isinstance(each, Method):
             raise MethodError(f"apply takes methods, such as Wanda(sparsity=0.5); got {each!r}. A recipe names methods by text: see run.")
     for checked in [model, *given.donors] if given.donors else []:
         check_readable(checked)
-    for step in methods:
+    for number, step in enumerate(methods):
         given.refuse_lacking(step)
+        refuse(PlanError, doubled(step, None if number else model, given.donors))
+    if save is not None:
+        refuse_inputs(save, [folder for each in given.models(model) for folder in each.sources])
+        refuse_existing(save, overwrite=overwrite)
     if save is not None and (len(methods) == 1 or model.checkpoint is not None):
-        final = Path(save).absolute()
-        refuse_existing(final, overwrite=overwrite)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f"{final.name}.steps-", dir=final.parent) as between:
+        final = place_of(save)
+        with alone(final) as steps, tempfile.TemporaryDirectory(dir=steps) as between:
             for number, step in enumerate(methods[:-1]):
                 model = write(model, step, given, Path(between) / str(number))
             return write(model, methods[-1], given, final, overwrite=overwrite)
@@ -107,6 +114,7 @@ def change(model: Model, method: Method, given: Given) -> Model:
     """Apply a method to a model in memory, in place."""
     given.refuse_lacking(method)
     refuse_marks(model, method, given.donors)
+    refuse_strangers(model, method, given)
     if isinstance(method, ModelMethod) and any(donor.loaded and model.loaded and donor.module is model.module for donor in given.donors):
         raise ModelError(f"{method.name()}: a donor is the model itself, which changes on the way. Open the donor separately.")
     with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
@@ -124,6 +132,10 @@ def change(model: Model, method: Method, given: Given) -> Model:
         else:
             assert isinstance(method, ModelMethod), method
             model = method.model(model, **_given_whole(model, method, given))
+    for one in dict.fromkeys(given.models(model)):
+        if one.unread:
+            lost = f"{len(one.unread)} tensors, first {one.unread[0]}, have no place in a model of its kind, and are left out"
+            given.notes.append(f"{one.name}: {lost}")
     record(model, method, given)
     return model
 
@@ -139,6 +151,7 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
         "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
         "tokenizer": lambda: model.tokenizer,
         "notes": lambda: given.notes,
+        "details": lambda: given.details,
     }
     return {need: extras[need]() for need in method.needs()}
 
@@ -147,7 +160,8 @@ def record(model: Model, method: Method, given: Given) -> None:
     """Write the step into the model's history and set its marks."""
     model.marks = (model.marks | method.leaves) - method.drops
     model.changed = True
-    model.history.append({"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)})
+    step = {"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)}
+    model.history.append(step | ({"details": list(given.details)} if given.details else {}))
 
 
 def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> None:
@@ -164,6 +178,33 @@ def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> 
             f"{method.name()} wants donors that are {' and '.join(sorted(method.donors_want))}; "
             f"{', '.join(donor.name for donor in strangers)}: {', '.join(sorted(strangers[0].marks)) or 'none of these'}. Name others."
         )
+
+
+def refuse_strangers(model: Model, method: Method, given: Given) -> None:
+    """Raise when donors cannot be merged into the model; what the user should know of them goes to the notes."""
+    refuse(PlanError, doubled(method, model, given.donors))
+    if "donors" in method.needs():
+        given.notes += [f"{method.name()}: {remark}" for remark in method.remarks()]
+    if method.alike:
+        first, *others = (kinds.Kind.of(one) for one in dict.fromkeys((model, *given.donors, *([given.base] if given.base else []))))
+        kinds.refuse_others(first, others)
+        given.notes += kinds.differences(first, others)
+
+
+def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> list[str]:
+    """Sentences on donors that are listed twice, or that are the model itself where it adds nothing; None: not known yet."""
+
+    def same(one: Model, two: Model) -> bool:
+        places = [[folder.resolve() for folder in each.sources] for each in (one, two)]
+        return one is two or bool(places[0]) and places[0] == places[1] and not one.changed and not two.changed
+
+    found = []
+    for number, donor in enumerate(donors):
+        if any(same(donor, other) for other in donors[:number]):
+            found.append(f"{method.name()}: {donor.name} is listed more than once. Give it once, with the sum of its weights.")
+        if model is not None and method.base_apart and same(donor, model):
+            found.append(f"{method.name()}: {donor.name} is the model itself, which has changed nothing. Name the models made from it.")
+    return list(dict.fromkeys(found))
 
 
 # Which sites
@@ -238,10 +279,10 @@ def held(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
+    if method.every:  # by the files, as long as they are not read
+        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     module = unwrapped(model.module)
     donors = [unwrapped(open(donor).module) for donor in (*given.donors, *([given.base] if given.base else []))]
-    if method.every:
-        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     with contextlib.ExitStack() as stack:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
@@ -318,6 +359,7 @@ def refuse_stored(models: Sequence[Model]) -> None:
     faults = [model.name for model in models if not model.dense]
     if faults:
         raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+    own: dict[str, torch.dtype] = {}
     for model in models:
         dtypes = (
             {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
@@ -327,6 +369,14 @@ def refuse_stored(models: Sequence[Model]) -> None:
         narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
         if narrow:
             raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
+        own = own or dtypes
+        other = [name for name in own if name in dtypes and own[name].is_floating_point is not dtypes[name].is_floating_point]
+        if other:
+            kinds = " and ".join(str(each[other[0]]).removeprefix("torch.") for each in (own, dtypes))
+            raise ModelError(
+                f"{models[0].name} and {model.name}: {len(other)} tensors are whole numbers in one of them alone, first {other[0]} "
+                f"({kinds}). Merge the models that they were made from."
+            )
 
 
 def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:

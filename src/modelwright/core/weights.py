@@ -24,7 +24,7 @@ from torch import Tensor
 
 from modelwright.core import hub
 from modelwright.core.errors import WeightsError, nearest, refuse
-from modelwright.core.files import claim, explain_full_disk, partial_of, publish, read_json, refuse_existing, restore
+from modelwright.core.files import claim, explain_full_disk, partial_of, place_of, publish, read_json, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
 
 DTYPES = {
@@ -312,7 +312,8 @@ class Writer:
         overwrite: bool = False,
         keep_partial: bool = False,
     ):
-        self.folder = Path(folder).absolute()
+        refuse_existing(folder, overwrite=overwrite, error=WeightsError)
+        self.folder = place_of(folder)
         self.partial = partial_of(self.folder)
         self.shard_bytes = shard_bytes
         self.metadata = {"format": "pt"} if metadata is None else dict(metadata)
@@ -322,7 +323,6 @@ class Writer:
         self.ties: dict[str, str] = {}
         self._shards: list[dict[str, int]] = []  # of each whole shard: {name: bytes}
         self._shard: _Shard | None = None
-        refuse_existing(self.folder, overwrite=overwrite, error=WeightsError)
         left = self.partial.exists()
         claim(self.partial, keep=keep_partial)
         if left and keep_partial:

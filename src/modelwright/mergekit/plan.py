@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 
 from modelwright.anatomy import anatomy_of
 from modelwright.core.errors import Faults, MethodError, ModelError, RecipeError, SettingError, nearest
+from modelwright.core.kinds import Kind, differences, refuse_others, words_in, words_of
 from modelwright.core.method import TensorMethod
 from modelwright.core.weights import Checkpoint
 
@@ -22,7 +24,6 @@ from .schema import Config, Parameters, Reference, Slice, Source, Tower
 
 BLOCK = re.compile(r"(.*?\.)??(\d+)\.(.*)")
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "decoder_layers", "encoder_layers", "depth")
-WIDTHS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "n_embd", "n_head", "d_model")  # alike in all models
 TEXT = ("text_decoder", "language_model", "text_model")
 BETWEEN = ("multi_modal_projector", "mm_projector", "projector", "merger", "connector")  # of sight and text
 SIGHT = ("vision_tower", "vision_model", "visual", "image_encoder")
@@ -43,6 +44,12 @@ class Input:
         self.anatomy = anatomy_of(self.config)
         self.placed = {name: placed(name) for name in self.tensors}
         self.stacks = stacks(self.placed.values())
+
+    @property
+    def kind(self) -> Kind:
+        """What it is beside its tensors."""
+        made = self.tokenizer and words_of(self.tokenizer)
+        return Kind(self.label, self.config, made or (words_in(self.folder) if self.folder else None))
 
     @classmethod
     def open(cls, label: str, folder: Path) -> Input:
@@ -254,25 +261,11 @@ class Planner:
         self.faults.append(RecipeError(text))
 
     def check_kinds(self) -> None:
-        """Refuse models of several kinds."""
-        kinds: dict[str, list[str]] = {}
-        for reference, model in self.models.items():
-            if any(reference == source.model for tower in self.config.towers for part in tower.slices for source in part.sources):
-                kinds.setdefault(str(model.config.get("model_type")), []).append(str(reference))
-        if len(kinds) > 1:
-            listed = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items())
-            raise ModelError(f"Models that are merged must be of one architecture; found {listed}.")
-        own, merged = (
-            self.template.config,
-            {source.model for tower in self.config.towers for part in tower.slices for source in part.sources},
-        )
-        for reference, config in {reference: model.config for reference, model in self.models.items() if reference in merged}.items():
-            for key in WIDTHS:
-                if None not in (own.get(key), config.get(key)) and own[key] != config[key]:
-                    raise ModelError(
-                        f"The config of the result comes from {self.template.label}, with {key} {own[key]}; {reference} has {config[key]}. "
-                        "Name a base_model of the models' own kind."
-                    )
+        """Refuse models of several kinds, and note what differs that no shape shows."""
+        merged = {source.model for tower in self.config.towers for part in tower.slices for source in part.sources}
+        others = [model.kind for reference, model in self.models.items() if reference in merged and model is not self.template]
+        refuse_others(self.template.kind, others)
+        self.notes += differences(self.template.kind, others, words=self.config.vocabulary is None)
 
     # Towers
 
@@ -281,6 +274,8 @@ class Planner:
         names = self.names(self.template)
         if not self.config.towers[0].name:
             return [(self.config.towers[0], names)]
+        if [tower.name for tower in self.config.towers] == ["default"] and not any(belongs(name, SIGHT[0], SIGHT[:1]) for name in names):
+            return [(self.config.towers[0], names)]  # mergekit's name for the one part that a model of text has
         left, found = list(names), []
         words = [tower.name for tower in self.config.towers]
         for tower in sorted(self.config.towers, key=lambda tower: tower.name in (*TEXT, "decoder")):  # what is left goes to the text
@@ -403,6 +398,13 @@ class Planner:
             return None
         shape, dtype = leader.model.tensors[leader.name]
         role = leader.model.role(name)
+        for piece in donors:
+            theirs = piece.model.tensors[piece.name][1]
+            if theirs.is_floating_point is not dtype.is_floating_point:
+                one, two = (str(each).removeprefix("torch.") for each in (theirs, dtype))
+                self.say("model", f"{piece.model.label} stores it as {one}, and {leader.model.label} as {two}. "
+                         "Merge the models that they were made from", name)  # fmt: skip
+                return None
         if not dtype.is_floating_point:
             return Made(name, shape, dtype, None, None, (leader,), role, leader.name)
         if self.entry.base == "needed" and base is None:
@@ -467,6 +469,9 @@ class Planner:
                 value = default if value is None else value
                 if value is table.REQUIRED:
                     self.say("setting", f"{self.config.method} needs `{parameter}` for {source.model}; no scope gives it here", name)
+                    return None
+                if parameter not in table.SHARES and (isinstance(value, str) or not math.isfinite(value)):
+                    self.say("setting", f"{parameter} of {source.model} must be a number; got {value}", name)
                     return None
                 if parameter == "weight" and self.as_mergekit and self.config.dtype and table.ours(self.entry.name).on_changes:
                     value = torch.tensor(value, dtype=getattr(torch, self.config.dtype)).item()  # mergekit weighs in that dtype

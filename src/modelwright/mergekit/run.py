@@ -16,7 +16,7 @@ import torch
 from modelwright.anatomy import Site
 from modelwright.core import hub, model, stream
 from modelwright.core.errors import Faults, RecipeError, WeightsError
-from modelwright.core.files import refuse_existing, refuse_inputs
+from modelwright.core.files import alone, place_of, refuse_existing, refuse_inputs
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
 from modelwright.core.model import RECORD, Model, tokenizer_files
@@ -54,9 +54,10 @@ def merge(
     Raises a subclass of ModelwrightError, before anything is written, with all that is wrong.
     """
     documents = read(config)
-    final = Path(save)
-    refuse_existing(final, overwrite=overwrite)
-    final.absolute().parent.mkdir(parents=True, exist_ok=True)
+    named = [Path(one.path) for document in documents if isinstance(document, Config) for one in document.references]
+    refuse_inputs(save, [folder for folder in named if folder.is_dir()])
+    refuse_existing(save, overwrite=overwrite)
+    final = place_of(save)
     with _steps(final) as between:
         experts = [document for document in documents if isinstance(document, Experts)]
         if experts and experts != documents[-1:]:
@@ -65,7 +66,7 @@ def merge(
         plans = _plans([document for document in documents if isinstance(document, Config)], places, as_mergekit=as_mergekit)
         earlier = {str(plan.config.name): plan.result for plan in plans}
         made = [prepared(document, earlier, places) for document in experts]
-        refuse_inputs(final, places.sources)
+        refuse_inputs(save, places.sources)  # those of the hub and adapters too
         stream._steady_memory()
         _check_values(places)
         for number, plan in enumerate(plans if experts else plans[:-1]):
@@ -82,22 +83,26 @@ def merge(
 
 @contextlib.contextmanager
 def _steps(final: Path) -> Iterator[Path]:
-    """The folder beside the result for what is made on the way; one that a killed process left is removed first.
+    """The folder beside the result for what is made on the way; what a killed process left there is removed first.
 
     Raises:
         RecipeError: something else has its name.
     """
-    folder = final.absolute().with_name(final.absolute().name + ".steps")
-    if (folder / MARKER).is_file() and not folder.is_symlink():
-        shutil.rmtree(folder)
-    if folder.is_symlink() or folder.exists():
-        raise RecipeError(f"{folder} is where a merge keeps its steps, but holds something else. Move it, or save elsewhere.")
-    folder.mkdir()
-    try:
+    with alone(final) as folder:
+        if any(folder.iterdir()) and not (folder / MARKER).is_file():
+            raise RecipeError(f"{folder} is where a merge keeps its steps, but holds something else. Move it, or save elsewhere.")
+        _empty(folder)
         (folder / MARKER).touch()
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what lies in a folder of steps, the marker last."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == MARKER):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 class Places:

@@ -22,6 +22,7 @@ KEYS = (
 MOE_KEYS = ("base_model", "gate_mode", "dtype", "experts_per_token", "experts", "shared_experts", "architecture", "name")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 TEMPLATES = ("alpaca", "chatml", "exaone", "llama3", "mistral")
+WORDS_KEYS = ("tokens", "pad_to_multiple_of")  # of `tokenizer`, and easily put beside it
 MISSPELT = 0.8  # likeness from which a key counts as a misspelt one
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
@@ -177,8 +178,14 @@ def read(source: str | Path | Mapping[str, Any]) -> list[Config | Experts]:
     """
     from modelwright.core import recipe
 
-    documents = [plain(source)] if isinstance(source, Mapping) else [part for part in recipe.parse_all(source) if part is not None]
-    if not documents:
+    if not isinstance(source, (str, Path, Mapping)):
+        raise RecipeError(f"A configuration of mergekit is a YAML file, YAML text or a mapping; got {source!r}.")
+    if isinstance(source, str) and not source.strip():
+        source = {}
+    documents = (
+        [plain(source)] if isinstance(source, Mapping) else [part for part in recipe.parse_all(source, "configuration") if part is not None]
+    )
+    if not any(documents):
         raise RecipeError("The configuration is empty. Write `merge_method:` and `models:`.")
     found, problems = [], []
     for number, stated in enumerate(documents, 1):
@@ -213,7 +220,9 @@ class Reader:
     def known(self, stated: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
         """Note the keys that mean nothing here; those that are nearly a key which is not stated are wrong."""
         for key in stated:
-            if key not in keys and (near := nearest(str(key), set(keys) - set(stated), MISSPELT)):
+            if key in WORDS_KEYS and not where:
+                self.wrong(f"{key} belongs under `tokenizer:`, as in tokenizer: {{source: union, {key}: ...}}.")
+            elif key not in keys and (near := nearest(str(key), set(keys) - set(stated), MISSPELT)):
                 self.wrong(f"{where}{key} is no key here.{near}")
             elif key not in keys:
                 self.notes.append(f"{self.place}{where}{key}: left out, as mergekit does; it is no key here.{nearest(str(key), keys)}")
@@ -221,6 +230,9 @@ class Reader:
     def document(self, stated: Any) -> Config | Experts | None:
         if not isinstance(stated, Mapping):
             self.wrong(f"A mergekit configuration is a mapping with `merge_method:`; found {type(stated).__name__}.")
+            return None
+        if "steps" in stated and "merge_method" not in stated:
+            self.wrong("This is a recipe, and no configuration of mergekit. Run it: modelwright run recipe.yaml")
             return None
         name = stated.get("name")
         name = None if name is None else str(name)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from modelwright.core.errors import ModelError, RecipeError, nearest, refuse
 from modelwright.core.files import read_json
+from modelwright.core.kinds import words_of
 from modelwright.core.model import tokenizer_files
 from modelwright.maths.slices import SLICE, Entries, flat
 
@@ -119,10 +120,10 @@ def plan(config: Config, models: Mapping[Reference, Input], template: Input, not
     merged = {reference: model for reference, model in models.items() if reference in sources}
     stated = {model: tokenizer_of(model) for model in dict.fromkeys([*merged.values(), *models.values()])}
     heights = {model: height(model) for model in stated}
-    known = {model: {token: i for token, i in vocabulary(text).items() if i < heights[model]} for model, text in stated.items()}
+    known = {model: {token: i for token, i in words_of(text).items() if i < heights[model]} for model, text in stated.items()}
     leader = models[asked.source] if isinstance(asked.source, Reference) else template
     made = union(stated, known, leader, list(merged.values())) if asked.source == "union" else copy.deepcopy(stated[leader])
-    result = {token: i for token, i in vocabulary(made).items() if asked.source == "union" or i < heights[leader]}
+    result = {token: i for token, i in words_of(made).items() if asked.source == "union" or i < heights[leader]}
     problems = [
         f"tokenizer.tokens: {token!r} is not in the result's tokenizer.{nearest(token, result)}"
         for token in asked.tokens
@@ -213,19 +214,12 @@ def tokenizer_of(model: Input) -> dict[str, Any]:
             raise ModelError(f"{model.label}: its tokenizer cannot be read ({error}). Copy it from the original model.") from error
 
 
-def vocabulary(tokenizer: Mapping[str, Any]) -> dict[str, int]:
-    """Token -> id, of a tokenizer.json; added tokens too."""
-    stated = tokenizer["model"]["vocab"]
-    found = dict(stated) if isinstance(stated, dict) else {entry[0]: i for i, entry in enumerate(stated)}
-    return found | {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens") or []}
-
-
 def union(
     stated: Mapping[Input, dict[str, Any]], known: Mapping[Input, Mapping[str, int]], leader: Input, merged: list[Input]
 ) -> dict[str, Any]:
     """The leader's tokenizer and, after its tokens, those that other models have: plain ones first, then special ones."""
     made = copy.deepcopy(stated[leader])
-    have = vocabulary(made)
+    have = words_of(made)
     plain: dict[str, dict[str, Any]] = {}
     special: dict[str, dict[str, Any]] = {}
     for model in merged:

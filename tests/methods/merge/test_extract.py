@@ -93,10 +93,11 @@ def test_every_layer_has_the_rank_of_its_own_change(tmp_path):
         donor.model.layers[1].mlp.up_proj.weight.copy_(base.model.layers[1].mlp.up_proj.weight)
         donor.model.layers[2].mlp.up_proj.weight.copy_(base.model.layers[2].mlp.up_proj.weight + 0.01)  # rank 1
     model = mw.apply(mw.open(copy.deepcopy(base)), Extract(), donors=[donor])
-    notes = model.history[-1]["notes"]
-    assert "merge.extract: model.layers.0.mlp.up_proj: rank 3 of 64, 100.0000% of the change's square" in notes
-    assert "merge.extract: model.layers.2.mlp.up_proj: rank 1 of 64, 100.0000% of the change's square" in notes
-    assert not any("layers.1.mlp.up_proj" in note for note in notes)
+    notes, details = model.history[-1]["notes"], model.history[-1]["details"]
+    assert "model.layers.0.mlp.up_proj: rank 3 of 64, 100.0000% of the change's square" in details
+    assert "model.layers.2.mlp.up_proj: rank 1 of 64, 100.0000% of the change's square" in details
+    assert not any("layers.1.mlp.up_proj" in line for line in (*notes, *details))
+    assert any("27 layers have ranks from 1 to 3, with 100.0000% to 100.0000% of the squares" in note for note in notes), notes
     model.save(tmp_path / "adapter")
     stated = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert stated["r"] == stated["lora_alpha"] == 3
@@ -111,7 +112,7 @@ def test_a_change_that_was_rounded_has_the_rank_that_it_had(dtype):
     model = mw.open(copy.deepcopy(base))
     donor = finetuned(tiny().to(dtype).float(), 3).to(dtype)
     mw.apply(model, Extract(), donors=[donor])
-    ranks = [note.split("rank ")[1].split(" of")[0] for note in model.history[-1]["notes"] if "_proj: rank" in note]
+    ranks = [note.split("rank ")[1].split(" of")[0] for note in model.history[-1]["details"] if "_proj: rank" in note]
     assert len(ranks) == 28
     assert set(ranks) == {"3"}
 

@@ -31,6 +31,7 @@ class PointWise(TensorMethod):
     """Merges donors into the model, which is their base; norms, biases and embeddings too."""
 
     every: ClassVar[bool] = True
+    alike: ClassVar[bool] = True
     in_parts: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
@@ -59,14 +60,16 @@ class Weighted(Method):
     weights: tuple[float, ...] | None = None  # one for each donor; all 1 when not given
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        faults = []
+        faults = []  # which come first, since sums of what is infinite say nothing
         for name, values in vars(self).items():
-            parts, shares = values if name == "weights" or name.endswith("_each") else None, name in SHARES
-            bad = [part for part in parts or () if not math.isfinite(part) or shares and not 0 <= part <= 1]
-            if bad:
-                faults.append(f"{self.name()}: {name} are {'fractions from 0 to 1' if shares else 'numbers'}; got {bad[0]!r}.")
+            listed = isinstance(values, (list, tuple)) and (name == "weights" or name.endswith("_each"))
+            parts, shares = list(values) if listed else [], name in SHARES
+            for place, part in enumerate(parts, 1):
+                if isinstance(part, (int, float)) and not (math.isfinite(part) and (not shares or 0 <= part <= 1)):
+                    kind = "fractions from 0 to 1" if shares else "numbers"
+                    faults.append(f"{self.name()}: {name} are {kind}; got {part!r}, for donor {place} of {len(parts)}.")
         refuse(SettingError, faults)
+        super().__post_init__()
 
     def weights_for(self, donors: int) -> list[float]:
         """One weight for each donor.
@@ -79,8 +82,16 @@ class Weighted(Method):
     def each(self, values: tuple[float, ...] | None, what: str, donors: int) -> list[float]:
         """A setting that has one value for each donor, as a list; empty when not given."""
         if values is not None and len(values) != donors:
-            raise SettingError(f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor.")
+            raise SettingError(self.miscounted(values, what, donors))
         return list(values or ())
+
+    def miscounted(self, values: tuple[Any, ...], what: str, donors: int) -> str:
+        """The sentence for another number of values than of donors."""
+        return f"{self.name()}: {len(values)} {what} for {donors} donors. Give one for each donor."
+
+    def unfit_for(self, donors: int) -> list[str]:
+        listed = {name: values for name, values in vars(self).items() if name in ("weights", "texts") or name.endswith("_each")}
+        return [self.miscounted(values, what, donors) for what, values in listed.items() if values is not None and len(values) != donors]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +103,7 @@ class Merger(Weighted, PointWise):
 class Reader(Weighted, ModelMethod):
     """Merges donors by what text says of them; holds them in memory."""
 
+    alike: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 
     texts: tuple[str, ...] | None = None  # one for each donor; by default the recipe's data for all
@@ -122,11 +134,15 @@ class TaskVectors(Merger):
     """Adds what the donors learned to the model."""
 
     on_changes: ClassVar[bool] = True
+    base_apart: ClassVar[bool] = True
 
     scale: float = number(1.0)  # of the merged change, λ
     normalize: bool = False  # divide by the sum of the weights that count
     consensus: bool = False  # at each entry, only donors whose change has the elected sign count
     raw_votes: bool = False  # elect signs on the changes without their weights
+
+    def remarks(self) -> list[str]:
+        return ["all weights are 0, so the model stays as it is"] if self.weights and not any(self.weights) else []
 
     def change(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Values:
         """The merged change, with one way to make sparse for each donor, or none."""

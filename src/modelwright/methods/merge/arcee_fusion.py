@@ -28,6 +28,7 @@ class ArceeFusion(PointWise):
     """Replace the weights whose change stands out in size and in its row's distribution; all others stay the model's."""
 
     status: ClassVar[str] = "checked"
+    base_apart: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int | None]] = (1, 1)
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:

@@ -37,6 +37,7 @@ class Evolve(ModelMethod):
     """Merge with the weights, found by trial, that predict the calibration text best."""
 
     status: ClassVar[str] = "checked"
+    alike: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
     small: ClassVar[Mapping[str, Any]] = {"trials": 4}

@@ -30,6 +30,7 @@ class Extract(ModelMethod):
     """Give the model an adapter of what the donor learned; what has no two sides is saved whole beside it."""
 
     status: ClassVar[str] = "checked"
+    alike: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int | None]] = (1, 1)
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     fails = dict(bytes_are_as_predicted="ranks are those of the changes, which no plan has read")
@@ -39,13 +40,15 @@ class Extract(ModelMethod):
     outside: Literal["whole", "factors"] = "whole"  # embeddings and head: saved whole, or as factors
 
     @torch.no_grad()
-    def model(self, model: Model, donors: Sequence[Model], notes: list[str]) -> Model:
+    def model(self, model: Model, donors: Sequence[Model], notes: list[str], details: list[str]) -> Model:
         same_tensors(model, donors)
         module, other = unwrapped(model.module), dict(unwrapped(donors[0].module).named_parameters())
         head, tied = getattr(module, "get_output_embeddings", lambda: None)(), tied_ends(module)
         updates: dict[str, Update] = {}
         biases: dict[str, torch.Tensor] = {}
         whole: set[str] = set()
+        ranks: list[int] = []
+        held: list[float] = []  # of each change's square, by the same layers
         for name, value in floats(module).items():
             path, _, leaf = name.rpartition(".")
             layer, change = module.get_submodule(path), other[name].float() - value.float()
@@ -60,7 +63,9 @@ class Extract(ModelMethod):
                 change = change if isinstance(layer, nn.Linear) else change.T
                 up, down, energy = change_factors(change, self.rank, self.keep, rounding(value))
                 updates[path] = Update(up, down)
-                notes.append(f"{self.name()}: {path}: rank {len(down)} of {min(change.shape)}, {energy:.4%} of the change's square")
+                details.append(f"{path}: rank {len(down)} of {min(change.shape)}, {energy:.4%} of the change's square")
+                ranks.append(len(down))
+                held.append(energy)
         if biases and takes_biases(module, [path for path, one in updates.items() if one.rank] + list(biases)):
             for path, bias in biases.items():
                 found = updates.get(path)
@@ -69,6 +74,11 @@ class Extract(ModelMethod):
             whole |= set(biases)
         whole = {path for path in whole if not any(path.startswith(f"{outer}.") for outer in whole)}
         updates = {path: one for path, one in updates.items() if not any(f"{path}.".startswith(f"{outer}.") for outer in whole)}
+        if ranks:
+            notes.append(
+                f"{self.name()}: {len(ranks)} layers have ranks from {min(ranks)} to {max(ranks)}, with {min(held):.4%} to {max(held):.4%} "
+                "of the squares of their changes; the record says which"
+            )
         if not updates and not whole:
             notes.append(f"{self.name()}: {donors[0].name} does not differ from {model.name}, so the adapter adds nothing")
         if whole:

@@ -35,6 +35,7 @@ class LearnedMasks(Reader):
     """Put into the model the changes of each donor that its text asks for; where several did, their mean."""
 
     status: ClassVar[str] = "checked"
+    base_apart: ClassVar[bool] = True
 
     keep: float = fraction(0.1)  # of each donor's changes, at the start
     iterations: int = count(1, low=0)  # over all of a donor's text, each

@@ -23,6 +23,7 @@ class LocalizeAndStitch(Merger):
     """Put into the model the weights that each donor changed most; where several did, their mean."""
 
     status: ClassVar[str] = "checked"
+    base_apart: ClassVar[bool] = True
     neutral = dict(scale=0.0)
     unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 

@@ -38,6 +38,7 @@ class Pcb(Merger):
 
     status: ClassVar[str] = "checked"
     on_changes: ClassVar[bool] = True
+    base_apart: ClassVar[bool] = True
     neutral = dict(scale=0.0)
     unsurveyed: ClassVar[frozenset[str]] = frozenset({"weights", "scale"})
 

@@ -28,6 +28,7 @@ class Ram(PointWise):
 
     status: ClassVar[str] = "checked"
     on_changes: ClassVar[bool] = True
+    base_apart: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     scale: float = number(1.0)  # of the merged change, λ

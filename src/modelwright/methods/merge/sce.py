@@ -28,6 +28,7 @@ class Sce(PointWise):
 
     status: ClassVar[str] = "checked"
     on_changes: ClassVar[bool] = True
+    base_apart: ClassVar[bool] = True
     neutral = dict(keep=0.0)
 
     keep: float = fraction(1.0)  # of the entries on which donors differ

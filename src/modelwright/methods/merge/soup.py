@@ -29,6 +29,7 @@ class Soup(ModelMethod):
     """Replace the model by the mean of those donors that lower the loss on the calibration text."""
 
     status: ClassVar[str] = "checked"
+    alike: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
 

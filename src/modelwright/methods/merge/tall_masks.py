@@ -31,6 +31,7 @@ class TallMasks(Reader):
     """Add the changes that at least `agree` donors need, by masks that serve each of them best on its text."""
 
     status: ClassVar[str] = "checked"
+    base_apart: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
