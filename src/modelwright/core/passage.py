@@ -192,6 +192,11 @@ class Resident:
         self.free_outside()
 
 
+def real(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [tokens, width] without the padded ones."""
+    return state[mask.bool()] if mask is not None and mask.shape == state.shape[:2] else state.flatten(0, -2)
+
+
 def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
     """Give the named parameters and buffers of a module the tensors that `read` returns, whatever was there."""
     for name in names:

@@ -29,7 +29,7 @@ from .files import refuse_existing
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
-from .passage import Resident, gather
+from .passage import Resident, gather, real
 from .progress import bar, track
 from .statistics import Statistics
 
@@ -475,7 +475,7 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
     for depth in track(range(walk.depths), method.name()):
         walk.load(depth)
         after = list(walk.run_block(depth))
-        rows = [(_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
+        rows = [(real(before, mask), real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
         scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))
         walk.states = after
         walk.finish(depth)
@@ -484,11 +484,6 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
     shown = ", ".join(f"{score:.4f}" for score in scores)
     given.notes.append(f"{method.name()}: blocks removed {gone} (from 0); scores of all blocks {shown}")
     return gone
-
-
-def _real(state: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations [tokens, width] without the padded ones."""
-    return state[mask.bool()] if mask is not None and mask.shape == state.shape[:2] else state.flatten(0, -2)
 
 
 # Adapters
