@@ -200,8 +200,18 @@ class BlockMethod(Method):
     block: ClassVar[Verb]
     subjects: ClassVar[int] = 2
 
+    @property
+    def span(self) -> int:
+        """How many blocks one score is of, for methods that score runs of them: `before` enters the first, `after` leaves the last."""
+        return 1
+
+    @property
+    def last(self) -> bool:
+        """Whether `before` and `after` are of the last token of each sequence alone."""
+        return False
+
     def keep(self, scores: list[float]) -> list[int]:
-        """The indices of the blocks that stay."""
+        """The indices of the blocks that stay, by the scores of every run of `span` blocks, by its first."""
         raise AssertionError("a BlockMethod writes keep")
 
 
