@@ -265,6 +265,10 @@ class TrainMethod(Method):
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     save_every: int = count(100, low=0, unit="steps")  # between checkpoints, from which a killed run goes on
 
+    def first(self) -> Method | None:
+        """A step on weights that is taken before the training, for methods that train what they have changed."""
+        return None
+
     @classmethod
     def needs(cls) -> tuple[str, ...]:
         return ("train", *super().needs())

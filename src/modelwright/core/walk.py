@@ -516,6 +516,10 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
         extras["teacher"] = unwrapped(given.teacher.module).eval()
         if extras["teacher"] is unwrapped(model.module):
             raise PlanError(f"{method.name()}: the teacher is the model itself. Open the teacher separately.")
+    if (step := method.first()) is not None:
+        assert isinstance(step, TensorMethod), step
+        with torch.no_grad():
+            _change_tensors(model, step, given)
     with bar(method.name(), settings.steps) as tick:
         training.train(
             model.module,
