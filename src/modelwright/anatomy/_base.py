@@ -136,6 +136,7 @@ class Anatomy:
     mlp_size: ClassVar[str] = "intermediate_size"
     norm_offset: ClassVar[float] = 0.0  # norms multiply by offset + weight
     norm_eps: ClassVar[str] = "rms_norm_eps"
+    norms_write: ClassVar[bool] = False  # norms stand behind attentions and MLPs, so that their outputs join the stream
     why_not: ClassVar[dict[str, str]] = {}  # kinds of units that cannot leave this family exactly → reason
 
     def role(self, name: str) -> tuple[str, int | None] | None:
