@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.allocation import keep_highest, keep_highest_of_all, standardised
+from modelwright.maths.allocation import keep_by_harm, keep_highest, keep_highest_of_all, standardised
 
 
 def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
@@ -33,3 +33,17 @@ def test_standardised_scores_have_mean_0_and_variance_1_and_equal_ones_are_0():
     assert found.std().item() == pytest.approx(1)
     assert standardised(torch.full((4,), 7.0)).tolist() == [0.0] * 4
     assert standardised(torch.tensor([7.0])).tolist() == [0.0]
+
+
+def test_shares_by_harm_by_hand():
+    # Two groups of cost 10, shares that cost 5 and 8. Harm rises: (1, at 8), (0, at 8), (1, at 5), (0, at 5).
+    harm = torch.tensor([[9.0, 2.0], [3.0, 1.0]])
+    costs = torch.tensor([[5.0, 8.0], [5.0, 8.0]])
+    expected = {20: [None, None], 19: [None, 1], 18: [None, 1], 17: [1, 1], 16: [1, 1], 13: [1, 0], 12: [0, 0], 10: [0, 0], 1: [0, 0]}
+    for budget, places in expected.items():
+        assert keep_by_harm(harm, costs, [10, 10], budget) == places
+
+
+def test_a_share_that_costs_no_less_is_not_taken():
+    assert keep_by_harm(torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 4.0]]), [10], 5) == [1]
+    assert keep_by_harm(torch.tensor([[2.0, 1.0]]), torch.tensor([[8.0, 4.0]]), [10], 1) == [1]

@@ -108,6 +108,18 @@ class Units:
         return part.movedim(span.dim, 0).reshape(self.count, -1)
 
 
+class Branch(NamedTuple):
+    """An attention or MLP with its own way around: what a block adds to the residual stream in one step."""
+
+    kind: str  # "attn" or "mlp"
+    depth: int
+    module: str  # the dotted path of what gives the sum that is added
+    norms: tuple[str, ...]  # of the norms that serve it alone
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.depth}"
+
+
 class Anatomy:
     """A family: patterns of names, and the few facts that names do not tell.
 
@@ -124,6 +136,7 @@ class Anatomy:
     mlp_size: ClassVar[str] = "intermediate_size"
     norm_offset: ClassVar[float] = 0.0  # norms multiply by offset + weight
     norm_eps: ClassVar[str] = "rms_norm_eps"
+    norms_write: ClassVar[bool] = False  # norms stand behind attentions and MLPs, so that their outputs join the stream
     why_not: ClassVar[dict[str, str]] = {}  # kinds of units that cannot leave this family exactly → reason
 
     def role(self, name: str) -> tuple[str, int | None] | None:
@@ -243,6 +256,34 @@ class Anatomy:
                 continue
             for units in found:
                 yield from map(units.group, range(units.count))
+
+    def branches(self, module: Any) -> list[Branch]:
+        """The attentions and MLPs of the blocks, in the order of the blocks; those that are gone already are not among them.
+
+        A block's norms are in the order of their use, so that the first half belongs to its attention; a single one serves both.
+
+        Raises: SiteError where they are not modules of their own in one row of blocks, or add to the stream themselves.
+        """
+        path = self.blocks(module)
+        if path is None:
+            raise SiteError(f"attentions and MLPs leave a single row of blocks; this {self.name} model has no single row of them")
+        found = []
+        for depth, block in enumerate(module.get_submodule(path)):
+            prefix = f"{path}.{depth}."
+            roles = {name: (self.role(prefix + name) or ("",))[0] for name, _ in (*block.named_modules(), *block.named_parameters())}
+            norms = [prefix + name for name, _ in block.named_children() if roles[name] == "norm"]
+            halves = {"attn": norms[: len(norms) // 2], "mlp": norms[len(norms) // 2 :]}
+            for kind, words in (("attn", ("attn",)), ("mlp", ("mlp", "experts", "router"))):
+                inside = [name for name, role in roles.items() if role.split(".")[0] in words]
+                owners = {name.split(".")[0] for name in inside}
+                whole = len(owners) == 1 and not owners & set(inside)
+                within = [name for name, role in roles.items() if role == "norm" and name.split(".")[0] in owners]
+                adds = [name for name in within if is_residual_norm(f"{name}.")]
+                if inside and (not whole or adds):
+                    raise SiteError(f"the {kind} of {prefix[:-1]} is laid out otherwise than as one module whose output is added")
+                if inside:
+                    found.append(Branch(kind, depth, prefix + owners.pop(), tuple(halves[kind]) if len(norms) > 1 else ()))
+        return found
 
     def _owners(self, module: Any, roles: str) -> dict[str, list[Site]]:
         """The sites of a role's first word by the module that holds them all: an attention, an MLP."""

@@ -31,4 +31,5 @@ class Olmo2(Llama):
 
     name = "olmo2"
     types = ("olmo2", "olmo3")
+    norms_write = True
     why_not = {"heads": "their query norm runs over all heads together, so the heads that stay would change"}

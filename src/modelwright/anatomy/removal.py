@@ -17,7 +17,7 @@ from torch import nn
 
 from modelwright.core.errors import PlanError, SiteError, refuse
 
-from ._base import Anatomy, Units, head_width, is_residual_norm
+from ._base import Anatomy, Branch, Units, head_width, is_residual_norm
 from ._find import anatomy_of
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in configs with an entry per block
@@ -78,10 +78,6 @@ def _set_blocks(module: Any, anatomy: Anatomy, stack: str, kept: list[int]) -> N
     blocks = [before[n] for n in kept]
     new_list = nn.ModuleList(blocks) if isinstance(old, nn.ModuleList) else nn.Sequential(*blocks)
     setattr(module.get_submodule(parent), name, new_list)
-    for new, block in enumerate(blocks):
-        for child in block.modules():
-            if isinstance(getattr(child, "layer_idx", None), int):
-                child.layer_idx = new
     for config in _configs(module, stack):
         if "num_hidden_layers" in anatomy.stacks.values():
             config.num_hidden_layers = len(kept)
@@ -89,6 +85,52 @@ def _set_blocks(module: Any, anatomy: Anatomy, stack: str, kept: list[int]) -> N
             values = getattr(config, key, None)
             if isinstance(values, (list, tuple)) and len(values) == len(before):
                 setattr(config, key, [values[n] for n in kept])
+    number_slots(module, stack)
+
+
+def number_slots(module: Any, stack: str) -> None:
+    """Give every attention of the blocks its place in the cache.
+
+    Where all blocks have one, the place is the block's number. Else those of a kind (`layer_types`) have the first places of
+    their kind: a cache is asked for its length at its first place.
+    """
+    anatomy = anatomy_of(module)
+    kinds = _kinds(module, stack)
+    free = {kind: [n for n, other in enumerate(kinds) if other == kind] for kind in set(kinds)}
+    for number, block in enumerate(module.get_submodule(stack)):
+        slot = free[kinds[number]].pop(0) if _attends(anatomy, f"{stack}.{number}", block) else number
+        for child in block.modules():
+            if isinstance(getattr(child, "layer_idx", None), int):
+                child.layer_idx = slot
+                resized = {*getattr(child, "resized", ()), "layer_idx"} - ({"layer_idx"} if slot == number else set())
+                if resized or hasattr(child, "resized"):
+                    child.resized = sorted(resized)
+                if not getattr(child, "resized", True):
+                    del child.resized
+
+
+def keeps_slot(module: Any, gone: Sequence[Branch]) -> bool:
+    """Whether, without these branches, an attention is left of the kind of the cache's first place."""
+    anatomy = anatomy_of(module)
+    stack = anatomy.blocks(module)
+    if stack is None or not any(isinstance(getattr(child, "layer_idx", None), int) for child in module.modules()):
+        return True
+    kinds = _kinds(module, stack)
+    left = [branch for branch in anatomy.branches(module) if branch.kind == "attn" and branch not in gone]
+    return kinds[0] in {kinds[branch.depth] for branch in left}
+
+
+def _kinds(module: Any, stack: str) -> list[str]:
+    """The kind of attention of each block, as the config has it; "" for all where it has none."""
+    count = len(module.get_submodule(stack))
+    kinds: Any = next((found for config in _configs(module, stack) if (found := getattr(config, "layer_types", None))), [])
+    return list(kinds) if len(kinds) == count else [""] * count
+
+
+def _attends(anatomy: Anatomy, path: str, block: nn.Module) -> bool:
+    """Whether a block has an attention."""
+    names = [name for name, _ in (*block.named_modules(), *block.named_parameters())]
+    return any((anatomy.role(f"{path}.{name}") or ("",))[0].startswith("attn.") for name in names)
 
 
 def remove_units(

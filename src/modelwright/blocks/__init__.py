@@ -1,8 +1,8 @@
-"""Layers that store what they claim: packed integers, two factors, a sparse layout.
+"""Layers that store what they claim: packed integers, two factors, a sparse layout; and what stands for a part that is gone.
 
-Each file holds one layer, and the file's name is its kind. A layer has `dense()`, the weight that it stands for;
-`describe()`, a JSON object from which `build` makes an empty one; and `stored_bytes()`. Its state dict is exactly what
-is stored.
+Each file holds one layer, and the file's name is its kind. A layer has `describe()`, a JSON object from which `build`
+makes an empty one; its state dict is exactly what is stored. One that stands for a matrix also has `dense()`, the weight,
+and `stored_bytes()`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modelwright.blocks._stored import Stored
+from modelwright.blocks._stored import Described
 from modelwright.core.errors import ModelError, nearest
 
 
@@ -21,7 +21,7 @@ def build(
     description: dict[str, Any],
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-) -> Stored:
+) -> Described:
     """An empty layer from what `describe()` said of one, ready for its state dict.
 
     dtype: of the floating-point tensors. device: "meta" gives the sizes without the memory.
@@ -33,7 +33,7 @@ def build(
         found = f"A layer of kind {kind!r} was asked for; known are {', '.join(kinds)}."
         raise ModelError(found + nearest(str(kind), kinds))
     items = vars(import_module(f"{__name__}.{kind}")).values()
-    classes = [item for item in items if isinstance(item, type) and issubclass(item, Stored) and vars(item).get("kind") == kind]
+    classes = [item for item in items if isinstance(item, type) and issubclass(item, Described) and vars(item).get("kind") == kind]
     try:
         return classes[0].from_description(description, dtype, device)
     except (TypeError, IndexError) as error:

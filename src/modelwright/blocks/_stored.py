@@ -9,22 +9,14 @@ import torch
 from torch import Tensor, nn
 
 
-class Stored(nn.Module, ABC):
-    """A layer whose weight is stored in another form than a dense matrix.
+class Described(nn.Module, ABC):
+    """A module that no architecture makes: `config.json` describes it, and `blocks.build` makes it from that.
 
-    Its constructor takes the weight's two sizes, the other keys of `describe()` by name, a dtype and a device, and
-    leaves the tensors unfilled.
+    Its constructor takes the keys of `describe()` by name, a dtype and a device, and leaves its tensors unfilled.
     """
 
     kind: ClassVar[str]  # the name of its file
-    stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
     replaces: str = "Linear"  # the class of the layer that stood in its place
-    out_features: int
-    in_features: int
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """The weight that this layer stands for, [out, in]."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -37,9 +29,24 @@ class Stored(nn.Module, ABC):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> Self:
-        """A layer without values, from what `describe()` gave."""
+        """A module without values, from what `describe()` gave."""
         settings = {key: value for key, value in description.items() if key != "kind"}
         return cls(**settings, dtype=dtype, device=device)  # type: ignore[call-arg]
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.describe().items() if key != "kind")
+
+
+class Stored(Described):
+    """A layer whose weight is stored in another form than a dense matrix."""
+
+    stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
+    out_features: int
+    in_features: int
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight that this layer stands for, [out, in]."""
 
     @property
     def weight(self) -> Tensor:
@@ -62,9 +69,6 @@ class Stored(nn.Module, ABC):
     def stored_bytes(self) -> int:
         """The bytes of all tensors that a checkpoint holds of this layer."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{key}={value}" for key, value in self.describe().items() if key != "kind")
 
 
 def parameter(values: Tensor | None) -> nn.Parameter | None:

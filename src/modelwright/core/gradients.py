@@ -1,4 +1,4 @@
-"""Gradients of whole models on calibration batches: of a loss, and squared example by example."""
+"""Losses of whole models on calibration batches, and their gradients: of a loss, and squared example by example."""
 
 from __future__ import annotations
 
@@ -50,6 +50,32 @@ def squared_gradients(model: Model, batches: Sequence[Batch], targets: Targets, 
     return {name: total.div_(count) for name, total in sums.items()}
 
 
+@torch.no_grad()
+def text_loss(model: Model, batches: Sequence[Batch]) -> float:
+    """The mean negative log-likelihood in nats of each token that follows another; e to it is the perplexity.
+
+    Raises:
+        DataError: no batch has two tokens in a row.
+    """
+    walk, total, count = Resident(model), 0.0, 0
+    for batch in batches:
+        logits = logits_of(walk.forward(batch))
+        targets = next_tokens(batch, logits.device).flatten()
+        total += float(F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"))
+        count += int((targets >= 0).sum())
+    if not count:
+        raise DataError(f"{model.name} was given no token that follows another. Give it text of two tokens or more.")
+    return total / count
+
+
+def next_tokens(batch: Batch, device: torch.device) -> Tensor:
+    """The token after each but the last [rows, places - 1]; -100, which no loss counts, where it is padding."""
+    ids = batch.get("decoder_input_ids", batch["input_ids"]).to(device)
+    mask = batch.get("attention_mask")
+    real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids)
+    return ids[:, 1:].masked_fill(real[:, 1:] == 0, -100)
+
+
 def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """∂L/∂θ in float32, by parameter, of the mean over batches of the cross-entropy: of next tokens, or with the `labels`."""
     walk = Resident(model)
@@ -60,10 +86,7 @@ def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tens
             if labels is not None:
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), labels[number].flatten().to(logits.device))
             else:
-                ids = batch.get("decoder_input_ids", batch["input_ids"]).to(logits.device)
-                mask = batch.get("attention_mask")
-                real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids)
-                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].masked_fill(real[:, 1:] == 0, -100).flatten())
+                loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), next_tokens(batch, logits.device).flatten())
             for total, gradient in zip(sums.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
                 if gradient is not None:
                     total.add_(gradient, alpha=1 / len(batches))

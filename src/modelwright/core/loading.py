@@ -2,8 +2,9 @@
 
 Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
 transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures, modules of other sizes than the
-config's) is written for the `modelwright` quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained`
-loads it. The tensors in the file are the same either way; only `quantization_config` differs.
+config's, what stands for parts that are gone) is written for the `modelwright` quantizer (see `quantizer`), so that
+`import modelwright` then `from_pretrained` loads it. The tensors in the file are the same either way; only
+`quantization_config` differs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from modelwright import blocks
-from modelwright.blocks._stored import Stored
+from modelwright.blocks._stored import Described
 from modelwright.blocks.experts import SplitExperts, is_fused
 from modelwright.blocks.packed import PackedLinear
 
@@ -77,7 +78,7 @@ def described(module: nn.Module) -> dict[str, dict[str, Any]]:
     for name, layer in module.named_modules():
         if isinstance(layer, SplitExperts):
             found[name] = {"kind": EXPERTS}
-        if isinstance(layer, Stored):
+        if isinstance(layer, Described):
             found[name] = layer.describe()
         elif hasattr(layer, "resized"):
             found[name] = _sizes(layer)

@@ -221,8 +221,18 @@ class BlockMethod(Method):
     block: ClassVar[Verb]
     subjects: ClassVar[int] = 2
 
+    @property
+    def span(self) -> int:
+        """How many blocks one score is of, for methods that score runs of them: `before` enters the first, `after` leaves the last."""
+        return 1
+
+    @property
+    def last(self) -> bool:
+        """Whether `before` and `after` are of the last token of each sequence alone."""
+        return False
+
     def keep(self, scores: list[float]) -> list[int]:
-        """The indices of the blocks that stay."""
+        """The indices of the blocks that stay, by the scores of every run of `span` blocks, by its first."""
         raise AssertionError("a BlockMethod writes keep")
 
 
@@ -275,6 +285,10 @@ class TrainMethod(Method):
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices inside the blocks, with adamw for the rest
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     save_every: int = count(100, low=0, unit="steps")  # between checkpoints, from which a killed run goes on
+
+    def first(self) -> Method | None:
+        """A step on weights that is taken before the training, for methods that train what they have changed."""
+        return None
 
     @classmethod
     def needs(cls) -> tuple[str, ...]:

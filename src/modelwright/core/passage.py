@@ -192,6 +192,19 @@ class Resident:
         self.free_outside()
 
 
+def real(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [tokens, width] without the padded ones."""
+    return state[mask.bool()] if mask is not None and mask.shape == state.shape[:2] else state.flatten(0, -2)
+
+
+def last_real(state: Tensor, mask: Tensor | None) -> Tensor:
+    """Activations [rows, width] of the last token of each row that is no padding."""
+    if mask is None or mask.shape != state.shape[:2]:
+        return state[:, -1]
+    places = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1)
+    return state[torch.arange(len(state), device=state.device), places.to(state.device)]
+
+
 def fill(module: nn.Module, names: Iterable[str], read: Callable[[str], Tensor]) -> None:
     """Give the named parameters and buffers of a module the tensors that `read` returns, whatever was there."""
     for name in names:

@@ -165,8 +165,10 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
         path = anatomy_of(module).blocks(module)
         if path is not None:
             depths = len(list(module.get_submodule(path).children()))
-            kept = method.keep([float(depth) for depth in range(depths)])
+            kept = method.keep([float(depth) for depth in range(depths - min(method.span, depths) + 1)])
             removal.remove_blocks(module, [depth for depth in range(depths) if depth not in kept])
+    elif isinstance(method, TrainMethod) and (step := method.first()) is not None:
+        return predict(module, step, given)
     elif isinstance(method, AdapterMethod):
         import peft
 
@@ -266,7 +268,8 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
         return held + 2 * states * shape.bytes + max(shape.outside if streams else 0, (shape.block if streams else 0) + moments + work)
     if isinstance(method, BlockMethod):
         scoring = states * (2 * shape.bytes + 4 * BLOCK_FLOATS)
-        return held + 2 * states * shape.bytes + (shape.block if streams else 0) + max(running, scoring)
+        entered = states * shape.bytes if not method.last else shape.tokens // shape.length * shape.width * shape.bytes
+        return held + 2 * states * shape.bytes + method.span * entered + (shape.block if streams else 0) + max(running, scoring)
     assert isinstance(method, TrainMethod), method
     return held + _training(module, method, shape, given)
 

@@ -29,7 +29,7 @@ from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
-from .passage import Resident, gather
+from .passage import Resident, gather, last_real, real
 from .progress import bar, track
 from .statistics import Statistics
 
@@ -431,7 +431,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
         with split_experts(walk.module, inside + "."):
             if not walk.restore(depth, notes):
                 sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
-                chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
+                chosen = dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
                 groups = walk.anatomy.stages([site.role for site, _ in chosen]) if method.stages else [[s.role for s, _ in chosen]]
                 for stage in groups:
                     now = [(site, local) for site, local in chosen if site.role in stage]
@@ -444,7 +444,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
             walk.states = list(walk.run_block(depth))
         walk.finish(depth)
-    chosen = _dense_sites(walk.module, method, _chosen_or_none(walk.module, outside, method, notes), notes)
+    chosen = dense_sites(walk.module, method, _chosen_or_none(walk.module, outside, method, notes), notes)
     if chosen:
         walk.load_outside()
         statistics = gather(walk, [site for site, _ in chosen], method.gathers, lambda: _each(walk.tail, batches))
@@ -464,7 +464,7 @@ def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, ba
     results: list[tuple[Site, Tensor | nn.Module]] = []
     with split_experts(walk.module):
         sites = [site for site in walk.anatomy.sites(walk.module) if site.role not in ("embed", "position")]
-        chosen = _dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
+        chosen = dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
         for start in track(range(0, len(chosen), 16), method.name()):
             part = chosen[start : start + 16]
             statistics = gather(walk, [site for site, _ in part], method.gathers, lambda: map(walk.forward, batches))
@@ -480,7 +480,7 @@ def _chosen_or_none(module: nn.Module, sites: Sequence[Site], method: LayerMetho
         return []
 
 
-def _dense_sites(module: nn.Module, method: Method, chosen: Chosen, notes: list[str]) -> Chosen:
+def dense_sites(module: nn.Module, method: Method, chosen: Chosen, notes: list[str]) -> Chosen:
     kept = []
     for site, local in chosen:
         if weight_of(module, site) is None:
@@ -521,24 +521,21 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
     if walk.path is None:
         raise SiteError(f"{method.name()} removes whole blocks, but {walk.model.name} has no single row of them.")
     walk.enter(given.batches(walk.model))
-    scores = []
+    scores, entered, seen = [], [], last_real if method.last else real
     for depth in track(range(walk.depths), method.name()):
         walk.load(depth)
-        after = list(walk.run_block(depth))
-        rows = [(_real(before, mask), _real(out, mask)) for before, out, mask in zip(walk.states, after, walk.masks, strict=True)]
-        scores.append(float(method.block(torch.cat([row[0] for row in rows]), torch.cat([row[1] for row in rows]))))
-        walk.states = after
+        entered.append(torch.cat([seen(state, mask) for state, mask in zip(walk.states, walk.masks, strict=True)]))
+        walk.states = list(walk.run_block(depth))
+        if len(entered) == min(method.span, walk.depths):
+            left = torch.cat([seen(state, mask) for state, mask in zip(walk.states, walk.masks, strict=True)])
+            scores.append(float(method.block(entered.pop(0), left)))
         walk.finish(depth)
     kept = method.keep(scores)
     gone = [depth for depth in range(walk.depths) if depth not in kept]
     shown = ", ".join(f"{score:.4f}" for score in scores)
-    given.notes.append(f"{method.name()}: blocks removed {gone} (from 0); scores of all blocks {shown}")
+    what = "blocks" if method.span == 1 else f"runs of {method.span} blocks"
+    given.notes.append(f"{method.name()}: blocks removed {gone} (from 0); scores of all {what} {shown}")
     return gone
-
-
-def _real(state: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations [tokens, width] without the padded ones."""
-    return state[mask.bool()] if mask is not None and mask.shape == state.shape[:2] else state.flatten(0, -2)
 
 
 # Adapters
@@ -569,6 +566,10 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
         extras["teacher"] = unwrapped(given.teacher.module).eval()
         if extras["teacher"] is unwrapped(model.module):
             raise PlanError(f"{method.name()}: the teacher is the model itself. Open the teacher separately.")
+    if (step := method.first()) is not None:
+        assert isinstance(step, TensorMethod), step
+        with torch.no_grad():
+            _change_tensors(model, step, given)
     with bar(method.name(), settings.steps) as tick:
         training.train(
             model.module,

@@ -35,6 +35,39 @@ def keep_highest_of_all(scores: Sequence[Tensor], costs: Sequence[float], share:
     return [places[stays & (groups == number)].tolist() for number in range(len(sizes))]
 
 
+def keep_by_harm(harm: Tensor, costs: Tensor, whole: Sequence[float], budget: float) -> list[int | None]:
+    """For each group the place of the share that it keeps, None for all of it: as little harm as meets the budget (ASVD).
+
+    harm [groups, shares]: to the whole when one group alone is cut to a share. costs [groups, shares]: what the group then
+    costs. whole: what each costs uncut. Every cut whose harm is below one threshold is made, each group's cheapest; the
+    threshold is the lowest that meets the budget, or the highest when none does.
+    """
+    order = harm.flatten().argsort(stable=True).tolist()
+    shares = harm.shape[1]
+
+    def chosen(number: int) -> list[int | None]:
+        places: list[int | None] = [None] * len(whole)
+        for entry in order[:number]:
+            group, place = divmod(entry, shares)
+            best = places[group]
+            before = whole[group] if best is None else float(costs[group, best])
+            if float(costs[group, place]) < before:
+                places[group] = place
+        return places
+
+    def total(places: list[int | None]) -> float:
+        return sum(whole[group] if place is None else float(costs[group, place]) for group, place in enumerate(places))
+
+    low, high = 0, len(order)
+    while low < high:
+        middle = (low + high) // 2
+        if total(chosen(middle)) > budget:
+            low = middle + 1
+        else:
+            high = middle
+    return chosen(low)
+
+
 def standardised(score: Tensor) -> Tensor:
     """Scores of any shape with mean 0 and variance 1, so that groups of other sizes compete; 0 where all are equal."""
     centred = score.double() - score.double().mean()

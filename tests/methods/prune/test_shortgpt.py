@@ -84,6 +84,56 @@ def test_the_shorter_model_is_a_plain_one_of_its_family(kind, tmp_path):
     assert torch.equal(cached, anew)
 
 
-def test_removing_every_block_is_refused():
-    with pytest.raises(PlanError, match="all 4 blocks"):
-        mw.apply(tiny(), ShortGpt(blocks=9), data=batches(tiny()))
+@pytest.mark.parametrize("measure", ["influence", "angle"])
+def test_removing_every_block_is_refused(measure):
+    for blocks in (4, 9):
+        with pytest.raises(PlanError, match="all 4 blocks"):
+            mw.apply(tiny(), ShortGpt(blocks=blocks, measure=measure), data=batches(tiny()))
+
+
+def test_angles_by_hand():
+    # Angles of the tokens: (1, 0) and (0, 2) → 1/2; (1, 0) and (1, 1) → 1/4; (1, 2) and (-2, -4) → 1. Mean 7/12.
+    before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [1.0, 2.0]])
+    after = torch.tensor([[0.0, 2.0], [1.0, 1.0], [-2.0, -4.0]])
+    assert ShortGpt(measure="angle").block(before, after).item() == pytest.approx(7 / 12)
+    # Of five blocks, the runs of two begin at 0 to 3; the third turns least: blocks 2 and 3 go.
+    assert ShortGpt(measure="angle", blocks=2).keep([0.4, 0.3, 0.1, 0.2]) == [0, 1, 4]
+    assert ShortGpt(measure="angle", blocks=0).keep([0.4, 0.3, 0.1]) == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_the_angle_of_a_run_is_that_of_the_last_tokens_that_enter_and_leave_it():
+    module = tiny()
+    data = batches(module)
+    states = []
+    for batch in data:
+        blocks = []
+        handles = [block.register_forward_pre_hook(lambda _, args, found=blocks: found.append(args[0])) for block in module.model.layers]
+        handles.append(module.model.norm.register_forward_pre_hook(lambda _, args, found=blocks: found.append(args[0])))
+        module(**batch)
+        ends = batch["attention_mask"].sum(1) - 1
+        states.append(torch.stack([found[[0, 1], ends] for found in blocks]))
+        for handle in handles:
+            handle.remove()
+    states = torch.cat(states, 1).double()
+    units = states / states.norm(dim=-1, keepdim=True)
+    angles = [float((units[depth] * units[depth + 2]).sum(-1).arccos().mean() / torch.pi) for depth in range(3)]
+    opened = mw.open(module)
+    mw.apply(opened, ShortGpt(blocks=2, measure="angle"), data=data)
+    note = next(note for note in opened.history[-1]["notes"] if "runs of 2 blocks" in note)
+    found = [float(score) for score in note.partition("scores of all runs of 2 blocks ")[2].split(", ")]
+    assert found == pytest.approx(angles, abs=1e-4)
+    least = angles.index(min(angles))
+    assert f"blocks removed {[least, least + 1]}" in note
+
+
+def test_a_run_that_turns_nothing_leaves_without_a_trace(tmp_path):
+    model = idle(idle(tiny(), 1), 2)
+    expected = outputs(model)
+    opened = mw.open(model)
+    opened.save(tmp_path / "in")
+    streamed = mw.apply(tmp_path / "in", ShortGpt(blocks=2, measure="angle"), data=batches(model), save=tmp_path / "out")
+    mw.apply(opened, ShortGpt(blocks=2, measure="angle"), data=batches(model))
+    assert len(model.model.layers) == 2
+    assert (outputs(model) - expected).abs().max() < 1e-5
+    assert torch.equal(outputs(streamed.module), outputs(model))

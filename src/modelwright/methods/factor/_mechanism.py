@@ -1,4 +1,4 @@
-"""Low rank: W ≈ B·A, the best fit of its rank under a metric. A method fills in the metric."""
+"""Low rank: W ≈ B·A, the best fit of its rank under a metric S of the inputs. A method fills in the metric."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modelwright.blocks.low_rank import LowRankLinear
 from modelwright.core.method import SiteMethod
 from modelwright.core.settings import count, fraction
+from modelwright.core.statistics import Statistics
 from modelwright.maths import low_rank
 
 
@@ -28,6 +29,10 @@ class Factoriser(SiteMethod):
     multiple: int = count(1)  # ranks are rounded down to one of this, so that groups of the factors' weights divide
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
 
+    def metric(self, statistics: Statistics) -> Tensor | None:
+        """S by what is known of the inputs: None for 1, a diagonal [in], or a lower factor [in, in]."""
+        return None
+
     def rank_of(self, shape: tuple[int, ...]) -> int | None:
         """The rank for a weight of this shape [out, in]; None to leave it alone: where two factors would be no smaller."""
         if self.keep == 1 and self.rank is None:
@@ -44,7 +49,7 @@ class Factoriser(SiteMethod):
         return ""
 
     def factored(self, weight: Tensor, metric: Tensor | None) -> Tensor | nn.Module:
-        """The weight [out, in] at its rank, under the metric S: None, a diagonal [in] or a lower factor [in, in]."""
+        """The weight [out, in] at its rank, under the metric S."""
         rank = self.rank_of(tuple(weight.shape))
         if rank is None:
             return weight

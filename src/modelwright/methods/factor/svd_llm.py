@@ -27,5 +27,8 @@ class SvdLlm(Factoriser, LayerMethod):
     gathers: ClassVar[tuple[str, ...]] = ("moment",)
     neutral = dict(keep=1.0)
 
+    def metric(self, statistics: Statistics) -> Tensor:
+        return whitening(statistics.moment)
+
     def layer(self, weight: Tensor, statistics: Statistics) -> Tensor | nn.Module:
-        return self.factored(weight, whitening(statistics.moment))
+        return self.factored(weight, self.metric(statistics))

@@ -1,0 +1,86 @@
+"""Turn the stream between the blocks: the same function in another basis.
+
+With norms that only divide by the root mean square, an orthogonal Q [width, width] can be put into every matrix that reads the
+stream and its transpose into every one that writes to it (Ashkboos et al. 2024, arXiv:2401.15024, section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.core.errors import SiteError
+
+from ._base import READS, Units, input_dim, is_residual_norm
+from ._find import anatomy_of
+
+
+def stream_of(module: Any) -> Units:
+    """The channels of the stream.
+
+    Raises:
+        SiteError: it cannot be turned: there are norms that subtract a mean, or that stand behind attentions and MLPs.
+    """
+    anatomy = anatomy_of(module)
+    try:
+        found = anatomy.units(module, "residual")[0]
+    except SiteError as error:
+        raise SiteError(f"There are no directions of the stream to remove: {error}.") from error
+    norms = [path for path, _ in residual_norms(module)]
+    if anatomy.norms_write or any("feedforward" in path for path in norms):
+        raise SiteError(f"There are no directions of the stream to remove: norms of {anatomy.name} models also write to it.")
+    return found
+
+
+def residual_norms(module: Any) -> list[tuple[str, nn.Module]]:
+    """The norms over the stream, by path, in the order of the model."""
+    anatomy = anatomy_of(module)
+    return [
+        (path, child)
+        for path, child in module.named_modules()
+        if (anatomy.role(path) or ("",))[0] == "norm" and is_residual_norm(f"{path}.") and getattr(child, "weight", None) is not None
+    ]
+
+
+@torch.no_grad()
+def fold_norms(module: Any) -> None:
+    """Put the weights of norms into the matrices that read what they give; a head that is tied to the embedding comes apart.
+
+    A block's first norm is read by its attention and its second by its MLP; the one behind the blocks by the head.
+    """
+    anatomy = anatomy_of(module)
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        module.config.tie_word_embeddings = False
+    stack = anatomy.blocks(module)
+    norms = residual_norms(module)
+    for site in anatomy.sites(module):
+        if site.role != "head" and site.role not in READS:
+            continue
+        if site.role == "head":
+            own = [norm for path, norm in norms if (anatomy.role(path) or ("", None))[1] is None]
+        else:
+            own = [norm for path, norm in norms if path.startswith(f"{stack}.{site.depth}.")]
+            half = len(own) // 2
+            own = own if len(own) == 1 else own[:half] if site.role.startswith("attn") else own[half:]
+        scale: Tensor = own[0].weight  # type: ignore[assignment]
+        weight, dim = module.get_parameter(site.name), input_dim(site)
+        turned = weight.double().movedim(dim, -1) * (scale.double() + anatomy.norm_offset)
+        weight.copy_(turned.movedim(-1, dim))
+    for _, norm in norms:
+        norm.weight.fill_(1 - anatomy.norm_offset)  # type: ignore[operator, union-attr]
+
+
+@torch.no_grad()
+def rotate_stream(module: Any, rotation: Tensor) -> None:
+    """Give the stream the basis of the columns of `rotation` [width, width], orthogonal; norms must be folded before."""
+    tensors = dict(module.named_parameters())
+    anatomy = anatomy_of(module)
+    for span in stream_of(module).spans:
+        if (anatomy.role(span.name) or ("",))[0] != "norm":
+            weight = tensors[span.name]
+            turned = weight.double().movedim(span.dim, -1) @ rotation.to(weight.device, torch.float64)
+            weight.copy_(turned.movedim(-1, span.dim))

@@ -1,0 +1,101 @@
+"""Keep the singular values that matter for large inputs, and of each matrix as much as perplexity asks for: ASVD.
+
+Yuan, Shang, Song, Wu, Yan, Sun 2023, arXiv:2312.05821, sections 3.2 and 3.3. S is diagonal, the mean of each input's |x| to a `power`, or
+its largest. With `allocate: perplexity` every matrix is cut alone to each of `keeps`; the cuts of least perplexity are made
+until the chosen matrices together hold `keep` of their parameters; a matrix that no cut is made of stays as it is.
+Differs: the search ends at the first cut that meets the budget, where the authors' code takes the one it tried last. Shares come
+from the exact decomposition. The Fisher information as a metric and the factored cache of keys and values are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from modelwright.anatomy import anatomy_of
+from modelwright.core.errors import PlanError
+from modelwright.core.given import Batch
+from modelwright.core.gradients import text_loss
+from modelwright.core.method import ModelMethod
+from modelwright.core.model import Model, put, unwrapped, weight_of
+from modelwright.core.passage import statistics_of
+from modelwright.core.progress import track
+from modelwright.core.settings import number
+from modelwright.core.statistics import Statistics
+from modelwright.core.walk import Chosen, alike, choose, dense_sites, split_experts
+from modelwright.maths import low_rank
+from modelwright.maths.allocation import keep_by_harm
+from modelwright.methods.factor._mechanism import Factoriser
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned matrix by matrix
+    """Replace matrices by two factors under the size of their inputs, each cut as deep as the text's perplexity allows."""
+
+    status: ClassVar[str] = "checked"
+    neutral = dict(keep=1.0)
+    small = dict(allocate="uniform")
+
+    power: float = number(0.5, low=0)  # of the size of an input, by which its column counts
+    measure: Literal["mean", "largest"] = "mean"  # of an input's absolute values
+    allocate: Literal["uniform", "perplexity"] = "perplexity"  # all matrices keep the same share, or what perplexity asks for
+    keeps: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the shares that are tried of each matrix
+
+    def problems(self) -> list[str]:
+        wrong = []
+        if not self.keeps or not all(0 < keep < 1 for keep in self.keeps):
+            wrong.append(f"keeps are shares between 0 and 1; got {list(self.keeps)}.")
+        if self.allocate == "perplexity" and (self.rank is not None or not isinstance(self.keep, float)):
+            wrong.append("with allocate: perplexity, keep is one number for all matrices and rank is free. Use allocate: uniform.")
+        return wrong
+
+    def metric(self, statistics: Statistics) -> Tensor:
+        size = statistics.absolute if self.measure == "mean" else statistics.largest
+        return size.double() ** self.power
+
+    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+        module = unwrapped(model.module)
+        gathers = ("absolute",) if self.measure == "mean" else ("largest",)
+        with torch.no_grad(), split_experts(module):
+            sites = [site for site in anatomy_of(module).sites(module) if site.role not in ("embed", "position")]
+            chosen = dense_sites(module, self, choose(module, sites, self, notes), notes)
+            found = statistics_of(model, [site for site, _ in chosen], gathers, calibration)
+            metrics = [self.metric(seen if seen.tokens else alike(seen, gathers)) for seen in (found[site.name] for site, _ in chosen)]
+            if self.allocate == "perplexity" and self.keep < 1:
+                chosen = self.allocated(model, chosen, metrics, calibration, notes)
+            for (site, local), metric in zip(chosen, metrics, strict=True):
+                weight = weight_of(module, site)
+                assert weight is not None, site
+                put(module, site, local.factored(weight, metric))
+        return model
+
+    def allocated(self, model: Model, chosen: Chosen, metrics: list[Tensor], calibration: Sequence[Batch], notes: list[str]) -> Chosen:
+        """The sites, each with a `keep` of its own that together meet this one's."""
+        module = unwrapped(model.module)
+        weights: list[Any] = [weight_of(module, site) for site, _ in chosen]
+        harm = torch.zeros(len(chosen), len(self.keeps), dtype=torch.float64)
+        costs = torch.zeros_like(harm)
+        for row, ((site, local), metric) in enumerate(zip(track(chosen, self.name()), metrics, strict=True)):
+            before = weights[row].clone()
+            tall, wide = low_rank.factor(before.double(), min(before.shape), metric)
+            for place, keep in enumerate(self.keeps):
+                rank = replace(local, keep=keep).rank_of(tuple(before.shape))
+                costs[row, place] = before.numel() if rank is None else rank * sum(before.shape)
+                if rank is not None:
+                    put(module, site, (tall[:, :rank] @ wide[:rank]).to(before.dtype))
+                harm[row, place] = text_loss(model, calibration)
+            put(module, site, before)
+        whole = [weight.numel() for weight in weights]
+        places = keep_by_harm(harm, costs, whole, self.keep * sum(whole))
+        held = sum(size if place is None else float(row[place]) for size, place, row in zip(whole, places, costs, strict=True))
+        if held > self.keep * sum(whole):
+            least = f"keeps of {min(self.keeps):g} hold {held / sum(whole):.3f}"
+            raise PlanError(f"{self.name()}: keep={self.keep:g} was asked for, and {least}. Add lower ones.")
+        shares = [1.0 if place is None else self.keeps[place] for place in places]
+        shown = ", ".join(f"{site.role} {site.depth} {share:g}" for (site, _), share in zip(chosen, shares, strict=True))
+        notes.append(f"{self.name()} keeps {held / sum(whole):.4f} of these matrices' parameters: {shown}")
+        return [(site, replace(local, keep=share)) for (site, local), share in zip(chosen, shares, strict=True)]
