@@ -4,5 +4,7 @@ Mechanism: score → allocate → remove → compensate, over a unit: a weight, 
 
 How to choose: without text, `prune.magnitude`. With text, `prune.sparsegpt` keeps the most quality of the
 weight pruners, `prune.wanda` is faster and needs less memory. Zeros save bytes on disk only when they are stored
-sparse (`store: sparse`), and no time. `prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
+sparse (`store: sparse`), and no time. Any weight pruner may take more from some matrices than from others: `allocate: owl`
+less from blocks whose scores have outliers, which helps most from 60 % on; `allocate: erk` less from small and thin
+matrices, without text. `prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
 """
