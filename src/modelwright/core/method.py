@@ -205,6 +205,18 @@ class LayerMethod(SiteMethod):
 
     stages: bool = False  # gather anew for q k v, o, gate up and down in turn, with what came before already changed
 
+    def arranges(self) -> bool:
+        """Whether `arrange` is asked for the matrices whose inputs may trade places; by default it is not."""
+        return False
+
+    def arrange(self, weight: Any, statistics: Any, inputs: Any) -> Any:
+        """An order of a weight's inputs that suits the verb better, before it is called; None to leave them as they are.
+
+        inputs: [runs, copies, width], the columns that may trade places in each run, which move alike in all of its
+        copies. Returned is the place [runs, width] in the run that each column is taken from.
+        """
+        raise AssertionError(f"{self.name()} wants to move inputs and writes no arrange")
+
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
         return ()

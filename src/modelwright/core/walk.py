@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.anatomy import reorder as reordering
 from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
@@ -402,6 +403,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     own = divide(skeleton, every, method, surveyed)
     if surveyed is not None:
         notes.append(f"{method.name()} found in the unchanged blocks, first to last: {', '.join(f'{found:.4g}' for found in surveyed)}")
+    free = reordering.movable(skeleton) if method.arranges() else {}
     walk.enter(batches)
     outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
     for depth in track(range(walk.depths), method.name()):
@@ -420,6 +422,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                         statistics = gather(
                             walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
                         )
+                        _reorder(walk.module, now, statistics, free, notes)
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -511,6 +514,24 @@ def _dense_sites(module: nn.Module, method: Method, chosen: Chosen, notes: list[
         else:
             kept.append((site, local))
     return kept
+
+
+def _reorder(
+    module: nn.Module, chosen: Chosen, statistics: dict[str, Statistics], free: dict[str, reordering.Movable], notes: list[str]
+) -> None:
+    """Let the method order inputs that may trade places for free, with the statistics of them."""
+    for site, local in chosen:
+        where = free.get(site.name)
+        if where is None:
+            continue
+        parameters = dict(module.named_parameters())
+        dense = all(name in parameters for name, _, _ in where.makers)
+        order = local.arrange(weight_of(module, site), statistics[site.name], where.inputs) if dense else None
+        if order is not None:
+            statistics[site.name].reorder(reordering.reorder(module, where, order))
+        else:
+            why = f"runs of {where.inputs.shape[2]} inputs do not suit it" if dense else "what makes them is stored otherwise by now"
+            notes.append(f"{local.name()} left the inputs of {site.module} where they are: {why}")
 
 
 def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statistics: dict[str, Statistics], given: Given) -> None:

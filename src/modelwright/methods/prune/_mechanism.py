@@ -27,17 +27,19 @@ class Pruner(SiteMethod):
     """Zeroes a share of each chosen weight."""
 
     leaves: ClassVar[frozenset[str]] = frozenset({"sparse"})
-    compete: ClassVar[Literal["tensor", "row"]] = "tensor"  # weights are ranked within this
-
     sparsity: float = fraction(0.5)  # of the weights that become zero, 0 to 1
     allocate: Literal["uniform", "erk", "owl"] = "uniform"  # who loses more; erk: large square matrices, owl: blocks with few outliers
     pattern: Pattern | None = None  # "2:4" keeps two of every four inputs, and overrides sparsity
     store: Literal["dense", "sparse"] = "dense"  # sparse: a bit per weight and the nonzeros; needs modelwright to load
 
+    def competing(self) -> Literal["tensor", "row"]:
+        """What weights are ranked within."""
+        return "tensor"
+
     def removed(self, score: Tensor) -> Tensor:
         """The mask of the weights to remove, by their score [out, in]."""
         pattern = (self.pattern.keep, self.pattern.of) if self.pattern else None
-        return lowest(score, self.sparsity, per=self.compete, pattern=pattern)
+        return lowest(score, self.sparsity, per=self.competing(), pattern=pattern)
 
     def stored(self, weight: Tensor) -> Tensor | nn.Module:
         """The pruned weight in the form that the settings ask for."""
@@ -73,7 +75,7 @@ class Pruner(SiteMethod):
         """How many weights of a matrix of this size are removed."""
         if self.pattern:
             return rows * columns // self.pattern.of * (self.pattern.of - self.pattern.keep)
-        return rows * int(self.sparsity * columns) if self.compete == "row" else int(self.sparsity * rows * columns)
+        return rows * int(self.sparsity * columns) if self.competing() == "row" else int(self.sparsity * rows * columns)
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         columns = math.prod(shape[1:])
