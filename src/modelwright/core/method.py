@@ -247,6 +247,7 @@ class ModelMethod(Method):
     level: ClassVar[str] = "model"
     verb: ClassVar[str] = "model"
     model: ClassVar[Verb]
+    reads: ClassVar[tuple[str, ...]] = ()  # settings that name texts: `calibration` is then batches of the data and of each of these
 
     def planned(self, module: Any, donors: int) -> Any:
         """The empty module as it will be, for sizes before any work; with so many donors."""
@@ -293,6 +294,10 @@ class TrainMethod(Method):
     @classmethod
     def needs(cls) -> tuple[str, ...]:
         return ("train", *super().needs())
+
+    def zeros(self, module: Any, steps: int, notes: list[str]) -> Any:
+        """Which entries are 0 at each step (`core.training.Zeros`); None for those that are so at the start."""
+        return None
 
 
 def fields_of(cls: type[Method]) -> list[tuple[dataclasses.Field, Any]]:

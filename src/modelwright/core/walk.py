@@ -137,11 +137,18 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
         "teacher": lambda: given.teacher,
         "base": lambda: given.base,
         "donors": lambda: given.donors,
-        "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
+        "calibration": lambda: _calibration(model, method, given),
         "tokenizer": lambda: model.tokenizer,
         "notes": lambda: given.notes,
     }
     return {need: extras[need]() for need in method.needs()}
+
+
+def _calibration(model: Model, method: ModelMethod, given: Given) -> Any:
+    if method.reads:
+        texts_of = [texts.read(getattr(method, name)) for name in method.reads]
+        return [given.batches(model), *(dataclasses.replace(given, data=text).batches(model) for text in texts_of)]
+    return given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model)
 
 
 def record(model: Model, method: Method, given: Given) -> None:
@@ -624,6 +631,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             settings,
             lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
+            zeros=method.zeros(unwrapped(model.module), settings.steps, given.notes),
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
         )

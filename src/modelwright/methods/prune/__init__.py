@@ -2,10 +2,12 @@
 
 Mechanism: score → allocate → remove → compensate, over a unit: a weight, n of every m weights, or a whole block.
 
-How to choose: without text, `prune.magnitude`. With text, `prune.sparsegpt` keeps the most quality of the
-weight pruners, `prune.wanda` and `prune.ria` are faster and need less memory; with n:m patterns `prune.ria` may
-permute inputs first, which keeps more. Zeros save bytes on disk only when they are stored
-sparse (`store: sparse`), and no time. Any weight pruner may take more from some matrices than from others: `allocate: owl`
-less from blocks whose scores have outliers, which helps most from 60 % on; `allocate: erk` less from small and thin
-matrices, without text. `prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
+How to choose: without text, `prune.magnitude`. With text, `prune.alps` and `prune.sparsegpt` keep the most quality of
+the weight pruners, the first closer to each layer's outputs and slower. `prune.wanda` and `prune.ria` are faster and
+need less memory; `prune.gaprune` keeps what a domain's text needs more than general text does. For n:m patterns
+`prune.ria` may permute inputs first, which keeps more of its score. Any weight pruner may take more from some matrices
+than from others: `allocate: owl` less from blocks whose scores have outliers, for high sparsity; `allocate: erk` less
+from small and thin matrices, without text. Zeros save bytes on disk only when they are stored sparse (`store: sparse`),
+and no time.
+`prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
 """

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from modelwright.anatomy import Site, anatomy_of
 from modelwright.blocks.sparse import SparseLinear
-from modelwright.core.method import LayerMethod, Place, SiteMethod, TensorMethod
+from modelwright.core import walk
+from modelwright.core.method import LayerMethod, ModelMethod, Place, SiteMethod, TensorMethod
+from modelwright.core.model import Model, put, unwrapped, weight_of
 from modelwright.core.settings import Pattern, fraction, number
 from modelwright.core.statistics import Statistics
 from modelwright.maths import allocation
@@ -107,6 +111,48 @@ class TensorPruner(Pruner, TensorMethod):
 
     def tensor(self, weight: Tensor) -> Tensor | nn.Module:
         return self.stored(weight.masked_fill(self.removed(self.score(weight)), 0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPruner(Pruner, ModelMethod):
+    """Scores all chosen weights at once: `scores(model, sites, calibration, notes)`, a score like each weight, low goes first."""
+
+    scope: Literal["tensor", "model"] = "model"  # the weights of each matrix compete, or those of all
+    allocate: Literal["uniform", "erk"] = "uniform"  # all lose the same; erk: more of large matrices, less of small and thin ones
+
+    def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
+        raise AssertionError("a ModelPruner writes scores")
+
+    def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        module = unwrapped(model.module)
+        chosen = [(site, local) for site, local in walk.choose(module, anatomy_of(module).sites(module), self, notes)
+                  if weight_of(module, site) is not None]  # fmt: skip
+        chosen = walk.settled(module, chosen, walk.divide(module, chosen, self))
+        found = self.scores(model, [site for site, _ in chosen], calibration, notes)
+        with torch.no_grad():
+            for (site, local), gone in zip(chosen, self.gone(chosen, found), strict=True):
+                weight = weight_of(module, site)
+                assert weight is not None
+                pruned = weight.masked_fill(gone.view_as(weight), 0)
+                put(module, site, pruned if pruned.ndim != 2 else local.stored(pruned))
+        return model
+
+    def gone(self, chosen: Sequence[tuple[Site, Any]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights to remove."""
+        if self.scope == "tensor" or self.pattern:
+            matrices = [
+                score if score.ndim == 3 and site.stack else score.flatten(1)[None] for (site, _), score in zip(chosen, scores, strict=True)
+            ]
+            return [torch.stack([local.removed(part) for part in each]) for (_, local), each in zip(chosen, matrices, strict=True)]
+        every = lowest(torch.cat([score.flatten() for score in scores])[None], self.sparsity)[0]
+        return list(every.split([score.numel() for score in scores]))
+
+    def problems(self) -> list[str]:
+        alone = self.scope == "tensor" or isinstance(self.sparsity, float) and self.allocate == "uniform"
+        return super().problems() + ["sparsity differs by place, but all weights compete. Use scope: tensor."] * (not alone)
+
+    def planned(self, weight: Any, donors: int = 0) -> Any:
+        return Pruner.planned(self, weight)
 
 
 @dataclass(frozen=True, kw_only=True)
