@@ -8,6 +8,6 @@ need less memory; `prune.gaprune` keeps what a domain's text needs more than gen
 `prune.ria` may permute inputs first, which keeps more of its score. Any weight pruner may take more from some matrices
 than from others: `allocate: owl` less from blocks whose scores have outliers, for high sparsity; `allocate: erk` less
 from small and thin matrices, without text. Zeros save bytes on disk only when they are stored sparse (`store: sparse`),
-and no time.
+and no time. Where there is time to train, `prune.gradual` zeroes little by little while the rest learns.
 `prune.shortgpt` removes whole blocks, which saves bytes, memory and time.
 """
