@@ -74,7 +74,9 @@ def main() -> None:
             rows.append(row(name, share, model, time.perf_counter() - started))
             print(rows[-1], file=sys.stderr)
     for one in rows:
-        better = [other for other in rows if other["bytes"] <= one["bytes"] and other["perplexity"] <= one["perplexity"] and other is not one]
+        better = [
+            other for other in rows if other["bytes"] <= one["bytes"] and other["perplexity"] <= one["perplexity"] and other is not one
+        ]
         one["dominated by"] = min(better, key=lambda other: other["perplexity"])["method"] if better else ""
     first = "corpus" if asked.data == "corpus" else f"DATA/text/{Path(asked.data).name}"
     model = asked.model if asked.model == "starter" else f"DATA/models/{Path(asked.model).name}"

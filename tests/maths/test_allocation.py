@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.allocation import keep_by_harm, keep_highest, keep_highest_of_all, standardised
+from modelwright.maths.allocation import erk, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, standardised
 
 
 def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
@@ -47,3 +47,51 @@ def test_shares_by_harm_by_hand():
 def test_a_share_that_costs_no_less_is_not_taken():
     assert keep_by_harm(torch.tensor([[1.0, 2.0]]), torch.tensor([[10.0, 4.0]]), [10], 5) == [1]
     assert keep_by_harm(torch.tensor([[2.0, 1.0]]), torch.tensor([[8.0, 4.0]]), [10], 1) == [1]
+
+
+def test_erk_by_hand():
+    # Sizes 8 and 32, (in + out) / (in · out) = 6/8 and 12/32. Half of 40 stays: c · (6 + 12) = 20, so 5/6 and 5/12.
+    assert erk([(2, 4), (4, 8)], 0.5) == pytest.approx([5 / 6, 5 / 12])
+    # Three quarters, 30: c = 30/18 would keep 1.25 of the first, so all of its 8 stay, and 22 of the other's 32.
+    assert erk([(2, 4), (4, 8)], 0.75) == pytest.approx([1, 22 / 32])
+    assert erk([(2, 4), (4, 8)], 1.0) == pytest.approx([1, 1])
+    assert erk([(2, 4), (4, 8)], 0.0) == [0, 0]
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.3, 0.5, 0.9, 0.99])
+def test_erk_keeps_the_budget_exactly_and_no_more_than_all(keep):
+    shapes = [(64, 64), (64, 32), (160, 64), (64, 160), (3, 5), (1, 64)]
+    kept = erk(shapes, keep)
+    sizes = [rows * columns for rows, columns in shapes]
+    assert sum(share * size for share, size in zip(kept, sizes, strict=True)) == pytest.approx(keep * sum(sizes), rel=1e-12)
+    assert all(0 <= share <= 1 for share in kept)
+
+
+def test_outliers_by_hand():
+    # The mean of 1 1 1 1 16 is 4; above 3 · 4 lies one of five.
+    assert outliers([torch.tensor([1.0, 1.0]), torch.tensor([[1.0, 1.0, 16.0]])], 3.0) == 20.0
+    assert outliers([torch.ones(4)], 1.0) == 0.0
+
+
+def test_owl_by_hand():
+    # D of 0, 2 and 4 with spread 0.1: 0, 0.1 and 0.2 before their mean of 0.1 is moved to 0.5.
+    assert owl([0.0, 2.0, 4.0], [10, 10, 10], 0.5, 0.1) == pytest.approx([0.4, 0.5, 0.6])
+    # A block of 30 weighs three times: the mean is (0 + 0.1 + 3 · 0.2) / 5 = 0.14.
+    assert owl([0.0, 2.0, 4.0], [10, 10, 30], 0.5, 0.1) == pytest.approx([0.36, 0.46, 0.56])
+    # At 0.95 the last would keep 1.05. It keeps 1, and the others what is left of 2.85: 0.875 and 0.975.
+    assert owl([0.0, 2.0, 4.0], [10, 10, 10], 0.95, 0.1) == pytest.approx([0.875, 0.975, 1.0])
+
+
+@pytest.mark.parametrize("keep", [0.02, 0.3, 0.5, 0.97])
+@pytest.mark.parametrize("sizes", [[1] * 8, [5, 1, 1, 9, 2, 2, 3, 1]])
+def test_owl_keeps_the_mean_exactly_and_stays_within_its_reach(keep, sizes):
+    found = (torch.rand(8, generator=torch.Generator().manual_seed(1)) ** 4).tolist()
+    kept = owl(found, sizes, keep, 0.08)
+    assert sum(share * size for share, size in zip(kept, sizes, strict=True)) / sum(sizes) == pytest.approx(keep, rel=1e-9)
+    assert all(max(keep - 0.16, 0) - 1e-9 <= share <= min(keep + 0.16, 1) + 1e-9 for share in kept)
+    assert [found.index(value) for value in sorted(found)] == sorted(range(8), key=lambda place: (kept[place], found[place]))
+
+
+def test_owl_without_spread_or_with_blocks_alike_is_uniform():
+    assert owl([1.0, 5.0, 2.0], [1, 1, 1], 0.3, 0.0) == pytest.approx([0.3] * 3)
+    assert owl([2.0, 2.0, 2.0], [1, 1, 1], 0.3, 0.08) == pytest.approx([0.3] * 3)

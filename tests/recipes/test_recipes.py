@@ -24,6 +24,7 @@ OVERRIDES = {  # what makes each recipe short
     "quantize": SHORT,
     "merge-ties": [],
     "lora": ["steps.1.tokens=2048", "steps.1.length=64"],
+    "sparse-pretrain": ["steps.0.tokens=2048", "steps.0.length=64"],
     "expert": ["steps.0.tokens=2048", "steps.0.length=64"],
 }  # fmt: skip
 

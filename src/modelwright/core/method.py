@@ -24,9 +24,9 @@ import io
 import tokenize
 import typing
 from abc import ABC
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from .errors import SettingError, refuse
 from .settings import ByRole, at_depth, check, count, fraction, number, unknown_setting
@@ -157,6 +157,14 @@ class Method(ABC):
         return f"{type(self).__name__}({given})"
 
 
+class Place(NamedTuple):
+    """A weight among all that a method works on; experts of a block that are alike are one place each."""
+
+    role: str
+    depth: int | None
+    shape: tuple[int, int]  # [out, in], with the kernels of a convolution among the inputs
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteMethod(Method):
     """A method that works weight by weight."""
@@ -177,6 +185,13 @@ class SiteMethod(Method):
     def planned(self, weight: Any) -> Any:
         """What the verb would return for this empty weight [out, in], for sizes before any work."""
         return weight
+
+    def divided(self, places: Sequence[Place], surveyed: Any) -> dict[Place, dict[str, Any]]:
+        """Settings that places get of their own, such as a share of one budget, once all chosen places are known.
+
+        surveyed: what `survey` of a `LayerMethod` kept of each block, by depth; None where nothing was looked at.
+        """
+        return {}
 
     def at(self, role: str, depth: int | None, depths: int) -> Self | None:
         """The method with its settings for one place; None where a map by role leaves the place alone."""
@@ -211,6 +226,26 @@ class LayerMethod(SiteMethod):
 
     stages: bool = False  # gather anew for q k v, o, gate up and down in turn, with what came before already changed
 
+    def arranges(self) -> bool:
+        """Whether `arrange` is asked for the matrices whose inputs may trade places; by default it is not."""
+        return False
+
+    def arrange(self, weight: Any, statistics: Any, inputs: Any) -> Any:
+        """An order of a weight's inputs that suits the verb better, before it is called; None to leave them as they are.
+
+        inputs: [runs, copies, width], the columns that may trade places in each run, which move alike in all of its
+        copies. Returned is the place [runs, width] in the run that each column is taken from.
+        """
+        raise AssertionError(f"{self.name()} wants to move inputs and writes no arrange")
+
+    def surveys(self) -> tuple[str, ...]:
+        """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
+        return ()
+
+    def survey(self, block: Sequence[tuple[Any, Any]]) -> Any:
+        """What to remember of one block, for `divided`: its chosen weights [out, in] that saw text, with their statistics."""
+        raise AssertionError(f"{self.name()} asks for a survey and writes none")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMethod(Method):
@@ -243,6 +278,7 @@ class ModelMethod(Method):
     level: ClassVar[str] = "model"
     verb: ClassVar[str] = "model"
     model: ClassVar[Verb]
+    reads: ClassVar[tuple[str, ...]] = ()  # settings that name texts: `calibration` is then batches of the data and of each of these
 
     def planned(self, module: Any, donors: int) -> Any:
         """The empty module as it will be, for sizes before any work; with so many donors."""
@@ -293,6 +329,10 @@ class TrainMethod(Method):
     @classmethod
     def needs(cls) -> tuple[str, ...]:
         return ("train", *super().needs())
+
+    def zeros(self, module: Any, steps: int, notes: list[str]) -> Any:
+        """Which entries are 0 at each step (`core.training.Zeros`); None for those that are so at the start."""
+        return None
 
 
 def fields_of(cls: type[Method]) -> list[tuple[dataclasses.Field, Any]]:

@@ -150,7 +150,8 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     if isinstance(method, SiteMethod):
         expected: float | None = None
         sites = walk.everything(module) if method.every else anatomy_of(module).sites(module)
-        for site, local in walk.choose(module, sites, method, given.notes):
+        chosen = walk.choose(module, sites, method, given.notes)
+        for site, local in walk.settled(module, chosen, walk.divide(module, chosen, method)):
             weight = weight_of(module, site)
             if weight is None:
                 continue
@@ -357,7 +358,7 @@ def seconds(module: nn.Module, method: Method, given: Given, flops_per_token: in
         own += sum(weight.numel() * min(len(weight), weight[0].numel()) for _, weight in places) / SOLVER
     if isinstance(method, LayerMethod):
         moments = sum(_inputs_once(places)) * shape.blocks * 2 * shape.tokens if "moment" in method.gathers else 0
-        own += text + 2 * shape.tokens * token + moments / rate(torch.float32)
+        own += text + (3 if method.surveys() else 2) * shape.tokens * token + moments / rate(torch.float32)
     return own
 
 

@@ -113,6 +113,15 @@ class Statistics:
             self._moment = self._factor = None
         return factor
 
+    def reorder(self, taken: Tensor) -> None:
+        """The inputs trade places: each is now what was at `taken` [in] before. For one matrix's own inputs, without a moment."""
+        assert not self._gathers_moment, "a moment cannot be reordered"
+        assert self.sharers <= 1, "other matrices have these inputs too"
+        for name in ("_square", "_sum", "_spread", "_absolute", "_largest"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held[taken.to(held.device)])
+
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
         held = (self._square, self._sum, self._spread, self._absolute, self._largest)

@@ -160,6 +160,7 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
         skeleton = split_skeleton(model)
         names = disk_names(checkpoint, skeleton)
         found = walk.choose(skeleton, anatomy_of(skeleton).sites(skeleton), method, given.notes)
+        found = walk.settled(skeleton, found, walk.divide(skeleton, found, method))
         chosen = {name: (site, local) for site, local in found if (name := names.get(site.name))}
         biases = {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     surveyed = walk.survey(method, given, lambda found: [_files(found).on_disk(name) for name in chosen], model)

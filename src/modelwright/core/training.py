@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,33 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
+class Zeros:
+    """Which entries of matrices are held at exactly 0 in a run: those that are so at its start."""
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self._weights = [weight for weight in weights if weight.requires_grad and weight.ndim > 1]
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def find(self) -> None:
+        """Hold what is 0 now, except in matrices of nothing else, which is how an adapter begins."""
+        self._kept = [(weight, weight.detach() != 0) for weight in self._weights if weight.detach().any()]
+
+    def begin(self, step: int) -> None:
+        """A step begins (from 0): more entries may be set to 0, and `find` called."""
+
+    def mask_gradients(self) -> None:
+        """Held entries have no gradient, so that they count in no norm and gather no momentum."""
+        for weight, mask in self._kept:
+            if weight.grad is not None:
+                weight.grad.mul_(mask)
+
+    def mask_weights(self) -> None:
+        """Held entries are 0 whatever an optimizer did."""
+        with torch.no_grad():
+            for weight, mask in self._kept:
+                weight.mul_(mask)
+
+
 def train(
     model: nn.Module,
     ids: Tensor,
@@ -103,6 +130,7 @@ def train(
     loss: Loss = next_token,
     *,
     keep_zeros: bool = False,
+    zeros: Zeros | None = None,
     folder: str | Path | None = None,
     report: Report | None = None,
 ) -> dict[str, float]:
@@ -111,7 +139,7 @@ def train(
     Only parameters that require a gradient change. The work is done in float32 whatever the weights' type is, and
     they go back to their own type at the end; so do the modes of the modules. `loss(model, ids, mask)` gives a scalar
     and named parts to report. With `keep_zeros`, entries of matrices that are exactly 0 at the start stay so, except
-    in a matrix of nothing else, which is how an adapter begins.
+    in a matrix of nothing else, which is how an adapter begins; `zeros` says it otherwise.
     With `folder` and `settings.save_every`, checkpoints go to `folder`, and a call with the same arguments continues
     from the one that is there. `report(step, total, parts)` is called after each step.
 
@@ -123,7 +151,8 @@ def train(
         raise ModelError("The model was to be trained, but none of its parameters requires a gradient.")
     device = trained[0].device
     order = Order(len(ids), settings)
-    zeros = [(value, value != 0) for value in trained if keep_zeros and value.ndim > 1 and value.any()]
+    zeros = zeros or Zeros(trained if keep_zeros else ())
+    zeros.find()
     optimizers = make_optimizers(model, settings)
     file = Path(folder) / CHECKPOINT if folder is not None else None
     run = _run(settings, keep_zeros, ids) if file is not None else {}
@@ -135,16 +164,17 @@ def train(
     try:
         model.train()
         first = load(file, model, optimizers, run) if file is not None and file.exists() else 0
+        if first:
+            zeros.find()
         for step in range(first, settings.steps):
+            zeros.begin(step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, settings)
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(_mix(settings.seed, step))
                 parts = _gradients(model, order.batch(ids, step).to(device), settings, loss)
-            for weight, mask in zeros:
-                if weight.grad is not None:
-                    weight.grad.mul_(mask)
+            zeros.mask_gradients()
             norm = nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
             if not all(math.isfinite(part) for part in [*parts.values(), float(norm)]):
                 raise WeightsError(
@@ -154,9 +184,7 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for weight, mask in zeros:
-                    weight.mul_(mask)
+            zeros.mask_weights()
             done = step + 1
             if file is not None and settings.save_every and done % settings.save_every == 0:
                 save(file, model, optimizers, run, done)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.anatomy import reorder as reordering
 from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
@@ -27,8 +28,8 @@ from . import find, kinds, training
 from .errors import MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
-from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, check_readable, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
+from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
+from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
 from .statistics import Statistics
@@ -148,12 +149,19 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
         "teacher": lambda: given.teacher,
         "base": lambda: given.base,
         "donors": lambda: given.donors,
-        "calibration": lambda: given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model),
+        "calibration": lambda: _calibration(model, method, given),
         "tokenizer": lambda: model.tokenizer,
         "notes": lambda: given.notes,
         "details": lambda: given.details,
     }
     return {need: extras[need]() for need in method.needs()}
+
+
+def _calibration(model: Model, method: ModelMethod, given: Given) -> Any:
+    if method.reads:
+        texts_of = [texts.read(getattr(method, name)) for name in method.reads]
+        return [given.batches(model), *(dataclasses.replace(given, data=text).batches(model) for text in texts_of)]
+    return given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model)
 
 
 def record(model: Model, method: Method, given: Given) -> None:
@@ -244,6 +252,29 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: SiteMethod |
     return chosen
 
 
+def standing_of(module: nn.Module, site: Site) -> Place | None:
+    """Where a weight stands among those that a method works on; None for one that is stored otherwise."""
+    weight = weight_of(module, site)
+    if weight is None:
+        return None
+    shape = weight.shape[1:] if site.stack else weight.shape
+    return Place(site.role, site.depth, (shape[0], shape[1:].numel()))
+
+
+def divide(module: nn.Module, chosen: Chosen, method: SiteMethod, surveyed: Any = None) -> dict[Place, dict[str, Any]]:
+    """The settings that a method gives each place, with all of them known; of a stack of experts each counts."""
+    if type(method).divided is SiteMethod.divided:
+        return {}
+    places = [place for site, _ in chosen if (place := standing_of(module, site)) for _ in range(site.stack or 1)]
+    return method.divided(places, surveyed)
+
+
+def settled(module: nn.Module, chosen: Chosen, own: dict[Place, dict[str, Any]]) -> Chosen:
+    """The sites with the settings of their own."""
+    found = [(site, local, own.get(standing_of(module, site), {}) if own else {}) for site, local in chosen]  # type: ignore[arg-type]
+    return [(site, dataclasses.replace(local, **changes) if changes else local) for site, local, changes in found]
+
+
 def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
     """Why a site's weight cannot take a method, or its result cannot stand in its place; "" if they can."""
     weight = weight_of(module, site)
@@ -298,6 +329,7 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
                 given.notes.append(_left_out(method, module, site))
             else:
                 chosen.append((site, local))
+        chosen = settled(module, chosen, divide(module, chosen, method))
 
         def read(model: Model, site: Site) -> Tensor:
             found = tensor_of(unwrapped(model.module), site.name)
@@ -421,7 +453,14 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
         _change_layers_at_once(walk, method, given, batches)
         return
     notes = given.notes
-    choose(walk.module, walk.anatomy.sites(walk.module), method)  # refuse now what would choose nothing
+    skeleton = emptied(walk.module)
+    experts.split_experts(skeleton)
+    every = choose(skeleton, walk.anatomy.sites(skeleton), method)  # refuse now what would choose nothing
+    surveyed = _survey_blocks(walk, method, batches)
+    own = divide(skeleton, every, method, surveyed)
+    if surveyed is not None:
+        notes.append(f"{method.name()} found in the unchanged blocks, first to last: {', '.join(f'{found:.4g}' for found in surveyed)}")
+    free = reordering.movable(skeleton) if method.arranges() else {}
     walk.enter(batches)
     outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
     for depth in track(range(walk.depths), method.name()):
@@ -432,6 +471,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
             if not walk.restore(depth, notes):
                 sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
                 chosen = dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, notes), notes)
+                chosen = settled(walk.module, chosen, own)
                 groups = walk.anatomy.stages([site.role for site, _ in chosen]) if method.stages else [[s.role for s, _ in chosen]]
                 for stage in groups:
                     now = [(site, local) for site, local in chosen if site.role in stage]
@@ -439,6 +479,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                         statistics = gather(
                             walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
                         )
+                        _reorder(walk.module, now, statistics, free, notes)
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -450,6 +491,42 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
         statistics = gather(walk, [site for site, _ in chosen], method.gathers, lambda: _each(walk.tail, batches))
         walk.load_outside()
         _change_stage(walk.module, method, chosen, statistics, given)
+
+
+def _survey_blocks(walk: Resident, method: LayerMethod, batches: Sequence[Batch]) -> list[Any] | None:
+    """What a method that asks for it remembers of each block of the unchanged model, one block in memory at a time."""
+    if not method.surveys():
+        return None
+    walk.enter(batches)
+    found = []
+    for depth in track(range(walk.depths), f"{method.name()}: survey"):
+        walk.load(depth)
+        with split_experts(walk.module, f"{walk.path}.{depth}."):
+            sites = [site for site in walk.anatomy.sites(walk.module) if site.depth == depth]
+            chosen = dense_sites(walk.module, method, _chosen_or_none(walk.module, sites, method, []), [])
+            after: list[Tensor] = []
+            statistics = gather(walk, [site for site, _ in chosen], method.surveys(), functools.partial(_collected, walk, depth, after))
+            seen = []
+            for site, _ in chosen:
+                if not statistics[site.name].finite():
+                    raise SiteError(
+                        f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it."
+                    )
+                weight = weight_of(walk.module, site)
+                assert weight is not None
+                if statistics[site.name].tokens:
+                    seen.append((weight.flatten(1), statistics[site.name]))
+            found.append(method.survey(seen))
+        walk.states = after
+        walk.finish(depth)
+    return found
+
+
+def _collected(walk: Resident, depth: int, after: list[Tensor]) -> Iterator[Tensor]:
+    """Run a block, and put what leaves it into a list."""
+    for out in walk.run_block(depth):
+        after.append(out)
+        yield out
 
 
 def _each(run: Callable[[Sequence[Batch]], None], batches: Sequence[Batch]) -> Iterator[None]:
@@ -465,6 +542,12 @@ def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, ba
     with split_experts(walk.module):
         sites = [site for site in walk.anatomy.sites(walk.module) if site.role not in ("embed", "position")]
         chosen = dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
+        if method.surveys():
+            raise SiteError(
+                f"{method.name()} looks at one block after another first, but {walk.model.name} has no single row of them. "
+                "Divide its work otherwise, such as with allocate: erk."
+            )
+        chosen = settled(walk.module, chosen, divide(walk.module, chosen, method))
         for start in track(range(0, len(chosen), 16), method.name()):
             part = chosen[start : start + 16]
             statistics = gather(walk, [site for site, _ in part], method.gathers, lambda: map(walk.forward, batches))
@@ -490,14 +573,31 @@ def dense_sites(module: nn.Module, method: Method, chosen: Chosen, notes: list[s
     return kept
 
 
+def _reorder(
+    module: nn.Module, chosen: Chosen, statistics: dict[str, Statistics], free: dict[str, reordering.Movable], notes: list[str]
+) -> None:
+    """Let the method order inputs that may trade places for free, with the statistics of them."""
+    for site, local in chosen:
+        where = free.get(site.name)
+        if where is None:
+            continue
+        parameters = dict(module.named_parameters())
+        dense = all(name in parameters for name, _, _ in where.makers)
+        order = local.arrange(weight_of(module, site), statistics[site.name], where.inputs) if dense else None
+        if order is not None:
+            statistics[site.name].reorder(reordering.reorder(module, where, order))
+        else:
+            why = f"runs of {where.inputs.shape[2]} inputs do not suit it" if dense else "what makes them is stored otherwise by now"
+            notes.append(f"{local.name()} left the inputs of {site.module} where they are: {why}")
+
+
 def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statistics: dict[str, Statistics], given: Given) -> None:
     for site, local in chosen:
         put(module, site, _verb(module, method, site, local, statistics.pop(site.name), given))
 
 
 def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Tensor | nn.Module:
-    if not statistics.finite():
-        raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
+    _refuse_not_finite(site, statistics, method)
     if statistics.tokens == 0:
         given.notes.append(f"{method.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
         statistics = alike(statistics, method.gathers)
@@ -507,6 +607,11 @@ def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statis
     if weight.ndim == 4:
         return _dense(local.layer(weight.flatten(1), **extras), site).view_as(weight)
     return local.layer(weight, **extras)
+
+
+def _refuse_not_finite(site: Site, statistics: Statistics, method: LayerMethod) -> None:
+    if not statistics.finite():
+        raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
 
 
 def alike(statistics: Statistics, gathers: Sequence[str]) -> Statistics:
@@ -577,6 +682,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             settings,
             lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
+            zeros=method.zeros(unwrapped(model.module), settings.steps, given.notes),
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
         )

@@ -73,3 +73,54 @@ def standardised(score: Tensor) -> Tensor:
     centred = score.double() - score.double().mean()
     deviation = centred.std() if centred.numel() > 1 else centred.sum()
     return centred / deviation if deviation > 0 else centred
+
+
+def erk(shapes: Sequence[tuple[int, int]], keep: float) -> list[float]:
+    """The share kept of each matrix [out, in], proportional to (in + out) / (in · out), at most 1; ERK without kernels.
+
+    keep: of all entries together, which the result keeps exactly. Evci et al. 2020, arXiv:1911.11134, section 3.
+    """
+    sizes = torch.tensor([rows * columns for rows, columns in shapes], dtype=torch.float64)
+    density = torch.tensor([rows + columns for rows, columns in shapes], dtype=torch.float64) / sizes
+    whole = torch.zeros(len(sizes), dtype=torch.bool)
+    wanted = keep * sizes.sum()
+    while True:
+        scale = (wanted - sizes[whole].sum()) / (sizes * density)[~whole].sum().clamp_min(1e-300)
+        over = ~whole & (scale * density > 1)
+        if not over.any():
+            return torch.where(whole, 1.0, scale * density).tolist()
+        whole |= over
+
+
+def outliers(scores: Sequence[Tensor], times: float) -> float:
+    """Of all entries of these scores together, the percentage above `times` their mean: D of OWL, arXiv:2310.05175."""
+    count = sum(score.numel() for score in scores)
+    mean = sum(float(score.sum(dtype=torch.float64)) for score in scores) / max(count, 1)
+    return 100 * sum(int((score > times * mean).sum()) for score in scores) / max(count, 1)
+
+
+def owl(found: Sequence[float], sizes: Sequence[int], keep: float, spread: float) -> list[float]:
+    """The share kept of each block by its outliers: 2 · spread from the fewest to the most, on a straight line.
+
+    found: `outliers` of each block. sizes: its entries, which weigh the mean. keep: of all entries together, which the
+    result keeps exactly; all of it lies within 2 · spread of `keep`, and from 0 to 1. Blocks that are alike get the same.
+    """
+    values = torch.tensor(found, dtype=torch.float64)
+    reach = values.max() - values.min()
+    raised = 2 * spread * (values - values.min()) / reach if reach > 0 else torch.zeros_like(values)
+    return moved_to_mean(raised, torch.tensor(sizes, dtype=torch.float64), keep).tolist()
+
+
+def moved_to_mean(values: Tensor, sizes: Tensor, mean: float) -> Tensor:
+    """values [n] + c, cut to 0 and 1, with the c for which their mean, weighted by `sizes` [n], is `mean`; float64."""
+    low, high = -float(values.max()), 1 - float(values.min())  # all 0, all 1
+
+    def over(shift: float) -> float:
+        return float(((values + shift).clamp(0, 1) * sizes).sum() / sizes.sum()) - mean
+
+    shift = mean - float((values * sizes).sum() / sizes.sum())
+    if not (values + shift >= 0).all() or not (values + shift <= 1).all():
+        for _ in range(200):
+            shift = (low + high) / 2
+            low, high = (low, shift) if over(shift) > 0 else (shift, high)
+    return (values + shift).clamp(0, 1)

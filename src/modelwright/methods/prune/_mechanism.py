@@ -1,21 +1,28 @@
 """Weight pruning: score the weights, remove the lowest, let the rest make up for it, store what is left.
 
 A method fills in a score (`prune.magnitude`, `prune.wanda`) or does removal and compensation together
-(`prune.sparsegpt`). How many are removed, in which competition, and how zeros are stored is written here.
+(`prune.sparsegpt`). How many are removed of which matrix (`allocate`), in which competition, and how zeros are stored is
+written here. Allocation by outliers is OWL (Yin et al. 2023, arXiv:2310.05175), by sizes ERK (arXiv:1911.11134).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
+from modelwright.anatomy import Site, anatomy_of
 from modelwright.blocks.sparse import SparseLinear
-from modelwright.core.method import LayerMethod, SiteMethod, TensorMethod
-from modelwright.core.settings import Pattern, fraction
+from modelwright.core import walk
+from modelwright.core.method import LayerMethod, ModelMethod, Place, SiteMethod, TensorMethod
+from modelwright.core.model import Model, put, unwrapped, weight_of
+from modelwright.core.settings import Pattern, fraction, number
 from modelwright.core.statistics import Statistics
+from modelwright.maths import allocation
 from modelwright.maths.masks import lowest
 
 
@@ -24,26 +31,55 @@ class Pruner(SiteMethod):
     """Zeroes a share of each chosen weight."""
 
     leaves: ClassVar[frozenset[str]] = frozenset({"sparse"})
-    compete: ClassVar[Literal["tensor", "row"]] = "tensor"  # weights are ranked within this
-
     sparsity: float = fraction(0.5)  # of the weights that become zero, 0 to 1
+    allocate: Literal["uniform", "erk", "owl"] = "uniform"  # who loses more; erk: large square matrices, owl: blocks with few outliers
     pattern: Pattern | None = None  # "2:4" keeps two of every four inputs, and overrides sparsity
     store: Literal["dense", "sparse"] = "dense"  # sparse: a bit per weight and the nonzeros; needs modelwright to load
+
+    def competing(self) -> Literal["tensor", "row"]:
+        """What weights are ranked within."""
+        return "tensor"
 
     def removed(self, score: Tensor) -> Tensor:
         """The mask of the weights to remove, by their score [out, in]."""
         pattern = (self.pattern.keep, self.pattern.of) if self.pattern else None
-        return lowest(score, self.sparsity, per=self.compete, pattern=pattern)
+        return lowest(score, self.sparsity, per=self.competing(), pattern=pattern)
 
     def stored(self, weight: Tensor) -> Tensor | nn.Module:
         """The pruned weight in the form that the settings ask for."""
         return weight if self.store == "dense" else SparseLinear.from_dense(weight)
 
+    def problems(self) -> list[str]:
+        if self.allocate == "uniform":
+            return super().problems()
+        found = super().problems()
+        if self.pattern:
+            found.append(f"{self.allocate} divides one sparsity, and the pattern {self.pattern} leaves none. Use allocate: uniform.")
+        if not isinstance(self.sparsity, float):
+            found.append(f"{self.allocate} divides one sparsity, and several were given. Give one number, or use allocate: uniform.")
+        return found
+
+    def divided(self, places: Sequence[Place], surveyed: Any) -> dict[Place, dict[str, Any]]:
+        if self.allocate == "erk":
+            kept = allocation.erk([place.shape for place in places], 1 - self.sparsity)
+            return {place: {"sparsity": round(1 - keep, 12)} for place, keep in zip(places, kept, strict=True)}
+        if self.allocate == "owl" and surveyed is not None:
+            sizes = [sum(math.prod(place.shape) for place in places if place.depth == depth) for depth in range(len(surveyed))]
+            chosen = [depth for depth, size in enumerate(sizes) if size]
+            shares = allocation.owl([surveyed[d] for d in chosen], [sizes[d] for d in chosen], 1 - self.sparsity, self.reach())
+            kept_of = dict(zip(chosen, shares, strict=True))
+            return {place: {"sparsity": round(1 - kept_of[place.depth], 12)} for place in places if place.depth is not None}
+        return {}
+
+    def reach(self) -> float:
+        """How far allocate: owl goes from the sparsity."""
+        raise AssertionError(f"{self.name()} sees no text, so it has no outliers")
+
     def zeros(self, rows: int, columns: int) -> int:
         """How many weights of a matrix of this size are removed."""
         if self.pattern:
             return rows * columns // self.pattern.of * (self.pattern.of - self.pattern.keep)
-        return rows * int(self.sparsity * columns) if self.compete == "row" else int(self.sparsity * rows * columns)
+        return rows * int(self.sparsity * columns) if self.competing() == "row" else int(self.sparsity * rows * columns)
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         columns = math.prod(shape[1:])
@@ -68,6 +104,8 @@ class Pruner(SiteMethod):
 class TensorPruner(Pruner, TensorMethod):
     """Scores by the weights alone: `score(weight [out, in])`, low goes first."""
 
+    allocate: Literal["uniform", "erk"] = "uniform"  # all lose the same; erk: more of large matrices, less of small and thin ones
+
     def score(self, weight: Tensor) -> Tensor:
         raise AssertionError("a TensorPruner writes score")
 
@@ -76,8 +114,62 @@ class TensorPruner(Pruner, TensorMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelPruner(Pruner, ModelMethod):
+    """Scores all chosen weights at once: `scores(model, sites, calibration, notes)`, a score like each weight, low goes first."""
+
+    scope: Literal["tensor", "model"] = "model"  # the weights of each matrix compete, or those of all
+    allocate: Literal["uniform", "erk"] = "uniform"  # all lose the same; erk: more of large matrices, less of small and thin ones
+
+    def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
+        raise AssertionError("a ModelPruner writes scores")
+
+    def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        module = unwrapped(model.module)
+        chosen = [(site, local) for site, local in walk.choose(module, anatomy_of(module).sites(module), self, notes)
+                  if weight_of(module, site) is not None]  # fmt: skip
+        chosen = walk.settled(module, chosen, walk.divide(module, chosen, self))
+        found = self.scores(model, [site for site, _ in chosen], calibration, notes)
+        with torch.no_grad():
+            for (site, local), gone in zip(chosen, self.gone(chosen, found), strict=True):
+                weight = weight_of(module, site)
+                assert weight is not None
+                pruned = weight.masked_fill(gone.view_as(weight), 0)
+                put(module, site, pruned if pruned.ndim != 2 else local.stored(pruned))
+        return model
+
+    def gone(self, chosen: Sequence[tuple[Site, Any]], scores: Sequence[Tensor]) -> list[Tensor]:
+        """The masks of the weights to remove."""
+        if self.scope == "tensor" or self.pattern:
+            matrices = [
+                score if score.ndim == 3 and site.stack else score.flatten(1)[None] for (site, _), score in zip(chosen, scores, strict=True)
+            ]
+            return [torch.stack([local.removed(part) for part in each]) for (_, local), each in zip(chosen, matrices, strict=True)]
+        every = lowest(torch.cat([score.flatten() for score in scores])[None], self.sparsity)[0]
+        return list(every.split([score.numel() for score in scores]))
+
+    def problems(self) -> list[str]:
+        alone = self.scope == "tensor" or isinstance(self.sparsity, float) and self.allocate == "uniform"
+        return super().problems() + ["sparsity differs by place, but all weights compete. Use scope: tensor."] * (not alone)
+
+    def planned(self, weight: Any, donors: int = 0) -> Any:
+        return Pruner.planned(self, weight)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LayerPruner(Pruner, LayerMethod):
     """Scores by weights and inputs: `score(weight [out, in], statistics)`; or writes `prune`, which also compensates."""
+
+    spread: float = fraction(0.08)  # half of how much more allocate: owl keeps of the block with most outliers than of that with fewest
+    outlier: float = number(5.0, low=0)  # times the mean of a block's |weight| × input norm, from where allocate: owl counts one
+
+    def surveys(self) -> tuple[str, ...]:
+        return ("norm",) if self.allocate == "owl" else ()
+
+    def survey(self, block: Sequence[tuple[Tensor, Statistics]]) -> float:
+        return allocation.outliers([weight.float().abs() * statistics.norm for weight, statistics in block], self.outlier)
+
+    def reach(self) -> float:
+        return self.spread
 
     def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
         raise AssertionError("a LayerPruner writes score or prune")

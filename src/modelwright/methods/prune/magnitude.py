@@ -8,7 +8,7 @@ removes the asked share, not a multiple of the standard deviation; exactly that 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +20,6 @@ class Magnitude(TensorPruner):
     """Zero `sparsity` of each matrix by size; needs no text."""
 
     status: ClassVar[str] = "checked"
-    compete: ClassVar[Literal["tensor", "row"]] = "tensor"
     neutral = dict(sparsity=0.0)
 
     def score(self, weight: Tensor) -> Tensor:

@@ -45,10 +45,10 @@ class SparseGpt(LayerPruner):
         return sum(int(self.sparsity * rows * width) for width in widths)
 
     def problems(self) -> list[str]:
-        if not self.pattern:
-            return []
-        if second_order.LEAF % self.pattern.of:
-            return [f"the pattern {self.pattern} was asked for; runs are of 1, 2, 4, 8, 16 or 32 columns here."]
-        if isinstance(self.columns, int) and self.columns % self.pattern.of:
-            return [f"blocks of {self.columns} columns cut the runs of the pattern {self.pattern}. Use a multiple of {self.pattern.of}."]
-        return []
+        found = super().problems()
+        if self.pattern and second_order.LEAF % self.pattern.of:
+            return [*found, f"the pattern {self.pattern} was asked for; runs are of 1, 2, 4, 8, 16 or 32 columns here."]
+        if self.pattern and isinstance(self.columns, int) and self.columns % self.pattern.of:
+            cut = f"blocks of {self.columns} columns cut the runs of the pattern {self.pattern}. Use a multiple of {self.pattern.of}."
+            return [*found, cut]
+        return found

@@ -21,8 +21,10 @@ class Wanda(LayerPruner):
 
     status: ClassVar[str] = "checked"
     gathers: ClassVar[tuple[str, ...]] = ("norm",)
-    compete: ClassVar[Literal["tensor", "row"]] = "row"
     neutral = dict(sparsity=0.0)
+
+    def competing(self) -> Literal["tensor", "row"]:
+        return "row"
 
     def score(self, weight: Tensor, statistics: Statistics) -> Tensor:
         return weight.abs() * statistics.norm

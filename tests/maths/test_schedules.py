@@ -1,0 +1,23 @@
+import pytest
+
+from modelwright.maths.schedules import compute_at_steps, cubic
+
+
+def test_the_cubic_schedule():
+    assert [cubic(progress, 0.2, 0.8) for progress in (-1, 0, 0.5, 1, 2)] == pytest.approx([0.2, 0.2, 0.8 - 0.6 / 8, 0.8, 0.8])
+    step = 1e-6
+    assert (cubic(step, 0.2, 0.8) - cubic(0, 0.2, 0.8)) / step == pytest.approx(3 * 0.6, rel=1e-4)
+    assert (cubic(1, 0.2, 0.8) - cubic(1 - step, 0.2, 0.8)) / step == pytest.approx(0, abs=1e-6)
+    values = [cubic(n / 100, 0.0, 0.9) for n in range(101)]
+    assert values == sorted(values)
+
+
+def test_steps_that_cost_the_same_spend_evenly():
+    assert compute_at_steps(4, lambda spent: 7.0) == pytest.approx([0, 0.25, 0.5, 0.75])
+
+
+def test_cheap_steps_spend_less():
+    # Half of the compute at cost 2 and half at cost 1: one third of the steps, and two thirds of them.
+    spent = compute_at_steps(3000, lambda share: 2.0 if share < 0.5 else 1.0)
+    assert spent[1000] == pytest.approx(0.5, abs=1e-3)
+    assert spent[2000] == pytest.approx(0.75, abs=1e-3)
