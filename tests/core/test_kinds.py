@@ -17,6 +17,7 @@ from modelwright.core.kinds import Kind, differences
 from modelwright.core.model import Model
 from modelwright.methods.merge.fisher import Fisher
 from modelwright.methods.merge.linear import Linear
+from modelwright.methods.merge.moe import Moe
 from modelwright.methods.merge.regmean import Regmean
 from modelwright.methods.merge.ties import Ties
 
@@ -118,6 +119,13 @@ def test_a_donor_counts_once(small, donor, tmp_path):
     with pytest.raises(PlanError, match="listed more than once"):
         mw.pack_tasks(small, [folder, again], save=tmp_path / "packed")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "donor"]
+
+
+def test_experts_may_be_made_of_one_donor(small, donor, tmp_path):
+    folder = donor()
+    experts = {"base_model": str(small), "gate_mode": "random", "experts": [{"source_model": str(folder)}] * 2}
+    assert mw.merge(experts, save=tmp_path / "mixture").config.num_local_experts == 2
+    mw.apply(small, Moe(), donors=[folder, folder], save=tmp_path / "by method")
 
 
 def test_the_model_is_a_donor_only_where_it_counts(small, donor, tmp_path):

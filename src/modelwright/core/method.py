@@ -63,7 +63,7 @@ class Method(ABC):
     subjects: ClassVar[int] = 1  # parameters of the verb that the driver's loop gives, before the needs
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
     takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
-    alike: ClassVar[bool] = False  # donors must be of the model's architecture, tensor by tensor
+    alike: ClassVar[bool] = False  # donors must be of the model's architecture, tensor by tensor, and count once
     base_apart: ClassVar[bool] = False  # merges what donors changed in the model, so that it is no donor of its own
 
     status: ClassVar[str] = "sketch"

@@ -326,7 +326,7 @@ def _steps(
             row = json.loads((beside / f"{folder.name}.json").read_text("utf-8"))
         else:
             unfinished = beside / f"{folder.name}.work"
-            local = replace(given, **step_models(step, source), work=unfinished, notes=[])
+            local = replace(given, **step_models(step, source), work=unfinished, notes=[], details=[])
             started = time.perf_counter()
             whole = beside / f"{folder.name}.whole"
             with peak_memory() as memory:

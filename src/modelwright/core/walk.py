@@ -200,7 +200,10 @@ def refuse_strangers(model: Model, method: Method, given: Given) -> None:
 
 
 def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> list[str]:
-    """Sentences on donors that are listed twice, or that are the model itself where it adds nothing; None: not known yet."""
+    """Sentences on donors that are listed twice, or that are the model itself where it adds nothing; None: not known yet.
+
+    Experts of a mixture may be made of one donor.
+    """
 
     def same(one: Model, two: Model) -> bool:
         places = [[folder.resolve() for folder in each.sources] for each in (one, two)]
@@ -208,7 +211,7 @@ def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> lis
 
     found = []
     for number, donor in enumerate(donors):
-        if any(same(donor, other) for other in donors[:number]):
+        if method.alike and any(same(donor, other) for other in donors[:number]):
             found.append(f"{method.name()}: {donor.name} is listed more than once. Give it once, with the sum of its weights.")
         if model is not None and method.base_apart and same(donor, model):
             found.append(f"{method.name()}: {donor.name} is the model itself, which has changed nothing. Name the models made from it.")

@@ -30,6 +30,7 @@ class Adapters(Weighted, ModelMethod):
     """Give the model one adapter that does what the donors' adapters of it do together; one of its own counts if it is a donor too."""
 
     status: ClassVar[str] = "checked"
+    alike: ClassVar[bool] = True
     donors_want: ClassVar[frozenset[str]] = frozenset({"adapters"})
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     fails = dict(bytes_are_as_predicted="ranks are those of the donors, which no plan has read")
