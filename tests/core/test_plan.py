@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+from tiny import tiny
 from transformers import LlamaConfig
 
 import modelwright as mw
 from modelwright.core import find, recipe
+from modelwright.core.contract import letters
 from modelwright.core.data import Text
 from modelwright.core.errors import PlanError
 from modelwright.core.given import Given
-from modelwright.core.model import empty_module
+from modelwright.core.model import Model, empty_module
 from modelwright.core.plan import GATHERED, LOGITS, SOLVING, TRAINED, peak, plan, seconds, time_class
 from modelwright.core.weights import Checkpoint
 
@@ -79,12 +83,16 @@ def test_steps_out_of_order_are_all_said(small, text):
         plan(made)
 
 
-def test_every_method_can_be_planned(small, text):
+def test_every_method_can_be_planned(small, text, tmp_path):
+    most = max(find.find(name).takes[0] for name in find.names())
+    others = [str(shutil.copytree(small, tmp_path / f"donor-{number}")) for number in range(most)]
+    Model(name="mixture", module=tiny("qwen3_moe"), tokenizer=letters()).save(tmp_path / "mixture")
     for name in find.names():
         cls = find.find(name)
-        given = {need: [str(small)] * cls.takes[0] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
+        given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
         steps = ["adapt.lora"] if "adapters" in cls.wants else []
-        found = plan(recipe.read({"model": str(small), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]}))
+        model = tmp_path / "mixture" if name == "prune.reap" else small
+        found = plan(recipe.read({"model": str(model), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]}))
         assert found.rows[-1].step == name
 
 

@@ -16,7 +16,7 @@ def families() -> tuple[type[Anatomy], ...]:
     """All families, in the order of their files' names."""
     found = []
     for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name.startswith("_") or path.stem == "removal":
+        if path.name.startswith("_") or path.stem in ("removal", "reorder"):
             continue
         file = importlib.import_module(f"{__package__}.{path.stem}")
         found += [
