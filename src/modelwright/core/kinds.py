@@ -82,8 +82,8 @@ def differences(first: Kind, others: Sequence[Kind], *, words: bool = True) -> l
                 for key in one
                 if key in two and one[key] != two[key]
             ]
-        if words and None not in (first.words, other.words) and first.words != other.words:
-            odd = dict(first.words.items() ^ other.words.items())  # type: ignore[union-attr]
+        if words and first.words is not None and other.words is not None and first.words != other.words:
+            odd = dict(first.words.items() ^ other.words.items())
             notes.append(
                 f"{other.name} and {first.name} have vocabularies that differ in {len(odd):,} tokens, such as {min(odd)!r}; rows are "
                 "merged by their number. A configuration with tokenizer_source merges them by token"

@@ -48,7 +48,7 @@ def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
         module.set_submodule(name, layer)
 
 
-def _resize(layer: nn.Module, description: dict[str, Any], like: torch.Tensor) -> None:
+def _resize(layer: Any, description: dict[str, Any], like: torch.Tensor) -> None:
     """Give a module empty parameters of the described shapes, and the numbers that it then knows of itself."""
     for name, shape in description["parameters"].items():
         known = getattr(layer, name, None)
@@ -58,13 +58,13 @@ def _resize(layer: nn.Module, description: dict[str, Any], like: torch.Tensor) -
         layer.config = copy.copy(layer.config)
     for name, value in description["numbers"].items():
         setattr(layer.config if name.startswith("config.") else layer, name.removeprefix("config."), value)
-    layer.resized = [*description["parameters"], *description["numbers"]]  # type: ignore[assignment]
+    layer.resized = [*description["parameters"], *description["numbers"]]
 
 
-def _sizes(layer: nn.Module) -> dict[str, Any]:
+def _sizes(layer: Any) -> dict[str, Any]:
     """What of a module differs from what the config makes: it is named in its `resized`."""
     parameters = dict(layer.named_parameters(recurse=False))
-    resized: list[str] = layer.resized  # type: ignore[assignment]
+    resized: list[str] = layer.resized
     return {
         "kind": RESIZED,
         "parameters": {name: list(parameters[name].shape) for name in resized if name in parameters},

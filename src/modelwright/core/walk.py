@@ -274,8 +274,11 @@ def divide(module: nn.Module, chosen: Chosen, method: SiteMethod, surveyed: Any 
 
 def settled(module: nn.Module, chosen: Chosen, own: dict[Place, dict[str, Any]]) -> Chosen:
     """The sites with the settings of their own."""
-    found = [(site, local, own.get(standing_of(module, site), {}) if own else {}) for site, local in chosen]  # type: ignore[arg-type]
-    return [(site, dataclasses.replace(local, **changes) if changes else local) for site, local, changes in found]
+    found = []
+    for site, local in chosen:
+        place = standing_of(module, site) if own else None
+        found.append((site, dataclasses.replace(local, **own[place]) if place in own else local))
+    return found
 
 
 def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:

@@ -10,7 +10,7 @@ need less memory; `prune.gaprune` keeps what a domain's text needs more than gen
 than from others: `allocate: owl` less from blocks whose scores have outliers, for high sparsity; `allocate: erk` less
 from small and thin matrices, without text. Zeros save bytes on disk only when they are stored sparse (`store: sparse`),
 and no time. Where there is time to train, `prune.gradual` zeroes little by little while the rest learns.
-`prune.armor` stores a 2:4 core between two block-diagonal matrices, for more quality than a pattern alone.
+`prune.armor` stores a 2:4 core between two block-diagonal matrices, which its paper found closer to the matrix than a pattern alone.
 
 What saves bytes, memory and time is to take units out: `prune.flap` heads and neurons without training,
 `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many small steps,

@@ -61,10 +61,6 @@ class UnitPruner(ModelMethod):
     # Mechanism
 
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
-        return self.pruned(model, calibration, notes)
-
-    def pruned(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
-        """Score, choose, compensate, remove."""
         module = unwrapped(model.module)
         found = self.found(module, notes)
         seen = self.look(model, found, calibration)
@@ -142,9 +138,8 @@ def inputs_of_units(units: Units, values: Tensor) -> Tensor:
 
 def take_out(module: nn.Module, found: Sequence[Units], kept: Kept) -> str:
     """Remove the units that do not stay; why plain transformers could not load the result, "" where it can."""
-    why = ""
+    why, stays = "", {(units.kind, units.scope): rows for units, rows in zip(found, kept, strict=True)}
     for kind in dict.fromkeys(units.kind for units in found):
-        stays = {(units.kind, units.scope): rows for units, rows in zip(found, kept, strict=True)}
         every = anatomy_of(module).units(module, kind)
         rows = [stays.get((kind, units.scope), list(range(units.count))) for units in every]
         if kind == "experts":

@@ -45,7 +45,7 @@ class AdaptPruner(LlmPruner):
     steps: int = count(50)  # in which a block's sparsity would grow from 0 to 1
     amplitude: float = number(0.02, low=0)  # how much a block's importance changes its sparsity in a step
 
-    def pruned(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
         module, why = unwrapped(model.module), ""
         found = self.found(module, notes)
         first, total = {(units.kind, units.scope): units.count for units in found}, self.costs(module, found)
