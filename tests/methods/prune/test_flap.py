@@ -114,3 +114,17 @@ def test_units_that_write_through_no_one_matrix_are_refused():
         Flap(units=("mlp", "residual"))
     with pytest.raises(SettingError, match="units are some of mlp, heads, experts, residual; got neurons"):
         Flap(units=("neurons",))
+
+
+@pytest.mark.parametrize("scope", ["block", "model"])
+def test_heads_are_squared_and_layers_brought_to_one_scale(scope):
+    module = tiny("llama")
+    method = Flap(scope=scope)
+    found = method.found(module)
+    seen = method.look(Model(name="", module=module), found, batches(module))
+    for units, score, (site, statistics) in zip(found, method.scores(module, found, seen), seen, strict=True):
+        channels = (statistics.variance * module.get_parameter(site.name).detach().square().sum(0)).double()
+        channels = channels.square() if units.kind == "heads" else channels
+        if scope == "model":
+            channels = (channels - channels.mean()) / channels.std()
+        assert torch.allclose(score.double(), channels.view(units.count, -1).mean(1), rtol=1e-4, atol=1e-9)
