@@ -6,7 +6,6 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from modelwright.core.errors import SiteError
 from modelwright.maths.slices import Sliced, Values, each, flat, in_order, slices
 
 SAMPLE = 1 << 16  # entries that tell about where a cut lies, at least
-RUN = 1 << 8  # of which so many lie beside each other
+RUN = 1 << 9  # of which so many lie beside each other
 BUFFER = 1 << 20  # values that are collected in one tensor
 SPREAD = 10.0  # width of a bracket, in standard deviations of a fair sample; where it misses, a wider one is tried
 
@@ -111,7 +110,9 @@ def _cuts_within(values: Values, count: int, brackets: list[tuple[float, float]]
     for seen in each(look, count):
         for stretch, one in zip(stretches, seen, strict=True):
             stretch.add(*one)
-    found = {rank: cut for stretch in stretches for rank in ranks if (cut := stretch.cut(rank, count))}
+    found: dict[int, Cut] = {}
+    for stretch in stretches:
+        found |= stretch.cuts(ranks, count)
     if len(found) < len(ranks) and brackets == [(float("-inf"), float("inf"))]:
         raise SiteError("Some values are NaN, so they have no order. Look for NaN in the models.")
     return found
@@ -147,27 +148,22 @@ class _Stretch:
             self.room -= fits
             inside = inside[fits:]
 
-    @functools.cached_property
-    def inside(self) -> Any:
-        """What was collected, slice after slice, as numpy's."""
-        return torch.cat(self.buffers)[: sum(self.lengths)].numpy()
-
-    def cut(self, lowest: int, count: int) -> Cut | None:
-        """Where the `lowest` lowest of all `count` values end, if that is within this stretch."""
-        rank = lowest - self.below
-        if rank <= 0:
-            return None
-        if rank <= sum(self.at_low):
-            return _cut_at(self.low, rank, self.at_low, count)
-        rank -= sum(self.at_low)
-        if rank <= sum(self.lengths):
-            middle = self.inside
-            value = np.partition(middle, rank - 1)[rank - 1]
-            slice_of = np.searchsorted(np.cumsum(self.lengths), np.flatnonzero(middle == value), side="right")
-            equals = np.bincount(slice_of, minlength=len(self.lengths)).tolist()
-            return _cut_at(float(value), rank - int(np.count_nonzero(middle < value)), equals, count)
-        rank -= sum(self.lengths)
-        return _cut_at(self.high, rank, self.at_high, count) if rank <= sum(self.at_high) else None
+    def cuts(self, lowest: Iterable[int], count: int) -> dict[int, Cut]:
+        """Where the lowest of all `count` values end, for those numbers of them that end within this stretch."""
+        low, inside, high = sum(self.at_low), sum(self.lengths), sum(self.at_high)
+        ranks = {rank: rank - self.below for rank in lowest if 0 < rank - self.below <= low + inside + high}
+        found = {rank: _cut_at(self.low, place, self.at_low, count) for rank, place in ranks.items() if place <= low}
+        found |= {rank: _cut_at(self.high, over, self.at_high, count) for rank, place in ranks.items() if (over := place - low - inside) > 0}
+        within = {rank: place - low for rank, place in ranks.items() if rank not in found}
+        if within:
+            values = torch.cat(self.buffers)[:inside].numpy()  # slice after slice
+            ordered = np.partition(values, sorted({place - 1 for place in within.values()}))
+            for rank, place in within.items():
+                value = ordered[place - 1]
+                slice_of = np.searchsorted(np.cumsum(self.lengths), np.flatnonzero(values == value), side="right")
+                equals = np.bincount(slice_of, minlength=len(self.lengths)).tolist()
+                found[rank] = _cut_at(float(value), place - int(np.count_nonzero(values < value)), equals, count)
+        return found
 
 
 def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]:
@@ -175,12 +171,17 @@ def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]
 
     By numpy, which compares and finds several times as fast as torch on a processor, and has no 16-bit numbers of ours.
     """
-    values = (part if part.dtype in (torch.float32, torch.float64) else part.double()).cpu().numpy()
+    values = _numbers(part)
     reaches = values >= low
     below = values.size - int(np.count_nonzero(reaches))
     values = values[np.flatnonzero(reaches & (values <= high))]
     inside = values[(values > low) & (values < high)]
     return below, int(np.count_nonzero(values == low)), int(np.count_nonzero(values == high)), torch.from_numpy(inside)
+
+
+def _numbers(part: Tensor) -> Any:
+    """Values as numpy's."""
+    return (part if part.dtype in (torch.float32, torch.float64) else part.double()).cpu().numpy()
 
 
 def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
@@ -192,21 +193,21 @@ def _cut_at(value: float, ties: int, equals: Sequence[int], count: int) -> Cut:
     raise AssertionError(f"{ties} more ties than entries that equal {value}")
 
 
-def _sample(values: Values, count: int) -> Tensor:
-    """Some of the values, the more the more there are, in runs from all over; none when the whole is small."""
+def _sample(values: Values, count: int) -> Any:
+    """Some of the values, the more the more there are, in runs from all over, sorted; none when the whole is small."""
     size = max(SAMPLE, min(count >> 9, 64 * SAMPLE))
     if count <= size:
-        return torch.empty(0)
+        return np.empty(0)
     random = torch.Generator().manual_seed(0)
     starts = torch.randint(count - RUN, (size // RUN,), generator=random).tolist()
-    return torch.cat([values(slice(start, start + RUN)) for start in starts])
+    return np.sort(_numbers(torch.cat([values(slice(start, start + RUN)) for start in starts])))
 
 
-def _bracket(sample: Tensor, fraction: float, spread: float) -> tuple[float, float]:
-    """Two values between which the given quantile very likely lies; everything when there is no sample."""
+def _bracket(sample: Any, fraction: float, spread: float) -> tuple[float, float]:
+    """Two values between which the given quantile very likely lies, by a sorted sample; everything when there is none."""
     middle, width = len(sample) * fraction, spread * ((len(sample) * fraction * (1 - fraction)) ** 0.5 + 1)
-    low = sample.kthvalue(int(middle - width) + 1).values.item() if middle >= width else float("-inf")
-    high = sample.kthvalue(int(middle + width) + 1).values.item() if middle + width < len(sample) else float("inf")
+    low = float(sample[int(middle - width)]) if middle >= width else float("-inf")
+    high = float(sample[int(middle + width)]) if middle + width < len(sample) else float("inf")
     return low, high
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -73,9 +74,17 @@ def mean(
 
     exact = sums_in(dtype, *(tensor.dtype for tensor in tensors))
 
+    held = threading.local()  # what a thread works in: new memory for each slice would cost more than the sums
+
     def products(at: slice) -> Tensor:
-        read = [part(at).to(exact) for part in parts]
-        whole = read if base is None else [one - read[-1] for one in read[:-1]]
+        read = [part(at) for part in parts]
+        if not hasattr(held, "wide") or held.wide.shape[1] < len(read[0]):
+            held.wide = torch.empty(len(read), len(read[0]), dtype=exact, device=read[0].device)
+        whole = held.wide[:, : len(read[0])]
+        for wide, one in zip(whole, read, strict=True):
+            wide.copy_(one)
+        if base is not None:
+            whole = whole[:-1].sub_(whole[-1])
         return torch.stack([torch.dot(one, other) for one, other in itertools.combinations_with_replacement(whole, 2)]).double().cpu()
 
     gram, (first, second) = torch.zeros(len(tensors), len(tensors), dtype=torch.float64), torch.triu_indices(len(tensors), len(tensors))

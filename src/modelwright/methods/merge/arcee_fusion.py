@@ -21,6 +21,7 @@ from modelwright.maths.task_vectors import delta, of_rows, spread
 from modelwright.methods.merge._mechanism import PointWise
 
 FAR = 1.5  # interquartile ranges above the median, from which an entry stands out
+SMALL = 0.25  # changes up to which a series is taken; beyond, e^x - 1 - x is exact enough as it stands
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +56,31 @@ class ArceeFusion(PointWise):
 def divergence(before: Tensor, after: Tensor) -> Tensor:
     """KL(softmax(after) ‖ softmax(before)) of each row [rows, width] -> [rows].
 
-    From the change δ less its mean, under p = softmax(before): (E[δ²] + E[δ·g])/(1 + E[g]) - log(1 + E[g]), g = e^δ - 1 - δ.
+    From the change δ less its mean, under p = softmax(before): E[δ(δ + g)]/(1 + E[g]) - log(1 + E[g]), g = e^δ - 1 - δ.
     Every term is as small as the result, so that nothing is lost in the rounding of larger ones.
     """
     kind = torch.promote_types(before.dtype, torch.float32)
-    before, share = before.to(kind), before.to(kind).softmax(-1)
-    change = after.to(kind) - before
-    change -= (share * change).sum(-1, keepdim=True)
+    share, change = before.to(kind), after.to(kind, copy=True)
+    change.sub_(share)
+    share = share.softmax(-1)
+    change.sub_(_mean(change, share)[:, None])
     rest = _beyond_linear(change)
-    more = (share * rest).sum(-1)
-    return (share * change * (change + rest)).sum(-1) / (1 + more) - more.log1p()
+    more = _mean(rest, share)
+    return _mean(rest.add_(change).mul_(change), share) / (1 + more) - more.log1p()
+
+
+def _mean(values: Tensor, share: Tensor) -> Tensor:
+    return torch.linalg.vecdot(values, share)
 
 
 def _beyond_linear(x: Tensor) -> Tensor:
-    """e^x - 1 - x, by its series where x is small."""
-    series = x * x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x / 720))))
-    small = x.abs() < 0.25
-    return series if small.all() else torch.where(small, series, x.expm1() - x)
+    """e^x - 1 - x, where x is small by so many terms of its series that the next one is below its rounding."""
+    far = x.abs().max().item()
+    size, last, least = min(far, SMALL), 2, torch.finfo(x.dtype).eps / 4
+    while 2 * size ** (last - 1) / math.factorial(last + 1) > least:  # the next term over the first
+        last += 1
+    series = torch.full_like(x, 1 / math.factorial(last))
+    for order in range(last - 1, 1, -1):
+        series.mul_(x).add_(1 / math.factorial(order))
+    series.mul_(x).mul_(x)
+    return series if far <= SMALL else torch.where(x.abs() <= SMALL, series, x.expm1() - x)
