@@ -65,6 +65,20 @@ def test_other_architectures_and_heads_of_the_same_shapes_are_refused(small, don
     assert [path.name for path in tmp_path.iterdir()] == ["donor"]
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_plan_says_what_a_merge_of_any_step_would_refuse(small, donor, number):
+    other = donor({"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
+    before = [{"prune.magnitude": {"sparsity": 0.5}}] * number
+    with pytest.raises(ModelError, match=rf"step {number}: merge.ties: .*num_attention_heads 8; .*donor has 4"):
+        mw.plan({"model": str(small), "steps": [*before, {"merge.ties": {"donors": [*[str(small)] * number, str(other)]}}], "save": "out"})
+
+
+def test_a_plan_names_tensors_of_other_shapes(small, donor):
+    other = donor(tensors=lambda held: held.update({Q: held[Q][:8]}))
+    with pytest.raises(ModelError, match=rf"step 0: merge.ties: .*donor: 1 tensors have other shapes, first {Q}"):
+        mw.plan({"model": str(small), "steps": [{"merge.ties": {"donors": [str(other)]}}], "save": "out"})
+
+
 def test_a_matrix_of_whole_numbers_is_refused_by_name(small, donor, tmp_path):
     for merge in both_ways(small, donor(tensors=lambda held: held.update({Q: held[Q].to(torch.int8)})), tmp_path):
         with pytest.raises(ModelError, match=f"{Q}.*int8"):

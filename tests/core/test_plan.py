@@ -15,7 +15,7 @@ from modelwright.core.data import Text
 from modelwright.core.errors import PlanError
 from modelwright.core.given import Given
 from modelwright.core.model import Model, empty_module
-from modelwright.core.plan import GATHERED, LOGITS, SOLVING, TRAINED, peak, plan, seconds, time_class
+from modelwright.core.plan import GATHERED, LOGITS, SOLVING, SURVEYED, TRAINED, peak, plan, seconds, time_class
 from modelwright.core.weights import Checkpoint
 
 STEPS = [
@@ -117,6 +117,11 @@ def peak_of(name, module, tokens=1024, settings=None, **others):
 def test_steps_on_tensors_hold_one_tensor_whatever_the_number_of_blocks():
     assert peak_of("prune.magnitude", module_of()) == peak_of("prune.magnitude", module_of(num_hidden_layers=40))
     assert peak_of("prune.magnitude", module_of()) == 64 * 128 * 4 * (1 + find.find("prune.magnitude").holds)
+
+
+def test_a_survey_of_all_tensors_grows_with_their_number():
+    one, two = (peak_of("merge.pcb", module_of(num_hidden_layers=depth)) for depth in (2, 4))
+    assert two - one == (module_of(num_hidden_layers=4).num_parameters() - module_of(num_hidden_layers=2).num_parameters()) * SURVEYED
 
 
 def test_steps_on_layers_hold_what_enters_and_what_leaves_a_block():

@@ -35,6 +35,7 @@ PER_CHARACTER = 12  # bytes of text as tokens, while it is being cut into them
 BATCH = 8  # sequences that run through a block at once (`Given.batches`)
 GATHERED = 0.5  # of the square of the inputs: a second moment is kept as one half
 SOLVING = 1.4  # squares of the widest input: what a solver factors and inverts beside it
+SURVEYED = 1  # bytes for each value of a model, of those that are collected while a cut is looked for among all
 AHEAD = 8  # slices that are computed while one is written
 INSIDE = (4, 4)  # activations of a block that are alive at once, in values per token: of its width, of its inner width
 SAVED = (10, 4)  # and those that training keeps of every block for the way back
@@ -249,7 +250,8 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
             largest = SLICE * AHEAD
         if not streams:
             held += others * shape.size
-        return held + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest)
+        surveyed = SURVEYED * sum(value.numel() for _, value in places) if "survey" in method.needs() else 0
+        return held + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest) + surveyed
     if isinstance(method, AdapterMethod):
         return program + (0 if streaming else shape.size)  # the weights stay in their files, mapped and not touched
     if isinstance(method, ModelMethod):

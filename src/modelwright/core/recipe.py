@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from . import data as texts
-from . import find, walk
+from . import find, kinds, walk
 from .errors import Faults, ModelError, ModelwrightError, PlanError, RecipeError, WeightsError, nearest, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs, whole_folder, write_json, write_text
 from .given import Given
@@ -145,9 +145,9 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
             not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)
         ):
             problems.append(f"{key} must be a whole number; got {stated[key]!r}.")
-    for key, kinds in (("model", (str, dict)), ("data", (str, dict, type(None))), ("save", (str,))):
-        if key in stated and not isinstance(stated[key], kinds):
-            problems.append(f"{key} must be a text{' or a mapping' if dict in kinds else ''}; got {stated[key]!r}. Put it in quotes.")
+    for key, types in (("model", (str, dict)), ("data", (str, dict, type(None))), ("save", (str,))):
+        if key in stated and not isinstance(stated[key], types):
+            problems.append(f"{key} must be a text{' or a mapping' if dict in types else ''}; got {stated[key]!r}. Put it in quotes.")
     refuse(RecipeError, problems)
     known = {key: stated[key] for key in KEYS if key in stated and key != "steps"}
     return Recipe(**known, steps=tuple(made))
@@ -429,7 +429,23 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
         donors = [opened[name] for name in named.get("donors", ()) if name in opened]
         doubled = walk.doubled(step.method, None if number else model, donors)
         faults += [PlanError(f"step {number}: {sentence}") for sentence in doubled]
+        beside = [opened[name] for name in (named.get("base"),) if name in opened]
+        with faults.collected(f"step {number}: {step.method.name()}: "):
+            refuse_unlike(step.method, [*([model] if model and not number else ()), *donors, *beside])
     return model, given
+
+
+def refuse_unlike(method: Method, models: Sequence[Model]) -> None:
+    """Raise ModelError where a method needs models of one kind, and their configs and files show that they are not."""
+    if not method.alike or len(models) < 2:
+        return
+    first, *others = dict.fromkeys(models)
+    kinds.refuse_others(kinds.Kind.of(first), [kinds.Kind.of(other) for other in others])
+    for other in others:  # tensors that only one of them has may have other names there, which shows when a module is built
+        if first.checkpoint and other.checkpoint and not first.loaded and not other.loaded:
+            both = [name for name in first.checkpoint if name in other.checkpoint]
+            one, two = ({name: model.checkpoint.shape(name) for name in both} for model in (first, other) if model.checkpoint)
+            walk.refuse_other_shapes(one, [(other.name, two)])
 
 
 def read_data(stated: Any) -> texts.Text | None:
