@@ -32,6 +32,7 @@ _HOMES = {
     "merge": "mergekit",
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
+    "export_c": "c_code",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from .core.plan import plan
     from .core.recipe import Recipe, run
     from .core.walk import apply
+    from .c_code import export_c
     from .fit import fit
     from .mergekit import merge
     from .starter import starter

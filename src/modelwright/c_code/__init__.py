@@ -1,0 +1,87 @@
+"""A small network as C that needs nothing but a compiler: for microcontrollers.
+
+    import modelwright as mw
+
+    mw.export_c(network, example=torch.zeros(1, 3, 32, 32), folder="network/")
+
+Three files: `parameters.h` with constant arrays, `network.h` with one function, and `network.c`, C99 without heap: what lies
+between layers has its place in one static array, which values take over from one another as they come and go. Weights
+are float32, or int8 with a scale for each output; sums are float32.
+
+Aguasvivas Manzano et al. 2019, arXiv:1911.03848 (nn4mc), whose generated network is the idea, in torch's order of weights and gates.
+Differs: memory is static and not from the heap; any graph of the known operations, not a chain alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import jinja2
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from modelwright.core.errors import ModelError, SettingError
+from modelwright.core.files import whole_folder, write_text
+
+from .writer import Writer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what it takes."""
+
+    folder: Path
+    flash: int  # bytes of constants
+    ram: int  # bytes of static memory, beside the input and the output
+    macs: int  # multiplications with weights, for one input
+
+
+def export_c(
+    module: nn.Module, example: Tensor, folder: str | Path, *, weights: Literal["float32", "int8"] = "float32", overwrite: bool = False
+) -> Exported:
+    """Write a network as C.
+
+    module: of layers and operations that are known here: linear, convolution, LSTM, GRU, tanh RNN, embedding, norms, pooling, softmax,
+    activations, sums and products, slices, transposition, padding, concatenation. example: one input with a batch of 1, of any values:
+    the C code takes inputs of its shape, as floats in torch's order. weights: how matrices and kernels are stored.
+
+    Raises ModelError, before anything is written, naming every operation that is not known, SettingError for an unfit example.
+    """
+    if weights not in ("float32", "int8"):
+        raise SettingError(f"weights are float32 or int8; got {weights!r}.")
+    if not isinstance(example, Tensor) or not example.ndim or len(example) != 1:
+        raise SettingError(
+            f"example is one input with a batch of 1; got {getattr(example, 'shape', example)}. Add or cut the first dimension."
+        )
+    writer = Writer(_traced(module, example), weights)
+    with torch.no_grad():
+        writer.write()
+    out = Path(folder)
+    with whole_folder(out, overwrite=overwrite) as beside:
+        for name, template, values in writer.files():
+            write_text(beside / name, jinja2.Template(template, keep_trailing_newline=True, trim_blocks=False).render(values))
+    return Exported(out, writer.flash, 4 * writer.arena, writer.macs)
+
+
+def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The module's operations, each with the shape of what it gives."""
+    was = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            module(example)
+    except Exception as error:  # whatever its layers say of the example
+        module.train(was)
+        raise SettingError(f"{type(module).__name__} takes no input of shape {list(example.shape)}: {error}") from error
+    try:
+        graph = fx.symbolic_trace(module)
+        with torch.no_grad():
+            ShapeProp(graph).propagate(example)
+    except Exception as error:  # whatever a module's own code does under tracing
+        raise ModelError(f"{type(module).__name__} cannot be followed operation by operation: {error}") from error
+    finally:
+        module.train(was)
+    return graph
