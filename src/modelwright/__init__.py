@@ -39,6 +39,7 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
+    from .c_code import export_c
     from .core.contract import check
     from .core.data import corpus
     from .core.find import find
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from .core.plan import plan
     from .core.recipe import Recipe, run
     from .core.walk import apply
-    from .c_code import export_c
     from .fit import fit
     from .mergekit import merge
     from .starter import starter

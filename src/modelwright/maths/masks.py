@@ -153,7 +153,9 @@ class _Stretch:
         low, inside, high = sum(self.at_low), sum(self.lengths), sum(self.at_high)
         ranks = {rank: rank - self.below for rank in lowest if 0 < rank - self.below <= low + inside + high}
         found = {rank: _cut_at(self.low, place, self.at_low, count) for rank, place in ranks.items() if place <= low}
-        found |= {rank: _cut_at(self.high, over, self.at_high, count) for rank, place in ranks.items() if (over := place - low - inside) > 0}
+        found |= {
+            rank: _cut_at(self.high, over, self.at_high, count) for rank, place in ranks.items() if (over := place - low - inside) > 0
+        }
         within = {rank: place - low for rank, place in ranks.items() if rank not in found}
         if within:
             values = torch.cat(self.buffers)[:inside].numpy()  # slice after slice

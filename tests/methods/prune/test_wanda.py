@@ -6,6 +6,7 @@ from calibration import batches, blocks_of, correlated, gathered, lettered, norm
 from tiny import tiny, tiny_inputs
 
 import modelwright as mw
+from modelwright.core.errors import SettingError
 from modelwright.core.given import Given
 from modelwright.core.walk import change
 from modelwright.maths.masks import lowest
@@ -25,6 +26,33 @@ def test_a_case_by_hand():
     statistics = gathered(torch.tensor([[3.0, 1.0, 0.0], [-3.0, 1.0, 2.0]]))
     weight = torch.tensor([[1.0, -4.0, 5.0], [2.0, 1.0, -1.0]])
     assert Wanda(sparsity=0.34).layer(weight, statistics).tolist() == [[0.0, -4.0, 5.0], [2.0, 0.0, -1.0]]
+
+
+def test_rows_by_sum_by_hand():
+    # Scores (1, 2, 3, 4) and (1, 1, 1, 9), as shares of their rows' sums up to each: (.1, .3, .6, 1) and (1, 2, 3, 12) / 12.
+    statistics = gathered(torch.eye(4) * 2)  # norms of 1
+    weight = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 1.0, 9.0, 1.0]])
+    assert Wanda(by_sum=True, sparsity=0.5).layer(weight, statistics).tolist() == [[4.0, 0.0, 3.0, 2.0], [0.0, 0.0, 9.0, 0.0]]
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9])
+def test_rows_by_sum_lose_up_to_one_share(sparsity):
+    """The published code's rule: in each row the lowest go as long as their sum is at most a share of the row's."""
+    weight, statistics = normal(40, 64) * torch.rand(40, 64) ** torch.arange(40)[:, None], gathered(correlated(200, 64))
+    scores = Wanda().score(weight, statistics).double()
+    gone = Wanda(by_sum=True, sparsity=sparsity).layer(weight, statistics) == 0
+    assert int(gone.sum()) == int(sparsity * weight.numel())
+    ordered = scores.sort(1).values.cumsum(1) / scores.sum(1, keepdim=True)
+    counts = gone.sum(1)
+    assert len(counts.unique()) > 1
+    share = max(ordered[row, count - 1] for row, count in enumerate(counts) if count)
+    assert all(torch.equal(gone[row], scores[row] <= scores[row].sort().values[count - 1]) for row, count in enumerate(counts) if count)
+    assert ((ordered <= share).sum(1) == counts).all()
+
+
+def test_rows_by_sum_leave_a_pattern_nothing_to_divide():
+    with pytest.raises(SettingError, match="by_sum divides one sparsity among rows, and a pattern leaves none"):
+        Wanda(by_sum=True, pattern="2:4")
 
 
 def test_with_a_diagonal_moment_the_score_is_sparsegpts():
