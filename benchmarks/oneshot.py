@@ -1,4 +1,4 @@
-"""quantize.gptq (4 bits, groups of 128) and prune.sparsegpt (2:4) against llm-compressor, on one random Llama.
+"""quantize.gptq (4 bits, groups of 128), prune.sparsegpt (2:4) and prune.wanda (one half) against llm-compressor, on one random Llama.
 
     python benchmarks/oneshot.py --peer-python PATH     # PATH: a Python with llmcompressor; by default this one
     python benchmarks/oneshot.py --layers 1 --samples 8 # a dry run
@@ -21,7 +21,7 @@ import _run
 
 SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2, vocab_size=8192)
 LENGTH = 256
-METHODS = ("gptq", "sparsegpt")
+METHODS = ("gptq", "sparsegpt", "wanda")
 
 
 def calibration(work: str, samples: int) -> None:
@@ -39,14 +39,15 @@ def ours(method: str, work: str, save: str) -> tuple[float, float]:
 
     import modelwright as mw
     from modelwright.methods.prune.sparsegpt import SparseGpt
+    from modelwright.methods.prune.wanda import Wanda
     from modelwright.methods.quantize.gptq import Gptq
 
+    steps = {"gptq": Gptq(bits=4, group=128, order=True), "sparsegpt": SparseGpt(pattern="2:4"), "wanda": Wanda(sparsity=0.5)}
     batches = [{"input_ids": row} for row in load_file(f"{work}/ids.safetensors")["ids"].split(8)]
-    step = Gptq(bits=4, group=128, order=True) if method == "gptq" else SparseGpt(pattern="2:4")
     model = mw.open(f"{work}/model")
     _ = model.module
     started = time.perf_counter(), time.process_time()
-    mw.apply(model, step, data=batches)
+    mw.apply(model, steps[method], data=batches)
     taken = time.perf_counter() - started[0], time.process_time() - started[1]
     model.save(save)
     return taken
@@ -57,7 +58,7 @@ def theirs(method: str, work: str, save: str) -> tuple[float, float]:
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.pruning import SparseGPTModifier
+    from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -65,15 +66,17 @@ def theirs(method: str, work: str, save: str) -> tuple[float, float]:
 
     ids = load_file(f"{work}/ids.safetensors")["ids"]
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)})
-    if method == "gptq":
-        recipe: Any = GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"])
-    else:
-        recipe = SparseGPTModifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["lm_head"])
+    linears: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
+    recipes = {
+        "gptq": lambda: GPTQModifier(scheme="W4A16", **linears),
+        "sparsegpt": lambda: SparseGPTModifier(sparsity=0.5, mask_structure="2:4", **linears),
+        "wanda": lambda: WandaPruningModifier(sparsity=0.5, **linears),
+    }
     model = AutoModelForCausalLM.from_pretrained(f"{work}/model", dtype="auto")
     words = Tokenizer(WordLevel({"<pad>": 0}, unk_token="<pad>"))  # it asks for one, though the data are token ids
     started = time.perf_counter(), time.process_time()
     oneshot(
-        model=model, dataset=data, recipe=recipe, tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
+        model=model, dataset=data, recipe=recipes[method](), tokenizer=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>"),
         max_seq_length=ids.shape[1], num_calibration_samples=len(ids), shuffle_calibration_samples=False,
     )  # fmt: skip
     taken = time.perf_counter() - started[0], time.process_time() - started[1]
