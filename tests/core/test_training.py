@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from modelwright.core.errors import DataError, ModelError, SettingError, WeightsError
-from modelwright.core.training import CHECKPOINT, Order, Training, learning_rate, next_token, train
+from modelwright.core.training import CHECKPOINT, Course, Order, Training, learning_rate, next_token, train
 
 SHORT = Training(tokens=20 * 4 * 8, batch=4, length=8, learning_rate=1e-2, save_every=5)
 
@@ -125,6 +125,76 @@ def test_zeros_stay_zero_through_a_resume(ids, tmp_path):
     model = pruned()
     train(model, ids, SHORT, keep_zeros=True, folder=tmp_path)
     assert (model.mix.weight[:, ::2] == 0).all()
+
+
+class Written(Course):
+    """Writes down what happens, and keeps a number between runs."""
+
+    def __init__(self, model):
+        self.model, self.seen, self.sum = model, [], torch.zeros(())
+
+    def start(self):
+        self.seen.append(("start", self.model.mix.weight.dtype))
+
+    def begin(self, step):
+        self.seen.append(("begin", step, self.model.mix.weight.grad is None))
+
+    def gradient(self, step):
+        self.sum += float(self.model.mix.weight.grad.norm())
+        self.before = self.model.mix.weight.detach().clone()
+
+    def update(self, step):
+        self.seen.append(("update", step, not torch.equal(self.before, self.model.mix.weight)))
+
+    def finish(self):
+        self.seen.append(("finish", self.model.mix.weight.dtype))
+
+    def leave(self):
+        self.seen.append(("leave",))
+
+    def state(self):
+        return {"sum": self.sum}
+
+    def resume(self, state):
+        self.sum = state["sum"]
+
+
+def test_a_course_is_called_in_its_order():
+    model = Small().bfloat16()
+    course, ids = Written(model), torch.arange(500) % 7
+    train(model, ids, replace(SHORT, tokens=64, save_every=0), course=course)
+    steps = [(name, step, True) for step in (0, 1) for name in ("begin", "update")]
+    assert course.seen == [("start", torch.float32), *steps, ("finish", torch.float32), ("leave",)]
+
+
+def test_a_course_sees_gradients_before_they_are_clipped(ids):
+    loose, tight = Small(), Small()
+    courses = Written(loose), Written(tight)
+    train(loose, ids, replace(SHORT, tokens=32, clip=0), course=courses[0])
+    train(tight, ids, replace(SHORT, tokens=32, clip=1e-4), course=courses[1])
+    assert courses[0].sum > 1e-3
+    assert torch.equal(courses[0].sum, courses[1].sum)
+
+
+def test_a_course_goes_on_from_a_checkpoint_and_leaves_when_a_run_breaks_off(ids, tmp_path):
+    whole = Small()
+    straight = Written(whole)
+    train(whole, ids, SHORT, course=straight)
+    model = Small()
+    broken = Written(model)
+    with pytest.raises(KilledError):
+        train(model, ids, SHORT, course=broken, folder=tmp_path, report=kill_after(13))
+    assert broken.seen[-1] == ("leave",)
+    assert not any(name == "finish" for name, *_ in broken.seen)
+    model = Small()
+    resumed = Written(model)
+    train(model, ids, SHORT, course=resumed, folder=tmp_path)
+    assert torch.equal(resumed.sum, straight.sum)
+    model = Small()
+    refused = Written(model)
+    with pytest.raises(DataError):
+        train(model, ids[:4], SHORT, course=refused)
+    assert refused.seen == [("leave",)]
 
 
 def test_accumulation_changes_nothing_but_rounding(ids):

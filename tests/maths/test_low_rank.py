@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.low_rank import factor, rank_for, rounding, whitening
+from modelwright.maths.low_rank import factor, gradient_of_product, rank_for, rounding, whitening
 
 
 @pytest.fixture
@@ -99,3 +99,20 @@ def test_what_rounding_alone_gives_by_hand():
     # Entries of size 2, 9 by 16: the step between two values, times the size, times 3 + 4.
     assert rounding(torch.full((9, 16), 2.0)) == pytest.approx(2**-23 * 2 * 7)
     assert rounding(torch.full((9, 16), -2.0, dtype=torch.bfloat16)) == pytest.approx(2**-7 * 2 * 7)
+
+
+def test_the_gradient_of_a_product_is_what_a_step_takes_from_it_and_never_points_against_the_true_one():
+    random = torch.Generator().manual_seed(0)
+    shapes = ((5, 2), (2, 7), (5, 7), (30, 7), (30, 5))
+    tall, wide, weight, x, y = (torch.randn(*shape, dtype=torch.float64, generator=random) for shape in shapes)
+    scale, whole = 1.7, weight + 1.7 * tall @ wide
+    for value in (tall, wide, whole):
+        value.requires_grad_(True)
+    ((x @ (weight + scale * tall @ wide).T - y) ** 2).mean().backward()
+    (true,) = torch.autograd.grad(((x @ whole.T - y) ** 2).mean(), whole)
+    found = gradient_of_product(tall.detach(), wide.detach(), tall.grad, wide.grad)
+    first = tall.grad @ wide.detach() + tall.detach() @ wide.grad
+    assert float((first * true).sum()) == pytest.approx(float(tall.grad.square().sum() + wide.grad.square().sum()) / scale)
+    stepped = (tall - tall.grad) @ (wide - wide.grad)
+    assert torch.allclose(found, (tall @ wide - stepped).detach())
+    assert torch.allclose(gradient_of_product(0 * tall, wide, tall.grad, 0 * wide), tall.grad @ wide)

@@ -1,6 +1,6 @@
 import pytest
 
-from modelwright.maths.schedules import compute_at_steps, cubic
+from modelwright.maths.schedules import along, compute_at_steps, cubic, times_within
 
 
 def test_the_cubic_schedule():
@@ -10,6 +10,16 @@ def test_the_cubic_schedule():
     assert (cubic(1, 0.2, 0.8) - cubic(1 - step, 0.2, 0.8)) / step == pytest.approx(0, abs=1e-6)
     values = [cubic(n / 100, 0.0, 0.9) for n in range(101)]
     assert values == sorted(values)
+
+
+def test_times_lie_evenly_from_the_beginning_and_end_at_the_end():
+    spent = [step / 20 for step in range(20)]
+    assert times_within(spent, 0.1, 0.8, 5) == [2, 7, 12, 16]
+    assert times_within(spent, 0.0, 1.0, 8) == [0, 8, 16, 19]
+    assert times_within(spent, 0.5, 0.5, 1) == [10]
+    assert times_within(spent, 1.0, 1.0, 3) == [19]
+    assert along(0.3, 0.1, 0.5) == pytest.approx(0.5)
+    assert along(0.3, 0.3, 0.3) == 1.0
 
 
 def test_steps_that_cost_the_same_spend_evenly():

@@ -9,7 +9,7 @@ from modelwright.core.errors import SiteError
 from modelwright.maths import second_order
 from modelwright.maths.masks import lowest
 from modelwright.maths.rounding import decode, encode, scales
-from modelwright.maths.second_order import Moment, inverse_factor, rounded, sweep, zeroed
+from modelwright.maths.second_order import Moment, inverse_factor, rounded, sweep, without_columns, zeroed
 
 
 @pytest.fixture
@@ -291,3 +291,46 @@ def test_a_moment_that_only_the_call_holds_is_freed_before_the_inverse(layer, mo
     monkeypatch.setattr(second_order, "_invert", lambda upper: (seen.append(strip() is None), invert(upper)))
     inverse_factor(moments.pop(), 0.01)
     assert seen[0]
+
+
+def cost_of(change, moment):
+    return float(torch.trace(change.double() @ moment.double() @ change.double().T))
+
+
+def test_columns_that_go_together_by_hand():
+    # H = [[2, 1], [1, 2]] without damping: the column that stays takes over H_01 / H_11 = 1/2 of the one that goes.
+    found = without_columns(torch.tensor([[4.0, 1.0]]), torch.tensor([[2.0, 1.0], [1.0, 2.0]]), torch.tensor([True, False]), damp=0.0)
+    assert found.tolist() == [[0.0, 3.0]]
+
+
+def test_one_column_that_goes_is_sparsegpts_step(layer):
+    weight, moment = layer
+    gone = torch.zeros(192, dtype=torch.bool)
+    gone[0] = True
+    upper, _, _ = inverse_factor(moment, 0.01)
+    remove = torch.zeros(48, 192, dtype=torch.bool)
+    remove[:, 0] = True
+    stepped, _ = sweep(weight, upper, masked(remove))
+    assert torch.allclose(without_columns(weight, moment, gone), stepped, atol=1e-4)
+
+
+def test_columns_that_go_together_are_the_brain_surgeons_and_cost_no_more_than_deletion(layer):
+    weight, moment = layer
+    for count in (1, 7, 150, 192):
+        gone = torch.zeros(192, dtype=torch.bool)
+        gone[torch.randperm(192, generator=torch.Generator().manual_seed(count))[:count]] = True
+        whole = damped(moment, 0.01)
+        inverse = torch.linalg.inv(whole)
+        expected = weight.double() - weight[:, gone].double() @ torch.linalg.inv(inverse[gone][:, gone]) @ inverse[gone]
+        found = without_columns(weight, moment, gone)
+        assert torch.allclose(found.double(), expected, atol=1e-4)
+        assert (found[:, gone] == 0).all()
+        deleted = weight.masked_fill(gone, 0)
+        assert cost_of(found - weight, whole) <= cost_of(deleted - weight, whole) * (1 + 1e-9)
+        assert count == 192 or cost_of(found - weight, whole) < 0.999 * cost_of(deleted - weight, whole)
+
+
+def test_inputs_that_were_never_seen_make_up_for_nothing():
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    gone = torch.tensor([False, True, False, False, True])
+    assert torch.equal(without_columns(weight, torch.zeros(5, 5), gone), weight.masked_fill(gone, 0))

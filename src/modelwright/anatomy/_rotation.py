@@ -44,6 +44,14 @@ def residual_norms(module: Any) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def untie(module: Any) -> None:
+    """Give a head that is tied to the embedding a weight of its own."""
+    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
+        module.config.tie_word_embeddings = False
+
+
 @torch.no_grad()
 def fold_norms(module: Any) -> None:
     """Put the weights of norms into the matrices that read what they give; a head that is tied to the embedding comes apart.
@@ -51,10 +59,7 @@ def fold_norms(module: Any) -> None:
     A block's first norm is read by its attention and its second by its MLP; the one behind the blocks by the head.
     """
     anatomy = anatomy_of(module)
-    embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
-        module.config.tie_word_embeddings = False
+    untie(module)
     stack = anatomy.blocks(module)
     norms = residual_norms(module)
     for site in anatomy.sites(module):

@@ -26,7 +26,7 @@ import typing
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from .errors import SettingError, refuse
 from .settings import ByRole, at_depth, check, count, fraction, number, unknown_setting
@@ -285,6 +285,25 @@ class ModelMethod(Method):
         return module
 
 
+class Chooses(Protocol):
+    """Whatever works on weights that `where` and `skip` choose."""
+
+    sites: ClassVar[tuple[str, ...]]  # roles taken without `where`
+
+    @property
+    def where(self) -> Places:
+        """Roles to work on."""
+
+    @property
+    def skip(self) -> Places:
+        """Roles to leave alone."""
+
+    @classmethod
+    def name(cls) -> str:
+        """The method's name."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterMethod(Method):
     """Attaches trainable parts to a frozen model: `adapter(targets)` returns the peft config for these modules."""
@@ -330,9 +349,16 @@ class TrainMethod(Method):
     def needs(cls) -> tuple[str, ...]:
         return ("train", *super().needs())
 
-    def zeros(self, module: Any, steps: int, notes: list[str]) -> Any:
-        """Which entries are 0 at each step (`core.training.Zeros`); None for those that are so at the start."""
+    def course(self, module: Any, settings: Any, notes: list[str]) -> Any:
+        """What happens in the course of the run (`core.training.Course`); None to hold entries that are 0 at its start.
+
+        settings: of the run (`core.training.Training`), with its steps and its seed.
+        """
         return None
+
+    def planned(self, module: Any, donors: int) -> Any:
+        """The empty module as it will be, for sizes before any work; after the step that `first` gives."""
+        return module
 
 
 def fields_of(cls: type[Method]) -> list[tuple[dataclasses.Field, Any]]:

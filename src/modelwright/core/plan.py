@@ -169,8 +169,13 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
             depths = len(list(module.get_submodule(path).children()))
             kept = method.keep([float(depth) for depth in range(depths - min(method.span, depths) + 1)])
             removal.remove_blocks(module, [depth for depth in range(depths) if depth not in kept])
-    elif isinstance(method, TrainMethod) and (step := method.first()) is not None:
-        return predict(module, step, given)
+    elif isinstance(method, TrainMethod):
+        step, zeros = method.first(), None
+        if step is not None:
+            module, zeros = predict(module, step, given)
+        module = method.planned(module, 0)
+        split_experts(module)
+        return module, zeros
     elif isinstance(method, AdapterMethod):
         import peft
 

@@ -96,27 +96,59 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
 
-class Zeros:
-    """Which entries of matrices are held at exactly 0 in a run: those that are so at its start."""
+class Course:
+    """What a method does in the course of a run, beside its loss; by default nothing. Steps count from 0.
+
+    Tensors of its own that decide the run's bits are named by `state`, and put back by `resume`.
+    """
+
+    def start(self) -> None:
+        """The run begins, or goes on from a checkpoint; the weights are float32."""
+
+    def begin(self, step: int) -> None:
+        """A step begins: the model may be changed before its gradient is taken."""
+
+    def gradient(self, step: int) -> None:
+        """The step's gradient is whole; it is clipped next, and then used."""
+
+    def update(self, step: int) -> None:
+        """The optimizer has changed the weights."""
+
+    def finish(self) -> None:
+        """All steps are done; the weights are still float32."""
+
+    def leave(self) -> None:
+        """The run is over or broken off: what was attached to the model goes."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps beside the model."""
+        return {}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+
+
+class Zeros(Course):
+    """Holds entries of matrices at exactly 0: those that are so at the start of a run."""
 
     def __init__(self, weights: Iterable[Tensor]):
         self._weights = [weight for weight in weights if weight.requires_grad and weight.ndim > 1]
         self._kept: list[tuple[Tensor, Tensor]] = []
 
+    def start(self) -> None:
+        self.find()
+
     def find(self) -> None:
         """Hold what is 0 now, except in matrices of nothing else, which is how an adapter begins."""
         self._kept = [(weight, weight.detach() != 0) for weight in self._weights if weight.detach().any()]
 
-    def begin(self, step: int) -> None:
-        """A step begins (from 0): more entries may be set to 0, and `find` called."""
-
-    def mask_gradients(self) -> None:
+    def gradient(self, step: int) -> None:
         """Held entries have no gradient, so that they count in no norm and gather no momentum."""
         for weight, mask in self._kept:
             if weight.grad is not None:
                 weight.grad.mul_(mask)
 
-    def mask_weights(self) -> None:
+    def update(self, step: int) -> None:
         """Held entries are 0 whatever an optimizer did."""
         with torch.no_grad():
             for weight, mask in self._kept:
@@ -130,7 +162,7 @@ def train(
     loss: Loss = next_token,
     *,
     keep_zeros: bool = False,
-    zeros: Zeros | None = None,
+    course: Course | None = None,
     folder: str | Path | None = None,
     report: Report | None = None,
 ) -> dict[str, float]:
@@ -139,20 +171,29 @@ def train(
     Only parameters that require a gradient change. The work is done in float32 whatever the weights' type is, and
     they go back to their own type at the end; so do the modes of the modules. `loss(model, ids, mask)` gives a scalar
     and named parts to report. With `keep_zeros`, entries of matrices that are exactly 0 at the start stay so, except
-    in a matrix of nothing else, which is how an adapter begins; `zeros` says it otherwise.
+    in a matrix of nothing else, which is how an adapter begins; `course` does other things instead.
     With `folder` and `settings.save_every`, checkpoints go to `folder`, and a call with the same arguments continues
     from the one that is there. `report(step, total, parts)` is called after each step.
 
     Raises DataError for too few tokens, ModelError when nothing can be trained, WeightsError when the loss is not
     finite or a checkpoint is broken or of another run.
     """
+    course = course or Zeros(model.parameters() if keep_zeros else ())
+    try:
+        return _train(model, ids, settings, loss, course, keep_zeros, folder, report)
+    finally:
+        course.leave()
+
+
+def _train(
+    model: nn.Module, ids: Tensor, settings: Training, loss: Loss, course: Course, keep_zeros: bool, folder: str | Path | None,
+    report: Report | None,
+) -> dict[str, float]:  # fmt: skip
     trained = [value for value in model.parameters() if value.requires_grad]
     if not trained:
         raise ModelError("The model was to be trained, but none of its parameters requires a gradient.")
     device = trained[0].device
     order = Order(len(ids), settings)
-    zeros = zeros or Zeros(trained if keep_zeros else ())
-    zeros.find()
     optimizers = make_optimizers(model, settings)
     file = Path(folder) / CHECKPOINT if folder is not None else None
     run = _run(settings, keep_zeros, ids) if file is not None else {}
@@ -163,18 +204,17 @@ def train(
     kinds = _to_float32(model)
     try:
         model.train()
-        first = load(file, model, optimizers, run) if file is not None and file.exists() else 0
-        if first:
-            zeros.find()
+        first = load(file, model, optimizers, run, course) if file is not None and file.exists() else 0
+        course.start()
         for step in range(first, settings.steps):
-            zeros.begin(step)
+            course.begin(step)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, settings)
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(_mix(settings.seed, step))
                 parts = _gradients(model, order.batch(ids, step).to(device), settings, loss)
-            zeros.mask_gradients()
+            course.gradient(step)
             norm = nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
             if not all(math.isfinite(part) for part in [*parts.values(), float(norm)]):
                 raise WeightsError(
@@ -184,12 +224,13 @@ def train(
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            zeros.mask_weights()
+            course.update(step)
             done = step + 1
             if file is not None and settings.save_every and done % settings.save_every == 0:
-                save(file, model, optimizers, run, done)
+                save(file, model, optimizers, run, done, course)
             if report is not None:
                 report(done, settings.steps, parts)
+        course.finish()
     finally:
         model.zero_grad(set_to_none=True)
         for value, kind in kinds:
@@ -274,12 +315,15 @@ def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Op
     return optimizers
 
 
-def save(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], run: dict[str, Any], step: int) -> None:
-    """Write weights, optimizer states and `step` to one safetensors file, beside it first and renamed when whole.
+def save(
+    file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], run: dict[str, Any], step: int, course: Course | None = None
+) -> None:
+    """Write weights, optimizer states, a course's state and `step` to one safetensors file, beside it first and renamed when whole.
 
     `run` is what a run must share to go on from here: plain values by name.
     """
     tensors = {f"model.{name}": value.detach() for name, value in _state(model)}
+    tensors |= {f"course.{name}": value.detach() for name, value in (course.state() if course else {}).items()}
     numbers: dict[str, Any] = {}
     for place, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
@@ -302,8 +346,8 @@ def save(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
         os.close(above)
 
 
-def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], run: dict[str, Any]) -> int:
-    """Put a checkpoint of `save` into the model and the optimizers; gives the number of steps that are done.
+def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], run: dict[str, Any], course: Course | None = None) -> int:
+    """Put a checkpoint of `save` into the model, the optimizers and the course; gives the number of steps that are done.
 
     Raises WeightsError when the file is broken, or was written by another `run` or for another model.
     """
@@ -330,6 +374,8 @@ def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     with torch.no_grad():
         for name, value in _state(model):
             value.copy_(tensors[f"model.{name}"])
+    if course is not None:
+        course.resume({name.removeprefix("course."): value for name, value in tensors.items() if name.startswith("course.")})
     return record["step"]
 
 

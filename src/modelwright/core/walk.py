@@ -28,7 +28,7 @@ from . import find, kinds, training
 from .errors import MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
-from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
+from .method import AdapterMethod, BlockMethod, Chooses, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
@@ -221,7 +221,7 @@ def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> lis
 # Which sites
 
 
-def choose(module: nn.Module | None, sites: Sequence[Site], method: SiteMethod | AdapterMethod, notes: list[str] | None = None) -> Chosen:
+def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, notes: list[str] | None = None) -> Chosen:
     """The sites that `where`, `skip` and settings by role choose, each with the method's settings for it.
 
     module: where the sites' weights are, whose shapes must suit the method; None for a method that takes any shape.
@@ -688,7 +688,7 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             settings,
             lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
-            zeros=method.zeros(unwrapped(model.module), settings.steps, given.notes),
+            course=method.course(unwrapped(model.module), settings, given.notes),
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
         )

@@ -85,3 +85,11 @@ def rounding(weight: Tensor) -> float:
     """The largest singular value that rounding alone gives a difference of two weights [out, in] of this dtype."""
     rms = float(weight.float().square().mean().sqrt())
     return torch.finfo(weight.dtype).eps * rms * (weight.shape[0] ** 0.5 + weight.shape[1] ** 0.5)
+
+
+def gradient_of_product(tall: Tensor, wide: Tensor, tall_gradient: Tensor, wide_gradient: Tensor) -> Tensor:
+    """An estimate of the gradient of W [out, in] from those of B [out, r] and A [r, in] alone, where W + s B A is used.
+
+    dB A + B dA - dB dA: what a step of size 1 against both gradients takes from B A (LoRAPrune, 2305.18403).
+    """
+    return tall_gradient @ wide + tall @ wide_gradient - tall_gradient @ wide_gradient

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -15,6 +15,23 @@ def cubic(progress: float, first: float, last: float) -> float:
     Zhu, Gupta 2017, arXiv:1710.01878, equation 1. Before 0 it is `first`, after 1 `last`.
     """
     return last + (first - last) * (1 - min(max(progress, 0.0), 1.0)) ** 3
+
+
+def along(point: float, begin: float, end: float) -> float:
+    """How far `point` lies from `begin` to `end`: 0 and 1 there; 1 where they are the same."""
+    return (point - begin) / (end - begin) if end > begin else 1.0
+
+
+def times_within(spent: Sequence[float], begin: float, end: float, every: int) -> list[int]:
+    """The steps from `begin` to `end` that lie `every` steps apart from the first on, and the one at `end`, which is the last.
+
+    spent: the share of the run, rising from 0, that is spent when each of its steps begins. A run that never comes to `end`
+    has its last step there.
+    """
+    steps = len(spent)
+    first = next((step for step, point in enumerate(spent) if point >= begin - 1e-9), steps)
+    last = next((step for step, point in enumerate(spent) if point >= end - 1e-9), steps - 1)
+    return [*range(first, last, every), max(last, min(first, steps - 1))]
 
 
 def compute_at_steps(steps: int, cost: Callable[[float], float]) -> list[float]:

@@ -207,6 +207,23 @@ def zeroed(inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] |
     return choose
 
 
+def without_columns(weight: Tensor, moment: Tensor, gone: Tensor, damp: float = 0.01) -> Tensor:
+    """W with some columns at 0 at once, and the others changed so that tr(ΔW H ΔWᵀ) is least.
+
+    weight: W [out, in]. moment: H [in, in] at any positive scale. gone: [in], true for columns that become 0. damp: added to the
+    diagonal, as a fraction of its mean. For the columns M that go and S that stay, ΔW = -W_M ([H⁻¹]_MM)⁻¹ [H⁻¹]_M (optimal brain
+    surgeon) is W_M H_MS (H_SS)⁻¹ on S. float64; the result has W's dtype.
+    """
+    exact, whole = weight.double(), moment.double()
+    mean = whole.diagonal().mean().item() or 1.0
+    whole = whole + damp * mean * torch.eye(len(whole), dtype=torch.float64, device=whole.device)
+    stays = ~gone
+    lower = torch.linalg.cholesky(whole[stays][:, stays])
+    result = torch.zeros_like(exact)
+    result[:, stays] = exact[:, stays] + torch.cholesky_solve(whole[stays][:, gone] @ exact[:, gone].T, lower).T
+    return result.to(weight.dtype)
+
+
 def _sweep_block(part: Tensor, error: Tensor, inverse: Tensor, pick: Pick) -> None:
     """Sweep one block in place: part and error [columns, out], inverse the block's own square of U.
 

@@ -59,7 +59,7 @@ def test_zeros_are_exact_at_every_update_and_stay():
 
     zeros = Watched([weight], [(weight, 1)], {2: 0.3, 5: 0.6})
     ids = torch.randint(1, 90, (600,), generator=torch.Generator().manual_seed(0))
-    train(model.module, ids, Training(tokens=640, batch=4, length=16, weight_decay=0.5, learning_rate=0.01), zeros=zeros)
+    train(model.module, ids, Training(tokens=640, batch=4, length=16, weight_decay=0.5, learning_rate=0.01), course=zeros)
     size = weight.numel()
     assert [count for count, _ in seen] == [0, 0] + [int(0.3 * size)] * 3 + [int(0.6 * size)] * 5
     assert all((two | ~one).all() for (_, one), (_, two) in itertools.pairwise(seen))
@@ -72,7 +72,7 @@ def test_the_smallest_go():
     zeros.begin(0)
     assert weight.tolist() == [[0.0, -4.0, 0.0], [3.0, 0.0, 6.0]]
     weight.grad = torch.ones(2, 3)
-    zeros.mask_gradients()
+    zeros.gradient(0)
     assert weight.grad.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
 
 
@@ -98,16 +98,16 @@ def test_a_run_that_was_broken_off_ends_with_the_same_bits(tmp_path):
         weights = [block.mlp.down_proj.weight for block in module.model.layers]
         return Rising(list(module.parameters()), [(weight, 1) for weight in weights], {1: 0.2, 3: 0.4, 6: 0.7})
 
-    train(whole, ids, settings, zeros=zeros(whole))
+    train(whole, ids, settings, course=zeros(whole))
 
     def stop(step, total, parts):
         if step == 5:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(broken, ids, settings, zeros=zeros(broken), folder=tmp_path, report=stop)
+        train(broken, ids, settings, course=zeros(broken), folder=tmp_path, report=stop)
     fresh = lettered().module
-    train(fresh, ids, settings, zeros=zeros(fresh), folder=tmp_path)
+    train(fresh, ids, settings, course=zeros(fresh), folder=tmp_path)
     assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), fresh.parameters(), strict=True))
 
 

@@ -19,13 +19,6 @@ def scored(module, **settings):
     return found, method.scores(module, found, method.look(Model(name="", module=module), found, batches(module)))
 
 
-def test_effects_by_hand():
-    # Of two examples with gradients 1 and 3: mean 2, mean square 5. Weight 2: |w g| 4, w F w 20, |4 - 10| 6.
-    weight, gradient, fisher = torch.tensor([2.0, -1.0]), torch.tensor([2.0, 1.0]), torch.tensor([5.0, 2.0])
-    for effect, expected in (("first", [4.0, 1.0]), ("second", [20.0, 2.0]), ("mix", [6.0, 2.0]), ("channel", [4.0, -1.0])):
-        assert LlmPruner(effect=effect).effects(weight, gradient, fisher).tolist() == expected
-
-
 def test_members_by_hand():
     # Two units of two channels in one matrix, and of one channel in another.
     parts = [torch.tensor([[[1.0, -2.0], [3.0, 4.0]], [[0.0, 1.0], [-1.0, -1.0]]]), torch.tensor([[[5.0]], [[-2.0]]])]

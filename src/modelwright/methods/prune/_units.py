@@ -2,7 +2,8 @@
 
 A unit is what leaves together (`anatomy.Units`): a neuron, a key-value head with its query heads, an expert, a channel.
 A method fills slots: `look`, at text or weights; `scores` for every unit by what was seen, low goes first; `compensate`,
-before the units leave. What stays is a smaller model without masks or zeros.
+before the units leave. What stays is a smaller model without masks or zeros. Methods that prune while they train share the
+choice of units.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from modelwright.anatomy.removal import lower_experts_per_token, remove_units
 from modelwright.blocks.experts import fuse_experts
 from modelwright.core.errors import SiteError
 from modelwright.core.given import Batch
-from modelwright.core.method import ModelMethod
+from modelwright.core.method import Method, ModelMethod
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count, fraction
 from modelwright.maths.allocation import keep_highest, keep_highest_of_all
@@ -30,10 +31,11 @@ Kept = list[list[int]]  # for each entry of units, what stays
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnitPruner(ModelMethod):
-    """Takes whole units out of a model."""
+class UnitChoice(Method):
+    """Takes whole units out of a model: which may go, how many, and by which scores."""
 
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    kinds: ClassVar[tuple[str, ...]] = KINDS  # that the method can take out
 
     units: tuple[str, ...] = ("mlp", "heads")  # kinds that go: mlp, heads, experts or residual
     share: float = fraction(0.2)  # of the units that go, by what they cost
@@ -42,8 +44,63 @@ class UnitPruner(ModelMethod):
     spare_last: int = count(0, low=0, unit="blocks")  # at the end, left as they are
 
     def problems(self) -> list[str]:
-        wrong = [kind for kind in self.units if kind not in KINDS]
-        return [f"units are some of {', '.join(KINDS)}; got {', '.join(wrong) or 'none'}."] if wrong or not self.units else []
+        wrong = [kind for kind in self.units if kind not in self.kinds]
+        return [f"units are some of {', '.join(self.kinds)}; got {', '.join(wrong) or 'none'}."] if wrong or not self.units else []
+
+    def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
+        """The units that may go, kind after kind, without those of spared blocks.
+
+        Raises:
+            SiteError: the model has none of these kinds, or all of its blocks are spared.
+        """
+        anatomy, whole, lacking = anatomy_of(module), [], []
+        for kind in self.units:
+            try:
+                whole += anatomy.units(module, kind)
+            except SiteError as error:
+                lacking.append(error)
+        if not whole:
+            raise lacking[0]
+        if notes is not None:
+            notes += [f"{self.name()} left one kind alone: {error}" for error in lacking]
+        depths = 1 + max((units.depth for units in whole if units.depth is not None), default=0)
+        found = [units for units in whole if units.depth is None or self.spare_first <= units.depth < depths - self.spare_last]
+        if not found:
+            raise SiteError(f"{self.name()}: of {depths} blocks all are spared ({self.spare_first} and {self.spare_last}). Spare fewer.")
+        return found
+
+    def kept(self, module: nn.Module, found: Sequence[Units], scores: list[Tensor], share: float | None = None) -> Kept:
+        """Which units of each entry stay when `share` goes, by default the method's."""
+        share = self.share if share is None else share
+        if self.scope == "block":
+            return [keep_highest(score, share) for score in scores]
+        return keep_highest_of_all(scores, [self.cost(module, units) for units in found], share)
+
+    def cost(self, module: nn.Module, units: Units) -> float:
+        """What one unit costs: its parameters."""
+        shapes = {name: value.shape for name, value in module.named_parameters()}
+        return sum(span.width * shapes[span.name].numel() / shapes[span.name][span.dim] for span in units.spans)
+
+    def planned(self, module: Any, donors: int) -> Any:
+        fuse_experts(module)
+        found = self.found(module)
+        about = [torch.arange(units.count) / units.count + 0.05 * number / len(found) for number, units in enumerate(found)]
+        take_out(module, found, self.kept(module, found, about))  # where all compete, not quite the same count of each
+        return module
+
+    def taken_out(self, module: nn.Module, found: Sequence[Units], kept: Kept, notes: list[str], why: str = "") -> None:
+        """Remove the units that do not stay, and note what the user should know of the result; why: it was not plain before."""
+        config: Any = getattr(module, "config", None)
+        before = getattr(config, "num_experts_per_tok", 0)
+        if why := take_out(module, found, kept) or why:
+            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+        if before and (now := config.num_experts_per_tok) < before:
+            notes.append(f"{self.name()}: tokens go to {now} experts, no longer to {before}, since no more are left")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnitPruner(UnitChoice, ModelMethod):
+    """Takes units out at once."""
 
     # Slots
 
@@ -69,53 +126,8 @@ class UnitPruner(ModelMethod):
             refuse_not_finite(found, scores)
             kept = self.kept(module, found, scores)
             why = self.compensate(module, found, kept, seen)
-        config: Any = getattr(module, "config", None)
-        before = getattr(config, "num_experts_per_tok", 0)
-        if why := take_out(module, found, kept) or why:
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
-        if before and (now := config.num_experts_per_tok) < before:
-            notes.append(f"{self.name()}: tokens go to {now} experts, no longer to {before}, since no more are left")
+        self.taken_out(module, found, kept, notes, why)
         return model
-
-    def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
-        """The units that may go, kind after kind, without those of spared blocks.
-
-        Raises:
-            SiteError: the model has none of these kinds, or all of its blocks are spared.
-        """
-        anatomy, whole, lacking = anatomy_of(module), [], []
-        for kind in self.units:
-            try:
-                whole += anatomy.units(module, kind)
-            except SiteError as error:
-                lacking.append(error)
-        if not whole:
-            raise lacking[0]
-        if notes is not None:
-            notes += [f"{self.name()} left one kind alone: {error}" for error in lacking]
-        depths = 1 + max((units.depth for units in whole if units.depth is not None), default=0)
-        found = [units for units in whole if units.depth is None or self.spare_first <= units.depth < depths - self.spare_last]
-        if not found:
-            raise SiteError(f"{self.name()}: of {depths} blocks all are spared ({self.spare_first} and {self.spare_last}). Spare fewer.")
-        return found
-
-    def kept(self, module: nn.Module, found: Sequence[Units], scores: list[Tensor]) -> Kept:
-        """Which units of each entry stay."""
-        if self.scope == "block":
-            return [keep_highest(score, self.share) for score in scores]
-        return keep_highest_of_all(scores, [self.cost(module, units) for units in found], self.share)
-
-    def cost(self, module: nn.Module, units: Units) -> float:
-        """What one unit costs: its parameters."""
-        shapes = {name: value.shape for name, value in module.named_parameters()}
-        return sum(span.width * shapes[span.name].numel() / shapes[span.name][span.dim] for span in units.spans)
-
-    def planned(self, module: Any, donors: int) -> Any:
-        fuse_experts(module)
-        found = self.found(module)
-        about = [torch.arange(units.count) / units.count + 0.05 * number / len(found) for number, units in enumerate(found)]
-        take_out(module, found, self.kept(module, found, about))  # where all compete, not quite the same count of each
-        return module
 
 
 def per_member(units: Units, tensors: Mapping[str, Tensor]) -> list[Tensor]:

@@ -20,9 +20,9 @@ from modelwright.core import walk
 from modelwright.core.method import Places, TrainMethod
 from modelwright.core.model import tensor_of, weight_of
 from modelwright.core.settings import count, fraction
-from modelwright.core.training import Zeros, next_token
+from modelwright.core.training import Training, Zeros, next_token
 from modelwright.maths.masks import lowest
-from modelwright.maths.schedules import compute_at_steps, cubic
+from modelwright.maths.schedules import along, compute_at_steps, cubic, times_within
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,27 +55,22 @@ class Gradual(TrainMethod):
         """The sparsity of each step (from 0) before which weights go; `share`: of all parameters, those that may go."""
 
         def at(spent: float) -> float:
-            if spent < self.begin:
-                return 0.0
-            along = (spent - self.begin) / (self.end - self.begin) if self.end > self.begin else 1.0
-            return cubic(along, self.initial, self.sparsity)
+            return 0.0 if spent < self.begin else cubic(along(spent, self.begin, self.end), self.initial, self.sparsity)
 
         counted = self.clock == "compute"
         spent = compute_at_steps(steps, lambda point: max(1 - share * at(point), 1e-9) if counted else 1.0)
-        first = next((step for step, point in enumerate(spent) if point >= self.begin - 1e-9), steps)
-        last = next((step for step, point in enumerate(spent) if point >= self.end - 1e-9), steps - 1)
-        ramp = {step: at(spent[step]) for step in range(first, last, self.every)}
-        return {**ramp, max(last, min(first, steps - 1)): self.sparsity}
+        times = times_within(spent, self.begin, self.end, self.every)
+        return {**{step: at(spent[step]) for step in times}, times[-1]: self.sparsity}
 
-    def zeros(self, module: nn.Module, steps: int, notes: list[str]) -> Zeros:
-        chosen = walk.choose(module, anatomy_of(module).sites(module), self, notes)  # type: ignore[arg-type]
+    def course(self, module: nn.Module, settings: Training, notes: list[str]) -> Zeros:
+        chosen = walk.choose(module, anatomy_of(module).sites(module), self, notes)
         found = [(site, tensor_of(module, site.name)) for site, _ in chosen if weight_of(module, site) is not None]
         parameters = dict(module.named_parameters())
         weights = [(parameters[site.name], site.stack or 1) for site, _ in found if parameters[site.name].requires_grad]
         total = sum(value.numel() for value in parameters.values())
         share = sum(weight.numel() for weight, _ in weights) / total
-        updates = self.updates(steps, share)
-        mean = mean_kept(updates, steps, share) * total
+        updates = self.updates(settings.steps, share)
+        mean = mean_kept(updates, settings.steps, share) * total
         notes.append(f"{self.name()}: the mean over steps of the parameters that are not zero is {mean:,.0f} of {total:,}")
         return Rising(list(parameters.values()), weights, updates)
 

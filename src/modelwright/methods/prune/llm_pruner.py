@@ -21,6 +21,7 @@ from modelwright.core.given import Batch
 from modelwright.core.gradients import gradient_moments
 from modelwright.core.model import Model
 from modelwright.core.settings import count, fraction
+from modelwright.maths.effects import Effect, effects
 from modelwright.methods.prune._units import UnitPruner, per_member
 
 
@@ -36,18 +37,14 @@ class LlmPruner(UnitPruner):
     share: float = fraction(0.25)  # of the units that go, by what they cost
     spare_first: int = count(4, low=0, unit="blocks")  # at the start, left as they are
     spare_last: int = count(2, low=0, unit="blocks")  # at the end, left as they are
-    effect: Literal["first", "second", "mix", "channel"] = "first"  # of the estimate of a weight's effect
+    effect: Effect = "first"  # of the estimate of a weight's effect
     members: Literal["sum", "mean", "max", "prod"] = "sum"  # how the matrices of a unit are reduced to one score
 
     def look(self, model: Model, found: Sequence[Units], calibration: Sequence[Batch]) -> dict[str, Tensor]:
         """The effect of each weight, signed for `channel`."""
         mean, square = gradient_moments(model, calibration)
         parameters = {name: value.detach().float() for name, value in model.module.named_parameters() if name in mean}
-        return {name: self.effects(value, mean[name], square[name]) for name, value in parameters.items()}
-
-    def effects(self, weight: Tensor, gradient: Tensor, fisher: Tensor) -> Tensor:
-        first, second = weight * gradient, weight.square() * fisher
-        return {"first": first.abs(), "second": second, "mix": (first - second / 2).abs(), "channel": first}[self.effect]
+        return {name: effects(self.effect, value, mean[name], square[name]) for name, value in parameters.items()}
 
     def scores(self, module: nn.Module, found: Sequence[Units], seen: Any) -> list[Tensor]:
         return [self.reduced(per_member(units, seen)) for units in found]

@@ -18,19 +18,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy._rotation import fold_norms, residual_norms, rotate_stream, stream_of
+from modelwright.anatomy._rotation import fold_norms, residual_norms, rotate_stream
 from modelwright.anatomy.removal import remove_units
-from modelwright.core.errors import PlanError
 from modelwright.core.given import Batch
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.passage import Resident, real
 from modelwright.core.progress import track
-from modelwright.core.settings import count, fraction
+from modelwright.core.settings import fraction
+from modelwright.methods.prune._channels import Narrower
 
 
 @dataclass(frozen=True, kw_only=True)
-class SliceGpt(ModelMethod):
+class SliceGpt(Narrower, ModelMethod):
     """Make the model narrower: keep the directions of its hidden states that carry most; every matrix shrinks, no training."""
 
     status: ClassVar[str] = "checked"
@@ -38,23 +38,7 @@ class SliceGpt(ModelMethod):
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
     fails = {"ties_survive": "the final norm goes into the head and not into the embedding"}
 
-    keep: float = fraction(0.75)  # of the width of the hidden states
-    multiple: int = count(8, unit="channels")  # the width is rounded down to a multiple of this
     damp: float = fraction(0.01)  # of the mean diagonal, added to the diagonal before eigenvectors are taken
-
-    def width(self, module: nn.Module) -> tuple[int, int]:
-        """The width before, and as it will be.
-
-        Raises:
-            PlanError: nothing would be left.
-        """
-        before = stream_of(module).count
-        after = before if self.keep == 1 else int(self.keep * before) // self.multiple * self.multiple
-        if not after:
-            raise PlanError(
-                f"{self.name()}: keep={self.keep:g} of {before} channels is less than one multiple of {self.multiple}. Keep more."
-            )
-        return before, after
 
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
         module = unwrapped(model.module)
@@ -64,11 +48,9 @@ class SliceGpt(ModelMethod):
         fold_norms(module)
         values, rotation = directions(stream_moment(model, calibration), self.damp)
         rotate_stream(module, rotation)
-        why = remove_units(module, "residual", range(after), plain=False).why_not_plain
         share = float(values[:after].sum() / values.sum())
         notes.append(f"{self.name()}: {after} of {before} directions stay, with {share:.4f} of the hidden states' energy")
-        if why:
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+        self.narrowed(module, range(after), notes)
         return model
 
     def planned(self, module: Any, donors: int) -> Any:
