@@ -127,16 +127,22 @@ def dropped(values: Values, keep: float | Values, seed: int) -> Values:
     return kept
 
 
-def remembered(values: Values, kept: Values) -> Values:
-    """What was kept of values; which they are is found once, and then remembered in a bit for each."""
-    masks: dict[int, Tensor] = {}
+def remembered(values: Values, kept: Values, count: int) -> Values:
+    """What was kept of `count` values; which they are is found once, and then remembered in a bit for each.
+
+    The bits lie in one tensor: small ones among large ones that come and go would keep these from their places.
+    """
+    bits, known = torch.empty(-(-count // 8), dtype=torch.uint8), set[int]()
 
     def found(at: slice) -> Tensor:
-        if at.start in masks:
+        assert slices.in_order(at), at
+        place = slice(at.start // 8, -(-at.stop // 8))
+        if at.start in known:
             part = values(at)
-            return part * unpacked(masks[at.start], len(part)).to(part)
+            return part * unpacked(bits[place], len(part)).to(part)
         part = kept(at)
-        masks[at.start] = packed(part != 0)
+        bits[place] = packed(part != 0).cpu()
+        known.add(at.start)
         return part
 
     return found

@@ -208,8 +208,9 @@ def rescaling(sparsify: Sparsify, keep: float, rescale: Rescale | float) -> Spar
         if rescale == "none":
             return kept
         if rescale == "l1":
-            kept = task_vectors.remembered(values, kept)
-            factor = task_vectors.restoring(values, kept, torch.Size(shape).numel())
+            count = torch.Size(shape).numel()
+            kept = task_vectors.remembered(values, kept, count)
+            factor = task_vectors.restoring(values, kept, count)
         else:
             factor = 1 / keep if rescale == "inverse" else rescale
         return lambda at: kept(at).mul(factor)
