@@ -3,6 +3,7 @@ import builtins
 import errno
 import json
 import os
+import threading
 
 import pytest
 import torch
@@ -651,3 +652,26 @@ def test_a_kept_partial_folder_is_resumed(tmp_path, monkeypatch, finished):
     checkpoint = Checkpoint(tmp_path / "new")
     assert all(same_bits(checkpoint.read(name), tensors[name]) for name in tensors)
     assert os.listdir(tmp_path) == ["new"]
+
+
+def test_what_is_written_goes_to_the_disk_beside_other_work(tmp_path, monkeypatch):
+    """And an error there is told, though the last flush does not know of it."""
+    synced, flush = [], os.fsync
+    monkeypatch.setattr(weights, "BEHIND", 1 << 10)
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(threading.current_thread()), flush(file)))
+    with weights.Writer(tmp_path / "model") as out:
+        for number in range(4):
+            out.add(f"t{number}", torch.full((256,), float(number)))
+    assert any(thread is not threading.main_thread() for thread in synced)
+    assert [Checkpoint(tmp_path / "model").read(f"t{number}")[0].item() for number in range(4)] == [0, 1, 2, 3]
+
+    def broken(file):
+        if threading.current_thread() is not threading.main_thread():
+            raise OSError(errno.EIO, "the disk is broken")
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="the disk is broken"), weights.Writer(tmp_path / "other") as out:
+        for number in range(3):
+            out.add(f"t{number}", torch.ones(256))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -8,6 +8,7 @@ bytes that it is asked for, by plain reads and not through a memory map: mapped 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import json
@@ -16,6 +17,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +55,7 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenize
 LONGEST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 SLICE = 1 << 26  # bytes that one read or write moves
 CHECKED = 1 << 22  # values that one thread checks at a time
+BEHIND = 1 << 27  # bytes written, after which they are sent to the disk beside other work
 PIECE = 1 << 19  # bytes of them that are in memory, so few that they stay in the processor's cache
 AGAIN = "Fetch or write it again."
 
@@ -439,6 +442,8 @@ class Writer:
 
     def _abandon(self) -> None:
         if self._shard:
+            with contextlib.suppress(OSError):  # another error is on its way
+                self._shard.stop()
             self._shard.file.close()
         if not self.keep_partial:
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -462,6 +467,9 @@ class _Shard:
         self.late: dict[str, tuple[torch.dtype, tuple[int, ...], Tensor]] = {}
         self.size = 0
         self.header_size = 0
+        self._flusher = ThreadPoolExecutor(1)
+        self._flushing: Future[None] | None = None
+        self._flushed = 0  # bytes, when it last began
 
     def takes(self, nbytes: int, shard_bytes: int) -> bool:
         """Whether one more tensor of `nbytes` fits into this file of at most `shard_bytes`."""
@@ -475,10 +483,27 @@ class _Shard:
         entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [self.size, end]}
         self.entries[name] = entry
         self.header_size += len(json.dumps({name: entry}))
+        self._flush_behind()
         self.size = end
+
+    def _flush_behind(self) -> None:
+        """Have what was written so far go to the disk while more is computed, so that little waits for it at the end."""
+        if self.size - self._flushed < BEHIND or self._flushing and not self._flushing.done():
+            return
+        if self._flushing:
+            self._flushing.result()  # an error is told only once
+        self._flushed = self.size
+        self._flushing = self._flusher.submit(os.fsync, self.file.fileno())
+
+    def stop(self) -> None:
+        """Wait for what goes to the disk; raises what went wrong."""
+        self._flusher.shutdown()
+        if self._flushing:
+            self._flushing.result()
 
     def close(self, metadata: dict[str, str]) -> dict[str, int]:
         """Write what waits and the header, flush to disk; returns {name: bytes}."""
+        self.stop()
         for name, (dtype, shape, data) in sorted(self.late.items(), key=lambda item: -item[1][0].itemsize):
             self.enter(name, dtype, shape, data.nbytes)
             _write(self.file, data)
