@@ -14,6 +14,6 @@ and no time. Where there is time to train, `prune.gradual` zeroes little by litt
 
 What saves bytes, memory and time is to take units out: `prune.flap` heads and neurons without training,
 `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many small steps,
-`prune.shortgpt` whole blocks, `prune.blockpruner` single attentions and MLPs, `prune.reap` experts, and
-`prune.slicegpt` directions of the stream between the blocks.
+`prune.prunenet` neurons by the weights alone, `prune.shortgpt` whole blocks, `prune.blockpruner` single attentions and
+MLPs, `prune.reap` experts, and `prune.slicegpt` directions of the stream between the blocks.
 """
