@@ -50,6 +50,9 @@ class Guest(Described):
         host.add_module(name, self)
         host.forward = self.around
 
+    def settle(self, model: nn.Module) -> None:
+        """Set what the guest needs of the whole model that it has joined, also when that is loaded."""
+
     def leave(self) -> None:
         """Let the host be what it was."""
         host = self._host.pop()

@@ -59,6 +59,7 @@ def _seat(module: nn.Module, name: str, description: dict[str, Any]) -> None:
     guest = blocks.build(description, dtype=like.dtype, device=like.device)
     assert isinstance(guest, Guest)
     guest.join(host, leaf)
+    guest.settle(module)
 
 
 def _resize(layer: Any, description: dict[str, Any], like: torch.Tensor) -> None:

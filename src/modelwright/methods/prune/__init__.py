@@ -18,5 +18,5 @@ What saves bytes, memory and time is to take units out: `prune.flap` heads and n
 MLPs, `prune.reap` experts, and `prune.slicegpt` directions of the stream between the blocks.
 
 What is left out at run time, by what a token needs: `prune.activations` neurons whose contributions are small, which
-measures how sparse a model's activations are.
+measures how sparse a model's activations are; `prune.ftp` whole blocks, for tokens that small routers choose.
 """

@@ -28,6 +28,7 @@ from modelwright.core.gradients import text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
 from modelwright.core.observed import inputs_of_modules
+from modelwright.core.parts import refuse_adapters
 from modelwright.core.settings import count, number
 from modelwright.maths.neurons import Neurons, highest_level
 
@@ -54,8 +55,7 @@ class Activations(ModelMethod):
         return ["limit is a share with these rules, and above 1."] * (self.rule != "fat" and (self.limit or 0) > 1)
 
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
-        if "adapters" in model.marks:
-            raise PlanError(f"{self.name()}: {model.name} bears an adapter, which is saved alone. Fold it first, with adapt.fold.")
+        refuse_adapters(self, model)
         hosts = self.hosts(model.module)
         before = text_loss(model, calibration)
         seen = inputs_of_modules(model, hosts, calibration, self.observed)
