@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "modelwright.json"
-GUESTS = {"dropping", "token_router"}  # kinds of layers whose work no method on weights may change afterwards
+GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",

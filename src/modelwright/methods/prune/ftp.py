@@ -51,7 +51,7 @@ class Ftp(ModelMethod):
     hidden: int = count(16)  # inner width of a router
     steps: int = count(200, low=0)  # in which the routers learn
     batch: int = count(8, unit="sequences")  # in one step
-    learning_rate: float = number(1e-2, low=0)  # the highest
+    learning_rate: float = number(1e-2, low=1e-12)  # the highest
     guide: float = number(1.0, low=0)  # weight of the distance from the static choice in the loss
     balance: float = number(1.0, low=0)  # weight of the distance from the blocks' shares
     logits: float = number(1.0, low=0)  # weight of the distance from the whole model's predictions
