@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from modelwright import blocks
-from modelwright.blocks._stored import Described
+from modelwright.blocks._stored import Described, Guest
 from modelwright.blocks.experts import SplitExperts, is_fused
 from modelwright.blocks.packed import PackedLinear
 
@@ -30,8 +30,11 @@ RESIZED = "resized"  # a module of the architecture, of other sizes than the con
 
 
 def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
-    """Replace the named submodules by empty layers of the described kinds, outer ones first."""
+    """Replace the named submodules by empty layers of the described kinds, outer ones first; guests join their hosts."""
     for name in sorted(descriptions, key=lambda name: name.count(".")):
+        if issubclass(blocks.class_of(descriptions[name]), Guest):
+            _seat(module, name, descriptions[name])
+            continue
         old = module.get_submodule(name)
         if descriptions[name]["kind"] == EXPERTS:
             if is_fused(old):
@@ -46,6 +49,17 @@ def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
         layer = blocks.build(descriptions[name], dtype=dtype, device=device)
         layer.replaces = type(old).__name__
         module.set_submodule(name, layer)
+
+
+def _seat(module: nn.Module, name: str, description: dict[str, Any]) -> None:
+    """Build a guest and let it join its host."""
+    path, _, leaf = name.rpartition(".")
+    host = module.get_submodule(path)
+    like = next(value for value in (*host.parameters(), *module.parameters()) if value.is_floating_point())
+    guest = blocks.build(description, dtype=like.dtype, device=like.device)
+    assert isinstance(guest, Guest)
+    guest.join(host, leaf)
+    guest.settle(module)
 
 
 def _resize(layer: Any, description: dict[str, Any], like: torch.Tensor) -> None:

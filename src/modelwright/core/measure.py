@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modelwright.anatomy import anatomy_of
-from modelwright.blocks._stored import Stored
+from modelwright.blocks._stored import Described, Stored
 
 from . import data as texts
 from . import stream
@@ -125,6 +125,8 @@ def flops_per_token(module: nn.Module) -> int:
     for name, layer in module.named_modules():
         if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
             total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
+        if isinstance(layer, Described) and not isinstance(layer, Stored):
+            total += sum(2 * value.numel() for value in layer.parameters() if value.ndim == 2)
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
     whole: Any = module
     if tied and whole.get_output_embeddings() is not None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "modelwright.json"
+GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -166,6 +167,7 @@ class Model:
             self._marks |= {"sparse"} if "sparse" in kinds else set()
             if kinds & {"packed", "embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
+            self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
                 self._marks.add("adapters")
         return self._marks
