@@ -1,6 +1,6 @@
 import pytest
 
-from modelwright.maths.schedules import compute_at_steps, cubic
+from modelwright.maths.schedules import compute_at_steps, cubic, geometric
 
 
 def test_the_cubic_schedule():
@@ -10,6 +10,11 @@ def test_the_cubic_schedule():
     assert (cubic(1, 0.2, 0.8) - cubic(1 - step, 0.2, 0.8)) / step == pytest.approx(0, abs=1e-6)
     values = [cubic(n / 100, 0.0, 0.9) for n in range(101)]
     assert values == sorted(values)
+
+
+def test_the_geometric_schedule_falls_by_equal_factors():
+    values = [geometric(0.1, 1e-4, n / 3) for n in range(4)]
+    assert values == pytest.approx([0.1, 0.01, 0.001, 0.0001])
 
 
 def test_steps_that_cost_the_same_spend_evenly():

@@ -17,6 +17,11 @@ def cubic(progress: float, first: float, last: float) -> float:
     return last + (first - last) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 
 
+def geometric(first: float, last: float, progress: float) -> float:
+    """From `first` to `last`, both above 0, by equal factors: first · (last / first)^progress."""
+    return first * (last / first) ** progress
+
+
 def compute_at_steps(steps: int, cost: Callable[[float], float]) -> list[float]:
     """The share of a run's compute that is spent when each of its steps begins, where a step costs what `cost` says there.
 

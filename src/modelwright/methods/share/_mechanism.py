@@ -18,7 +18,6 @@ from modelwright.blocks._stored import Described
 from modelwright.blocks.experts import fuse_experts, split_experts
 from modelwright.core.errors import PlanError, SiteError, refuse
 from modelwright.core.method import ModelMethod, Places
-from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count
 from modelwright.core.sharing import tie, untie
 
@@ -108,13 +107,14 @@ class BlockSharer(ModelMethod):
         tie(module, {prefix + name: prefixes[0] + name for prefix in prefixes[1:] for name in names})
 
     def planned(self, module: Any, donors: int) -> Any:
-        self.share(unwrapped(module))
+        self.refuse_adapters(module)
+        self.share(module)
         return module
 
-    def refuse_adapters(self, model: Model) -> None:
+    def refuse_adapters(self, module: nn.Module) -> None:
         """Raise PlanError where blocks bear adapters, which would be shared too."""
-        if "adapters" in model.marks:
-            raise PlanError(f"{self.name()}: {model.name} bears adapters. Fold them first, or share before they are attached.")
+        if hasattr(module, "get_base_model"):
+            raise PlanError(f"{self.name()}: the model bears adapters. Fold them first, or share before they are attached.")
 
 
 def combined(values: Sequence[Tensor], member: Member) -> Tensor:

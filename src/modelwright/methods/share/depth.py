@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelwright.core.model import Model, unwrapped
+from modelwright.core.model import Model
 
 from ._mechanism import BlockSharer
 
@@ -25,8 +25,8 @@ class Depth(BlockSharer):
     small = dict(spare_last=0)
 
     def model(self, model: Model, notes: list[str]) -> Model:
-        self.refuse_adapters(model)
-        groups = self.share(unwrapped(model.module))
+        self.refuse_adapters(model.module)
+        groups = self.share(model.module)
         shown = "; ".join(f"blocks {group[0]} to {group[-1]}" for group in groups)
         notes.append(f"{self.name()} shared the weights of {shown}" if groups else f"{self.name()} shared nothing")
         return model
