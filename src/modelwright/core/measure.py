@@ -126,7 +126,7 @@ def flops_per_token(module: nn.Module) -> int:
         share = (used if site.role.startswith("experts") else 1.0) * (places[site.name] or 1)
         total += 2 * share * module.get_parameter(site.name).numel()
     for name, layer in module.named_modules():
-        if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
+        if isinstance(layer, Stored) and (layer.stands_for_dense or layer.dense_work) and not hasattr(layer, "num_embeddings"):
             total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
     whole: Any = module
