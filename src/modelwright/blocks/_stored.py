@@ -37,10 +37,43 @@ class Described(nn.Module, ABC):
         return ", ".join(f"{key}={value}" for key, value in self.describe().items() if key != "kind")
 
 
+class Guest(Described):
+    """A module that stands inside another, its host, and computes in the host's place, with the host's own work as a part.
+
+    The host's tensors keep their names, and a model with guests is copied, saved and loaded as any other.
+    """
+
+    def join(self, host: nn.Module, name: str) -> None:
+        """Stand in `host` under this name; a host has one guest."""
+        assert "forward" not in vars(host), f"a {type(host).__name__} has a guest already"
+        self._host = [host]  # in a list, so that it is no submodule
+        host.add_module(name, self)
+        host.forward = self.around
+
+    def settle(self, model: nn.Module) -> None:
+        """Set what the guest needs of the whole model that it has joined, also when that is loaded."""
+
+    def leave(self) -> None:
+        """Let the host be what it was."""
+        host = self._host.pop()
+        del host.forward
+        for name in [name for name, child in host.named_children() if child is self]:
+            delattr(host, name)
+
+    def inner(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host computes by itself."""
+        return type(self._host[0]).forward(self._host[0], *args, **kwargs)
+
+    @abstractmethod
+    def around(self, *args: Any, **kwargs: Any) -> Any:
+        """What the host computes from now on."""
+
+
 class Stored(Described):
     """A layer whose weight is stored in another form than a dense matrix."""
 
     stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
+    dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
     out_features: int
     in_features: int
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -43,10 +43,10 @@ class Removed(Described):
 
 
 @contextlib.contextmanager
-def without(module: nn.Module, branch: Branch) -> Iterator[None]:
-    """The model without one attention or MLP, for as long as the block lasts."""
+def without(module: nn.Module, branch: Branch, stands: nn.Module | None = None) -> Iterator[None]:
+    """The model without one attention or MLP, or with another part in its place, for as long as the block lasts."""
     before = {path: module.get_submodule(path) for path in (branch.module, *branch.norms)}
-    _take_out(module, branch)
+    _take_out(module, branch, stands)
     try:
         yield
     finally:
@@ -63,19 +63,38 @@ def remove_branches(module: nn.Module, gone: Sequence[Branch]) -> None:
     Raises: PlanError, before anything changes, when no attention would be left where the cache's length is read.
     """
     anatomy = anatomy_of(module)
-    if not keeps_slot(module, gone):
-        raise PlanError("No attention of the first block's kind would be left, where caches read their length. Keep one of them.")
-    for branch in gone:
-        _take_out(module, branch)
-    path = anatomy.blocks(module)
-    assert path is not None, "branches are those of one row of blocks"
+    path = replace_branches(module, dict.fromkeys(gone))
     full = {branch.depth for branch in anatomy.branches(module)}
     blocks: Any = module.get_submodule(path)
     remove_blocks(module, [depth for depth in range(len(blocks)) if depth not in full])
     number_slots(module, path)
 
 
-def _take_out(module: nn.Module, branch: Branch) -> None:
-    module.set_submodule(branch.module, Removed(gives="pair" if branch.kind == "attn" else "zeros"))
+def replace_branches(module: nn.Module, stands: Mapping[Branch, nn.Module | None]) -> str:
+    """Put other parts into the places of attentions and MLPs for good, or nothing, and number the places in the cache anew.
+
+    Returns the path of the blocks. Raises: PlanError as `remove_branches`.
+    """
+    if not keeps_slot(module, list(stands)):
+        raise PlanError("No attention of the first block's kind would be left, where caches read their length. Keep one of them.")
+    path = anatomy_of(module).blocks(module)
+    assert path is not None, "branches are those of one row of blocks"
+    for branch, layer in stands.items():
+        _take_out(module, branch, layer)
+    number_slots(module, path)
+    return path
+
+
+def fitting(module: nn.Module, found: Sequence[Branch], order: Sequence[int], number: int) -> tuple[int, ...]:
+    """The first so many candidates in an order that can leave together, by their places, sorted."""
+    taken: list[int] = []
+    for place in order:
+        if len(taken) < number and keeps_slot(module, [found[other] for other in (*taken, place)]):
+            taken.append(place)
+    return tuple(sorted(taken))
+
+
+def _take_out(module: nn.Module, branch: Branch, stands: nn.Module | None) -> None:
+    module.set_submodule(branch.module, stands or Removed(gives="pair" if branch.kind == "attn" else "zeros"))
     for norm in branch.norms:
         module.set_submodule(norm, Removed(gives="input"))

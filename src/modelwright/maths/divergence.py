@@ -1,4 +1,4 @@
-"""How far one distribution over tokens is from another: one formula, and its special cases.
+"""How far one distribution is from another: over tokens by one formula and its special cases, of two samples by their steps.
 
 mixKL(a, b, w) = Σ a log(a / (w·a + (1−w)·b)), from logits. With the target p and the model's q:
 forward KL = mixKL(p, q, 0); reverse KL = mixKL(q, p, 0); skew KL (DistiLLM, arXiv:2402.03898) = mixKL(p, q, w);
@@ -26,6 +26,14 @@ def mixed_kl(a_logits: Tensor, b_logits: Tensor, w: float = 0.0, temperature: fl
     log_mix = log_b if w == 0 else log_a if w == 1 else _mixture(log_a, log_b, w)
     ratio = log_a.masked_fill(~possible, 0.0) - log_mix.masked_fill(~possible, 0.0)
     return _mean((log_a.exp() * ratio).sum(-1), mask)
+
+
+def kolmogorov_smirnov(first: Tensor, second: Tensor) -> float:
+    """The largest difference of the cumulated distributions of two samples [n] and [m], from 0 to 1."""
+    first, second = first.sort().values, second.sort().values
+    points = torch.cat([first, second])
+    below = [torch.searchsorted(sample, points, right=True).double() / len(sample) for sample in (first, second)]
+    return float((below[0] - below[1]).abs().max())
 
 
 def _mixture(log_a: Tensor, log_b: Tensor, w: float) -> Tensor:

@@ -14,9 +14,12 @@ and no time. Where there is time to train, `prune.gradual` zeroes little by litt
 
 What saves bytes, memory and time is to take units out: `prune.flap` heads and neurons without training,
 `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many small steps,
-`prune.shortgpt` whole blocks, `prune.blockpruner` single attentions and MLPs, `prune.reap` experts, and
-`prune.slicegpt` directions of the stream between the blocks. Where a model is to be tuned to a text anyway, it can lose
-units on the way and learn to do without them: `prune.loraprune` heads and neurons beside low-rank updates, and
-`prune.pat` channels of the stream, which it mixes first. `prune.efficientllm` takes out units little by little while all
-weights train, for long runs.
+`prune.prunenet` neurons by the weights alone, `prune.shortgpt` whole blocks, `prune.blockpruner` single attentions and
+MLPs, `prune.das` the same with small adapters in their places, `prune.reap` experts, and `prune.slicegpt` directions of
+the stream between the blocks. Where a model is to be tuned to a text anyway, it can lose units on the way and learn to do
+without them: `prune.loraprune` heads and neurons beside low-rank updates, and `prune.pat` channels of the stream, which it
+mixes first. `prune.efficientllm` takes out units little by little while all weights train, for long runs.
+
+What is left out at run time, by what a token needs: `prune.activations` neurons whose contributions are small, which
+measures how sparse a model's activations are; `prune.ftp` whole blocks, for tokens that small routers choose.
 """

@@ -1,9 +1,9 @@
 """Structured pruning: score the units of a model, choose which stay, take the others out, make up for what they did.
 
 A unit is what leaves together (`anatomy.Units`): a neuron, a key-value head with its query heads, an expert, a channel.
-A method fills slots: `look`, at text or weights; `scores` for every unit by what was seen, low goes first; `compensate`,
-before the units leave. What stays is a smaller model without masks or zeros. Methods that prune while they train share the
-choice of units.
+A method fills slots: `look`, at text, or at weights with a random generator (then its verb asks for `rng` in the place of
+text, see `prune.prunenet`); `scores` for every unit by what was seen, low goes first; `compensate`, before the units leave.
+What stays is a smaller model without masks or zeros. Methods that prune while they train share the choice of units.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ class UnitPruner(UnitChoice, ModelMethod):
 
     # Slots
 
-    def look(self, model: Model, found: Sequence[Units], calibration: Sequence[Batch]) -> Any:
-        """What the other slots must see of the whole model."""
+    def look(self, model: Model, found: Sequence[Units], source: Any) -> Any:
+        """What the other slots must see of the whole model; source: the calibration batches, or else the random generator."""
 
     def scores(self, module: nn.Module, found: Sequence[Units], seen: Any) -> list[Tensor]:
         """For each entry the score of its units [count], low goes first."""
@@ -118,9 +118,13 @@ class UnitPruner(UnitChoice, ModelMethod):
     # Mechanism
 
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
+    def pruned(self, model: Model, source: Any, notes: list[str]) -> Model:
+        """The model without the units that go; `source` is what `look` is given."""
         module = unwrapped(model.module)
         found = self.found(module, notes)
-        seen = self.look(model, found, calibration)
+        seen = self.look(model, found, source)
         with torch.no_grad():
             scores = self.scores(module, found, seen)
             refuse_not_finite(found, scores)
