@@ -1,110 +1,167 @@
-"""Perplexity against bytes of a model pruned and factored by every method, and which methods are dominated.
+"""Perplexity against bytes of a model pruned, factored and shared by every method, and which methods are dominated.
 
-python benchmarks/prune_frontier.py --model starter --data corpus --name starter
+python benchmarks/prune_frontier.py --model starter --data corpus --name starter --recover 100000
 python benchmarks/prune_frontier.py --model DATA/models/stories260k-llama --data DATA/text/tinystories_sample.txt --name stories260k
+python benchmarks/prune_frontier.py --model encoder --data DATA/text/tinystories_sample.txt --name encoder
 
-Zeros are counted as they are stored sparse. A point is dominated when another has no more bytes and no more perplexity.
+Zeros are counted as they are stored sparse. With --recover, each result is then trained towards the original on so many tokens, and
+methods that train are shown too, with as many. A point is dominated when another has no more bytes and no more perplexity.
+`encoder` is a small BERT that is trained here; its perplexity is that of one token in seven, each hidden with its place marked.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import _encoder
 import _run
 
 SHARES = (0.25, 0.5, 0.7)
 SPARSE = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
-QUALITY = "token perplexity"
-KEPT = ("svd", "asvd", "svd_llm")
+PLAIN, AFTER = "perplexity", "recovered"
+Settings = Callable[[float], dict[str, Any] | None]
 
 
-def settings(depths: int) -> dict[str, Callable[[float], dict[str, Any]]]:
-    """Method -> its settings for the share that goes."""
-    blocks = {
+def settings(depths: int, width: int) -> dict[str, Settings]:
+    """Method -> its settings for the share that goes; None where it has none for it."""
+    inner = max(8, width // 8)
+    units: dict[str, Settings] = {
+        "prune.flap": lambda share: {"share": share}, "prune.prunenet": lambda share: {"share": share},
+        "prune.llm_pruner": lambda share: {"share": share, "spare_first": 1, "spare_last": 1},
+        "prune.adapt_pruner": lambda share: {"share": share, "steps": 10},
+        "prune.loraprune": lambda share: {"share": share, "spare_first": 1, "spare_last": 1, "learning_rate": 3e-3},
+        "prune.efficientllm": lambda share: {"share": share},
+    }  # fmt: skip
+    blocks: dict[str, Settings] = {
         "prune.shortgpt": lambda share: {"blocks": round(share * depths)},
         "prune.blockpruner": lambda share: {"branches": round(share * 2 * depths)},
+        "prune.das": lambda share: {"branches": round(share * 2 * depths), "inner": inner, "beside": inner // 2, "steps": 100},
         "prune.slicegpt": lambda share: {"keep": 1 - share},
-    }
-    units = {
-        "prune.flap": lambda share: {"share": share}, "prune.llm_pruner": lambda share: {"share": share, "spare_first": 1, "spare_last": 1},
-        "prune.adapt_pruner": lambda share: {"share": share, "steps": 10},
+        "prune.pat": lambda share: {"keep": 1 - share, "mixing": width // 4, "learning_rate": 3e-3},
     }  # fmt: skip
-    weights = {f"prune.{name}": lambda share: {"sparsity": share, "store": "sparse"} for name in SPARSE}
-    return weights | {f"factor.{name}": lambda share: {"keep": 1 - share} for name in KEPT} | units | blocks
+    shared: dict[str, Settings] = {
+        "share.depth": lambda share: {"loops": round(1 / (1 - share)), "spare_last": 0},
+        "share.foldgpt": lambda share: {"blocks": round(share * depths / 2), "spare_first": 0, "spare_last": 0},
+        "share.roast": lambda share: {"keep": 1 - share},
+    }
+    stored = {"store": "sparse"}
+    weights: dict[str, Settings] = {f"prune.{name}": lambda share: {"sparsity": share, **stored} for name in SPARSE}
+    weights["prune.gaprune"] = lambda share: {"sparsity": share, **stored}
+    weights["prune.armor"] = lambda share: {"width": 4, "iterations": 2000} if share == 0.5 else None
+    weights["prune.gradual"] = lambda share: {"sparsity": share, "every": 10}
+    factors: dict[str, Settings] = {f"factor.{name}": lambda share: {"keep": 1 - share} for name in ("svd", "svd_llm", "pela")}
+    factors["factor.asvd"] = lambda share: {"keep": 1 - share, "keeps": (0.2, 0.4, 0.6, 0.8)}
+    return weights | factors | units | blocks | shared
 
 
 def main() -> None:
     """Apply, measure, compare, and write the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--model", required=True, help="a model, or `encoder`")
     parser.add_argument("--data", required=True, help="text; a part of it is set aside to score on")
     parser.add_argument("--name", required=True, help="the result is docs/results/prune-NAME.json and .svg")
-    parser.add_argument("--methods", nargs="+", help="such as prune.wanda; by default all, of which those with gradients take minutes")
+    parser.add_argument("--methods", nargs="+", help="such as prune.wanda; by default all")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--scored", type=int, default=20_000, help="tokens that perplexity is measured on")
+    parser.add_argument("--recover", type=int, default=0, help="tokens to train on afterwards")
     asked = parser.parse_args()
 
     import modelwright as mw
-    from modelwright.core import data, find
+    from modelwright.core import data, find, loading
     from modelwright.core.errors import ModelwrightError
     from modelwright.core.measure import quality, sizes
 
     calibration, scored = data.read(asked.data).split()
-    original = mw.open(asked.model)
-    depths = original.config.get_text_config().num_hidden_layers
+    encoder = asked.model == "encoder"
+    source = _encoder.trained(calibration, Path(tempfile.mkdtemp(prefix="encoder-"))) if encoder else asked.model
+    original = mw.open(source)
+    config = original.config.get_text_config()
+    training = {"tokens": asked.recover, "batch": 16, "length": asked.length}
 
-    def row(method: str, share: float, model: Any, seconds: float) -> dict[str, Any]:
-        return {
-            "method": method, "share": share, "bytes": sizes(model)["bytes_memory"], "seconds": seconds,
-            QUALITY: quality(model, scored, asked.length, asked.scored)["perplexity"],
-        }  # fmt: skip
+    def perplexity(model: Any) -> float:
+        if encoder:
+            return _encoder.perplexity(model, scored, asked.length, asked.scored)
+        return quality(model, scored, asked.length, asked.scored)["perplexity"]
 
-    rows = [row("original", 0.0, original, 0.0)]
-    for name, chosen in {name: one for name, one in settings(depths).items() if name in (asked.methods or settings(depths))}.items():
+    def size(model: Any) -> int:
+        """Bytes, with matrices of many zeros as they would be stored sparse, by the sparse form's own count."""
+        total = sizes(model)["bytes_memory"]
+        for layer in model.module.modules() if not loading.described(model.module) else ():
+            weight = getattr(layer, "weight", None)
+            if weight is not None and weight.ndim == 2 and (zeros := int((weight == 0).sum())) > weight.numel() // 8:
+                total += weight.numel() // 8 - zeros * weight.element_size()
+        return total
+
+    rows = [{"method": "original", "share": 0.0, "bytes": size(original), PLAIN: perplexity(original), AFTER: None, "seconds": 0.0}]
+    chosen = settings(config.num_hidden_layers, config.hidden_size)
+    for name in asked.methods or chosen:
+        trains = "train" in find.find(name).needs()
         for share in SHARES:
-            if name not in find.names():
+            stated = chosen[name](share)
+            if stated is None or trains and not asked.recover:
                 continue
             started = time.perf_counter()
             try:
-                method = find.find(name).build(chosen(share))
-                model = mw.apply(mw.open(asked.model), method, data=calibration, samples=asked.samples, length=asked.length)
+                method = find.find(name).build(stated | (training if trains else {}))
+                given = {"teacher": mw.open(source)} if "teacher" in method.needs() else {}
+                model = mw.apply(mw.open(source), method, data=calibration, samples=asked.samples, length=asked.length, **given)
+                took, found = time.perf_counter() - started, perplexity(model)
+                row = {"method": name, "share": share, "bytes": size(model), PLAIN: None if trains else found, "seconds": took}
+                row[AFTER] = found if trains else None
+                if asked.recover and not trains and not encoder:
+                    recover = find.find("distill.recover").build(training)
+                    row[AFTER] = perplexity(mw.apply(model, recover, data=calibration, teacher=mw.open(source)))
             except ModelwrightError as error:
                 print(f"{name} at {share}: {error}", file=sys.stderr)
                 continue
-            rows.append(row(name, share, model, time.perf_counter() - started))
-            print(rows[-1], file=sys.stderr)
-    for one in rows:
-        better = [other for other in rows if other["bytes"] <= one["bytes"] and other[QUALITY] <= one[QUALITY] and other is not one]
-        one["dominated by"] = min(better, key=lambda other: other[QUALITY])["method"] if better else ""
-    first = "corpus" if asked.data == "corpus" else f"DATA/text/{Path(asked.data).name}"
-    model = asked.model if asked.model == "starter" else f"DATA/models/{Path(asked.model).name}"
-    command = f"python benchmarks/prune_frontier.py --model {model} --data {first} --name {asked.name}"
-    command += f" --methods {' '.join(asked.methods)}" if asked.methods else ""
-    _run.save(f"prune-{asked.name}", f"{asked.name}, pruned and factored", command, rows)
+            rows.append(row)
+            print(rows[-1], file=sys.stderr, flush=True)
+    for key, column in ((PLAIN, "dominated by"), (AFTER, "recovered, dominated by")):
+        for one in rows:
+            others = [other for other in rows if other[key] is not None and other is not one and one[key] is not None]
+            better = [other for other in others if other["bytes"] <= one["bytes"] and other[key] <= one[key]]
+            one[column] = min(better, key=lambda other: other[key])["method"] if better else ""
+    if not asked.recover or encoder:
+        rows = [{key: value for key, value in row.items() if AFTER not in key} for row in rows]
+    text = "corpus" if asked.data == "corpus" else f"DATA/text/{Path(asked.data).name}"
+    model = asked.model if asked.model in ("starter", "encoder") else f"DATA/models/{Path(asked.model).name}"
+    command = f"python benchmarks/prune_frontier.py --model {model} --data {text} --name {asked.name}"
+    command += f" --recover {asked.recover}" * bool(asked.recover) + f" --methods {' '.join(asked.methods)}" * bool(asked.methods)
+    _run.save(f"prune-{asked.name}", f"{asked.name}, pruned, factored and shared", command, rows)
     (_run.RESULTS / f"prune-{asked.name}.svg").write_text(plot(rows), "utf-8")
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
-    """Bytes against perplexity, a line for each method."""
+    """Bytes against perplexity, a line for each method; what was trained afterwards beside it."""
     from modelwright import report
 
-    figure, axes = report.figure_of(7.6, 4.6)
+    keys = [key for key in (PLAIN, AFTER) if any(row.get(key) is not None for row in rows[1:])]
+    figure, _ = report.figure_of(7.6 * len(keys), 5.4)
+    figure.clear()
     names = list(dict.fromkeys(one["method"] for one in rows[1:]))
-    for number, name in enumerate(names):
-        points = [rows[0], *(one for one in rows if one["method"] == name)]
-        axes.plot([one["bytes"] / 1e6 for one in points], [one[QUALITY] for one in points], marker="osD^v"[number % 5], ms=4, lw=1,
-                  label=name, color=f"C{number % 10}", ls=("-", "--", ":")[number // 10 % 3])  # fmt: skip
-    axes.set_yscale("log")
-    axes.set_xlabel("bytes stored, MB")
-    axes.set_ylabel("perplexity")
-    axes.set_xlim(left=0)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    highest = 40 * rows[0][PLAIN]
+    for place, key in enumerate(keys, 1):
+        axes = figure.add_subplot(1, len(keys), place)
+        for number, name in enumerate(names):
+            own = [one for one in rows if one["method"] == name and one[key] is not None]
+            points = [(one["bytes"] / 1e6, one[key]) for one in own]
+            if points:
+                points = [(rows[0]["bytes"] / 1e6, rows[0][PLAIN]), *points]
+                axes.plot(*zip(*points, strict=True), marker="osD^v"[number % 5], ms=4, lw=1, label=name, color=f"C{number % 10}",
+                          ls=("-", "--", ":")[number // 10 % 3])  # fmt: skip
+        axes.set_yscale("log")
+        axes.set_ylim(rows[0][PLAIN] * 0.9, highest)
+        axes.set_xlabel("bytes stored, MB")
+        axes.set_ylabel("perplexity" if key == PLAIN else "perplexity after training")
+        axes.set_xlim(left=0)
+        axes.legend(frameon=False, fontsize=7, ncols=2)
     return report.svg_of(figure)
 
 

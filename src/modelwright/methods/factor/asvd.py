@@ -77,25 +77,26 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
         """The sites, each with a `keep` of its own that together meet this one's."""
         module = unwrapped(model.module)
         weights: list[Any] = [weight_of(module, site) for site, _ in chosen]
-        harm = torch.zeros(len(chosen), len(self.keeps), dtype=torch.float64)
-        costs = torch.zeros_like(harm)
-        for row, ((site, local), metric) in enumerate(zip(track(chosen, self.name()), metrics, strict=True)):
-            before = weights[row].clone()
-            tall, wide = low_rank.factor(before.double(), min(before.shape), metric)
-            for place, keep in enumerate(self.keeps):
-                rank = replace(local, keep=keep).rank_of(tuple(before.shape))
-                costs[row, place] = before.numel() if rank is None else rank * sum(before.shape)
-                if rank is not None:
-                    put(module, site, (tall[:, :rank] @ wide[:rank]).to(before.dtype))
-                harm[row, place] = text_loss(model, calibration)
-            put(module, site, before)
         whole = [weight.numel() for weight in weights]
+        ranks = [[replace(local, keep=keep).rank_of(tuple(weight.shape)) for keep in self.keeps]
+                 for (_, local), weight in zip(chosen, weights, strict=True)]  # fmt: skip
+        costs = torch.tensor([[weight.numel() if rank is None else rank * sum(weight.shape) for rank in row]
+                              for row, weight in zip(ranks, weights, strict=True)], dtype=torch.float64)  # fmt: skip
+        if (least := float(costs.min(1).values.sum())) > self.keep * sum(whole):
+            held = f"keeps of {min(self.keeps):g} hold {least / sum(whole):.3f}"
+            raise PlanError(f"{self.name()}: keep={self.keep:g} was asked for, and {held}. Add lower ones.")
+        harm = torch.full_like(costs, text_loss(model, calibration))
+        for number, ((site, _), metric) in enumerate(zip(track(chosen, self.name()), metrics, strict=True)):
+            before = weights[number].clone()
+            tall, wide = low_rank.factor(before.double(), min(before.shape), metric)
+            for place, rank in enumerate(ranks[number]):
+                if rank is not None:  # else nothing would change
+                    put(module, site, (tall[:, :rank] @ wide[:rank]).to(before.dtype))
+                    harm[number, place] = text_loss(model, calibration)
+            put(module, site, before)
         places = keep_by_harm(harm, costs, whole, self.keep * sum(whole))
-        held = sum(size if place is None else float(row[place]) for size, place, row in zip(whole, places, costs, strict=True))
-        if held > self.keep * sum(whole):
-            least = f"keeps of {min(self.keeps):g} hold {held / sum(whole):.3f}"
-            raise PlanError(f"{self.name()}: keep={self.keep:g} was asked for, and {least}. Add lower ones.")
+        kept = sum(size if place is None else float(row[place]) for size, place, row in zip(whole, places, costs, strict=True))
         shares = [1.0 if place is None else self.keeps[place] for place in places]
         shown = ", ".join(f"{site.role} {site.depth} {share:g}" for (site, _), share in zip(chosen, shares, strict=True))
-        notes.append(f"{self.name()} keeps {held / sum(whole):.4f} of these matrices' parameters: {shown}")
+        notes.append(f"{self.name()} keeps {kept / sum(whole):.4f} of these matrices' parameters: {shown}")
         return [(site, replace(local, keep=share)) for (site, local), share in zip(chosen, shares, strict=True)]

@@ -1,0 +1,59 @@
+"""A small BERT, trained on a text in some minutes, and its perplexity on hidden tokens: an encoder to compress."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+HIDDEN = 7  # one token in so many is hidden
+STEPS, BATCH, LENGTH = 1500, 32, 64
+SIZES = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, max_position_embeddings=512)
+
+
+def trained(text: Any, folder: Path) -> Path:
+    """Train on the text with the starter's tokenizer, and save as any model of transformers; the same seed gives the same model."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    import modelwright as mw
+    from modelwright.core import data
+
+    tokenizer = mw.open("starter").tokenizer
+    assert tokenizer is not None
+    ids = data.tokens(text, tokenizer, needed=LENGTH)
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(**SIZES, vocab_size=len(tokenizer) + 1, type_vocab_size=1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, STEPS)
+    for step in range(STEPS):
+        starts = torch.randint(len(ids) - LENGTH, (BATCH,)).tolist()
+        loss = hidden_loss(model, torch.stack([ids[start : start + LENGTH] for start in starts]), step % HIDDEN)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def hidden_loss(module: Any, ids: Tensor, offset: int) -> Tensor:
+    """Mean cross-entropy in nats of every seventh token of ids [rows, length], which is hidden behind the last word of the vocabulary."""
+    hidden = (torch.arange(ids.shape[1]) % HIDDEN == offset).expand(ids.shape)
+    shown = ids.masked_fill(hidden, module.config.vocab_size - 1)
+    return F.cross_entropy(module(input_ids=shown).logits[hidden].float(), ids[hidden])
+
+
+@torch.no_grad()
+def perplexity(model: Any, text: Any, length: int, most: int) -> float:
+    """Of the hidden tokens of a text, each token hidden once."""
+    from modelwright.core import data
+
+    ids = data.tokens(text, model.tokenizer, needed=length)[:most]
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    losses = [hidden_loss(model.module, part, offset) for part in rows.split(16) for offset in range(HIDDEN)]
+    return math.exp(float(torch.stack(losses).mean()))
