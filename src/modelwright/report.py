@@ -329,7 +329,8 @@ def card(page: Page, model: Model) -> str:
     stated = loading.quantization_config(model.module) or {"quant_method": "dense"}
     before, after = page.table
     rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, before)} | {shown(column, after)} |" for column in columns_of(page.table)[1:])
-    kinds = ", ".join(sorted({text["kind"].replace("_", " ") for text in descriptions.values()})) or "dense"
+    forms = {text["kind"].replace("_", " ") for text in descriptions.values()} | ({"shared"} if "ties" in stated else set())
+    kinds = ", ".join(sorted(forms)) or "dense"
     return f"""---
 library_name: transformers
 tags: [modelwright, compressed]

@@ -1,6 +1,6 @@
 import pytest
 
-from modelwright.maths.schedules import along, compute_at_steps, cubic, times_within
+from modelwright.maths.schedules import along, compute_at_steps, cubic, geometric, times_within
 
 
 def test_the_cubic_schedule():
@@ -20,6 +20,11 @@ def test_times_lie_evenly_from_the_beginning_and_end_at_the_end():
     assert times_within(spent, 1.0, 1.0, 3) == [19]
     assert along(0.3, 0.1, 0.5) == pytest.approx(0.5)
     assert along(0.3, 0.3, 0.3) == 1.0
+
+
+def test_the_geometric_schedule_falls_by_equal_factors():
+    values = [geometric(0.1, 1e-4, n / 3) for n in range(4)]
+    assert values == pytest.approx([0.1, 0.01, 0.001, 0.0001])
 
 
 def test_steps_that_cost_the_same_spend_evenly():

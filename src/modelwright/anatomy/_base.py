@@ -231,6 +231,10 @@ class Anatomy:
             raise SiteError(f"{kind!r} is no kind of unit; kinds are mlp, heads, residual and experts")
         if kind in self.why_not:
             raise SiteError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
+        for first, *others in self.tied(module):
+            depths = {(self.role(name) or ("", None))[1] for name in (first, *others)}
+            if depths - {None}:
+                raise SiteError(f"{kind} leave each block by itself, and {first} is also {others[0]}: remove first, then share")
         whole = {site.module for site in self.sites(module) if not site.module.endswith((".a", ".b"))}
         for path, child in module.named_modules():
             if path not in whole and (self.role(path) or ("",))[0] in READS | WRITES:

@@ -33,9 +33,10 @@ class Movable(NamedTuple):
 
 
 def movable(module: Any) -> dict[str, Movable]:
-    """Every such matrix, by the name of its weight; works on empty modules too. Experts are left out."""
+    """Every such matrix, by the name of its weight; works on empty modules too. Experts, and what several blocks share, are left out."""
     anatomy = anatomy_of(module)
-    shapes = {name: value.shape for name, value in module.named_parameters()}
+    several = {name for same in anatomy.tied(module) for name in same}
+    shapes = {name: value.shape for name, value in module.named_parameters() if name not in several}
     found = {}
 
     def rows(site: Site, places: Tensor) -> list[tuple[str, int, Tensor]]:

@@ -41,6 +41,7 @@ class Stored(Described):
     """A layer whose weight is stored in another form than a dense matrix."""
 
     stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
+    dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
     out_features: int
     in_features: int
 

@@ -2,9 +2,9 @@
 
 Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
 transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures, modules of other sizes than the
-config's, what stands for parts that are gone) is written for the `modelwright` quantizer (see `quantizer`), so that
-`import modelwright` then `from_pretrained` loads it. The tensors in the file are the same either way; only
-`quantization_config` differs.
+config's, what stands for parts that are gone, tensors that several places share) is written for the `modelwright`
+quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained` loads it. The tensors in the file are the
+same either way; only `quantization_config` differs.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from modelwright.blocks._stored import Described
 from modelwright.blocks.experts import SplitExperts, is_fused
 from modelwright.blocks.packed import PackedLinear
 
+from . import sharing
 from .errors import ModelError
 
 METHOD = "modelwright"
@@ -86,13 +87,14 @@ def described(module: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def quantization_config(module: nn.Module) -> dict[str, Any] | None:
-    """What `config.json` must say for this model to load; None for a model of dense layers."""
-    descriptions = described(module)
-    if not descriptions:
+    """What `config.json` must say for this model to load; None for a model of dense layers that share nothing."""
+    descriptions, ties = described(module), sharing.shared(module)
+    if not descriptions and not ties:
         return None
     layers = [module.get_submodule(name) for name in descriptions]
-    if not all(isinstance(layer, PackedLinear) and layer.replaces == "Linear" and layer.weight_zero_point is None for layer in layers):
-        return {"quant_method": METHOD, "modules": descriptions}
+    plain = all(isinstance(layer, PackedLinear) and layer.replaces == "Linear" and layer.weight_zero_point is None for layer in layers)
+    if ties or not plain:
+        return {"quant_method": METHOD, "modules": descriptions} | ({"ties": ties} if ties else {})
     schemes: dict[tuple[int, int | None], list[str]] = {}
     for name, text in descriptions.items():
         schemes.setdefault((text["bits"], text["group"]), []).append(name)

@@ -20,7 +20,7 @@ from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Stored
 
 from . import data as texts
-from . import stream
+from . import sharing, stream
 from .errors import DataError, NeedError
 from .model import Model, open, stored_bytes, unwrapped
 from .passage import fill
@@ -61,7 +61,10 @@ def count(module: nn.Module) -> tuple[int, int]:
     seen: set[int] = set()
     for layer in module.modules():
         if isinstance(layer, Stored) and layer.stands_for_dense:
-            seen |= {id(value) for name, value in layer.named_parameters() if name != "bias"}
+            own = {id(value) for name, value in (*layer.named_parameters(), *layer.named_buffers()) if name != "bias"}
+            if own <= seen:
+                continue
+            seen |= own
             total += layer.weights()
             zeros += layer.weights() - layer.nonzeros()
     for value in module.parameters():
@@ -111,19 +114,19 @@ def disk_bytes(folder: Path) -> int:
 def flops_per_token(module: nn.Module) -> int:
     """Multiplications and additions of the matrices for one token, two per weight; attention scores are left out.
 
-    Zeros cost what other weights cost; experts count by the share that is used.
+    Zeros cost what other weights cost; experts count by the share that is used, and a shared matrix at each of its places.
     """
     config = getattr(module, "config", None)
     experts = next((getattr(config, name) for name in ("num_experts", "num_local_experts") if getattr(config, name, None)), 1)
     used = getattr(config, "num_experts_per_tok", experts) / experts
-    total = 0.0
+    total, places = 0.0, sharing.uses(module)
     for site in anatomy_of(module).sites(module):
         if site.role in ("embed", "position"):
             continue
-        share = used if site.role.startswith("experts") else 1.0
+        share = (used if site.role.startswith("experts") else 1.0) * (places[site.name] or 1)
         total += 2 * share * module.get_parameter(site.name).numel()
     for name, layer in module.named_modules():
-        if isinstance(layer, Stored) and layer.stands_for_dense and not hasattr(layer, "num_embeddings"):
+        if isinstance(layer, Stored) and (layer.stands_for_dense or layer.dense_work) and not hasattr(layer, "num_embeddings"):
             total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)
     whole: Any = module

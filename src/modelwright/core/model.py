@@ -24,7 +24,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.blocks.embedding import PackedEmbedding
 from modelwright.blocks.packed import PackedLinear
 
-from . import hub, loading
+from . import hub, loading, sharing
 from .errors import ModelError, WeightsError, nearest
 from .files import read_json, restore, whole_folder, write_json
 from .weights import Checkpoint, check_finite, not_finite
@@ -150,9 +150,9 @@ class Model:
 
     @property
     def dense(self) -> bool:
-        """Whether every layer is plain: none is stored as factors, masks or packed integers."""
+        """Whether every layer is plain: none is stored as factors, masks or packed integers, or shares its weights."""
         if self._module is not None:
-            return not loading.described(self._module)
+            return loading.quantization_config(self._module) is None
         return self.folder is None or "quantization_config" not in stated_config(self.folder)
 
     @property
@@ -368,6 +368,7 @@ def empty_module(config: Any) -> PreTrainedModel:
     with torch.device("meta"), quiet():
         module = class_of(config)._from_config(config)
     loading.install(module, stated_descriptions(config, module))
+    sharing.tie(module, sharing.stated_ties(config))
     return module
 
 
@@ -403,9 +404,9 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False, unre
         base = load_module(base_of(adapter), config, trust_remote_code, unread)
         with quiet():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-    descriptions = stated_descriptions(config)
-    if descriptions:
-        config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions}
+    descriptions, ties = stated_descriptions(config), sharing.stated_ties(config)
+    if descriptions or ties:
+        config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions, "ties": ties}
     made: Any = class_of(config)
     with quiet():
         module, found = made.from_pretrained(
@@ -435,7 +436,7 @@ def save_module(module: nn.Module, folder: Path) -> None:
             module.config.quantization_config = stated
         try:
             with quiet():
-                module.save_pretrained(folder)
+                module.save_pretrained(folder, state_dict=sharing.written(module) if stated and "ties" in stated else None)
         finally:
             if stated:
                 del module.config.quantization_config
@@ -496,7 +497,7 @@ def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
 
 
 def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
-    """Put a verb's result in the place of a site's weight: values in place, or a stored layer for the module."""
+    """Put a verb's result in the place of a site's weight: values in place, or a stored layer for every module that uses it."""
     if isinstance(result, Tensor):
         tensor_of(module, site.name).copy_(result.T if site.transposed else result)
         return
@@ -505,9 +506,11 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
     if isinstance(old, nn.Embedding):
         assert isinstance(result, PackedLinear), result
         result = PackedEmbedding.from_linear(result, multiplier=float(getattr(old, "embed_scale", 1.0)))
-    result.take_bias(getattr(old, "bias", None))
     result.replaces = type(old).__name__
-    module.set_submodule(site.module, result)
+    paths = [name.rpartition(".")[0] for name in sharing.everywhere(module, [site.name])]
+    for path, layer in zip(paths, sharing.copies(result, len(paths)), strict=True):
+        layer.take_bias(getattr(module.get_submodule(path), "bias", None))
+        module.set_submodule(path, layer)
 
 
 def emptied(module: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of
 
-from . import loading
+from . import loading, sharing
 from .errors import ModelError
 from .given import Batch, inputs_of
 from .model import Model, unwrapped, weight_of
@@ -58,8 +58,8 @@ class Resident:
 
     def __init__(self, model: Model, work: Path | None = None):
         self.model = model
-        self.work = work
         self.module = unwrapped(model.module)
+        self.work = None if sharing.shared(self.module) else work  # blocks that share weights cannot be kept one by one
         self.anatomy = anatomy_of(self.module)
         self.path = self.anatomy.blocks(self.module)
         self.depths = len(self.stack) if self.path else 0

@@ -18,14 +18,14 @@ from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
-from . import loading, stream, walk
+from . import loading, sharing, stream, walk
 from . import recipe as recipes
 from .data import Text
 from .errors import Faults, PlanError, SiteError
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, emptied, put, quiet, stored_bytes, unloaded, unwrapped, weight_of
+from .model import Model, emptied, put, quiet, stored_bytes, unwrapped, weight_of
 from .settings import ByRole
 
 # Memory: what the drivers hold, in copies. A method's own working copies are its `holds`.
@@ -127,7 +127,7 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
 def loads_with(module: nn.Module) -> str:
     """What reads a model, once it is saved."""
     stored = {name for name, text in loading.described(module).items() if text["kind"] != loading.EXPERTS}
-    if not stored:
+    if not stored and not sharing.shared(module):
         return "in plain transformers"
     stated = loading.quantization_config(module) or {}
     return (
@@ -179,14 +179,12 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     elif isinstance(method, AdapterMethod):
         import peft
 
-        targets = [site.module for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
+        names = [site.name for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
         with quiet():
-            module = peft.get_peft_model(module, method.adapter(targets), low_cpu_mem_usage=True)  # type: ignore[arg-type]
-    elif isinstance(method, ModelMethod) and not method.drops & {"adapters"}:
+            module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    elif isinstance(method, ModelMethod):
         module = method.planned(module, len(given.donors))
         split_experts(module)
-    elif "adapters" in method.drops:
-        module = unloaded(module)
     return module, None
 
 

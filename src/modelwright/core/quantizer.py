@@ -9,25 +9,39 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import sharing
 from .loading import METHOD, install
 
 
 class ModelwrightConfig(QuantizationConfigMixin):
-    """`modules`: module name -> description of the layer that stands there (see `modelwright.blocks`)."""
+    """What `config.json` says of a model.
 
-    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, **others: Any):
+    `modules`: module name -> description of the layer that stands there (see `modelwright.blocks`). `ties`: alias -> name of
+    the tensor that is stored (see `sharing`).
+    """
+
+    def __init__(self, modules: dict[str, dict[str, Any]] | None = None, ties: dict[str, str] | None = None, **others: Any):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.modules = modules or {}
+        self.ties = ties or {}
         self.dequantize = False
 
 
 class ModelwrightQuantizer(HfQuantizer):
-    """Puts the described layers into the empty model before its weights are read."""
+    """Puts the described layers into the empty model before its weights are read, and ties what is shared."""
 
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         install(model, self.quantization_config.modules)  # type: ignore[attr-defined]
+        sharing.leave_out(model, self.quantization_config.ties)  # type: ignore[attr-defined]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
+        sharing.tie(model, self.quantization_config.ties)  # type: ignore[attr-defined]
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
+        """What `save_pretrained` writes: shared tensors once."""
+        return sharing.written(model), {}
 
     @property
     def is_trainable(self) -> bool:

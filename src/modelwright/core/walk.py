@@ -24,7 +24,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
-from . import find, kinds, training
+from . import find, kinds, sharing, training
 from .errors import MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
@@ -394,9 +394,9 @@ def _left_out(method: Method, module: nn.Module, site: Site) -> str:
 
 def refuse_stored(models: Sequence[Model]) -> None:
     """Raise ModelError when layers are stored otherwise than dense: two models' factors or masks are not of one kind."""
-    faults = [model.name for model in models if not model.dense]
-    if faults:
-        raise ModelError(f"{', '.join(faults)}: layers are stored as factors, masks or packed integers. Work on the dense models together.")
+    if faults := [model.name for model in models if not model.dense]:
+        stored = "layers are stored as factors, masks or packed integers, or share their weights"
+        raise ModelError(f"{', '.join(faults)}: {stored}. Work on the dense models together.")
     own: dict[str, torch.dtype] = {}
     for model in models:
         dtypes = (
@@ -462,8 +462,8 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     skeleton = emptied(walk.module)
     experts.split_experts(skeleton)
     every = choose(skeleton, walk.anatomy.sites(skeleton), method)  # refuse now what would choose nothing
-    surveyed = _survey_blocks(walk, method, batches)
-    own = divide(skeleton, every, method, surveyed)
+    notes += sharing.remarks(method.name(), skeleton, [site.name for site, _ in every])
+    own = divide(skeleton, every, method, surveyed := _survey_blocks(walk, method, batches))
     if surveyed is not None:
         notes.append(f"{method.name()} found in the unchanged blocks, first to last: {', '.join(f'{found:.4g}' for found in surveyed)}")
     free = reordering.movable(skeleton) if method.arranges() else {}
@@ -656,10 +656,10 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     import peft
 
     module = model.module
-    targets = [site.module for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
+    names = [site.name for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(targets))  # type: ignore[arg-type]
+        model.module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)))  # type: ignore[arg-type]
 
 
 # Training

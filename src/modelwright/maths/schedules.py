@@ -34,6 +34,11 @@ def times_within(spent: Sequence[float], begin: float, end: float, every: int) -
     return [*range(first, last, every), max(last, min(first, steps - 1))]
 
 
+def geometric(first: float, last: float, progress: float) -> float:
+    """From `first` to `last`, both above 0, by equal factors: first · (last / first)^progress."""
+    return first * (last / first) ** progress
+
+
 def compute_at_steps(steps: int, cost: Callable[[float], float]) -> list[float]:
     """The share of a run's compute that is spent when each of its steps begins, where a step costs what `cost` says there.
 

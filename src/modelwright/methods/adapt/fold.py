@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from modelwright.core.errors import PlanError
 from modelwright.core.method import ModelMethod
-from modelwright.core.model import Model
+from modelwright.core.model import Model, unloaded
+from modelwright.core.sharing import shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,5 +24,19 @@ class Fold(ModelMethod):
 
     def model(self, model: Model) -> Model:
         bearer: Any = model.module
+        self.refuse_shared(bearer)
         model.module = bearer.merge_and_unload(safe_merge=True)
         return model
+
+    def planned(self, module: Any, donors: int) -> Any:
+        self.refuse_shared(module)
+        return unloaded(module)
+
+    def refuse_shared(self, bearer: Any) -> None:
+        """Raise PlanError where blocks share weights, each with an adapter of its own beside them."""
+        if ties := shared(bearer):
+            alias, name = next(iter(ties.items()))
+            raise PlanError(
+                f"{self.name()}: the same tensor stands at {name} and at {alias}, with an adapter for each place, and so at "
+                f"{len(ties)} places. Save the model with its adapters, or share with store: dense before they are attached."
+            )

@@ -1,0 +1,124 @@
+"""W = R·ψ: all weights are read from fewer stored values ψ, by a fixed map R. A method fills in R.
+
+Where R picks whole blocks, as here, the blocks of a group are one tensor after another the same tensor; what is each block's
+own, its norms, is small. Gradients of ψ are the sums over all uses, Rᵀ g.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.anatomy import anatomy_of, matches
+from modelwright.blocks._stored import Described
+from modelwright.blocks.experts import fuse_experts, split_experts
+from modelwright.core.errors import PlanError, SiteError, refuse
+from modelwright.core.method import ModelMethod, Places
+from modelwright.core.settings import count
+from modelwright.core.sharing import tie, untie
+
+Member = Literal["first", "last", "mean"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSharer(ModelMethod):
+    """Lets groups of consecutive blocks use one block's weights."""
+
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})  # a mean fills zeros in
+
+    loops: int = count(2, unit="blocks")  # consecutive blocks that use the same weights; 1 shares nothing
+    member: Member = "first"  # whose weights the blocks of a group use: the first's, the last's, or their mean
+    spare_first: int = count(1, low=0, unit="blocks")  # at the start, that keep their own
+    spare_last: int = count(1, low=0, unit="blocks")  # at the end, that keep their own
+    where: Places = None  # roles that are shared; by default all but the norms, each with its bias
+    skip: Places = None  # roles that each block keeps for itself
+    store: Literal["shared", "dense"] = "shared"  # dense: write every block's copy; saves nothing, loads anywhere
+
+    def groups(self, depths: int) -> list[range]:
+        """The groups of so many blocks that share, none of them of one block alone.
+
+        Raises:
+            PlanError: no two blocks are left to share.
+        """
+        if self.loops == 1:
+            return []
+        stop = depths - self.spare_last
+        found = [range(start, min(start + self.loops, stop)) for start in range(self.spare_first, stop, self.loops)]
+        if not any(len(group) > 1 for group in found):
+            spared = f"{self.spare_first} at the start and {self.spare_last} at the end keep their own"
+            raise PlanError(f"{self.name()}: of {depths} blocks, {spared}, so that no two are left to share. Spare fewer.")
+        return [group for group in found if len(group) > 1]
+
+    def share(self, module: nn.Module) -> list[range]:
+        """Share in place; returns the groups."""
+        stack = anatomy_of(module).blocks(module)
+        if stack is None:
+            raise SiteError(f"{self.name()} shares between consecutive blocks; this model has no single row of them.")
+        groups = self.groups(len(list(module.get_submodule(stack).children())))
+        split = split_experts(module) if groups else []  # stacks cannot be shared matrix by matrix
+        names = {depth: self.chosen(module, f"{stack}.{depth}.", depth) for group in groups for depth in group}
+        if faults := [fault for group in groups if (fault := self._fault(module, stack, group, names))]:
+            for path in split:
+                module.set_submodule(path, module.get_submodule(path).to_fused())  # type: ignore[operator]
+            refuse(SiteError, faults)
+        for group in groups:
+            self._tie(module, [f"{stack}.{depth}." for depth in group], names[group[0]])
+        if self.store == "dense":
+            untie(module)
+            fuse_experts(module)
+        return groups
+
+    def chosen(self, module: nn.Module, prefix: str, depth: int) -> list[str]:
+        """The names, inside a block, of the parameters that it is to share."""
+        anatomy, found = anatomy_of(module), []
+        for name, _ in module.get_submodule(prefix[:-1]).named_parameters():
+            role = (anatomy.role(prefix + name) or ("",))[0]
+            taken = matches(role, depth, self.where) if self.where else role != "norm"
+            if taken and not (self.skip and matches(role, depth, self.skip)):
+                found.append(name)
+        return found
+
+    def _fault(self, module: nn.Module, stack: str, group: range, names: dict[int, list[str]]) -> str:
+        """Why the blocks of a group cannot share, as a sentence; "" if they can."""
+        first = group[0]
+        if not names[first]:
+            return f"{self.name()}: where={self.where!r} skip={self.skip!r} chooses no weight of block {first}."
+        shapes = [{name: module.get_parameter(f"{stack}.{depth}.{name}").shape for name in names[depth]} for depth in group]
+        for depth, found in zip(group, shapes, strict=True):
+            layers = module.get_submodule(f"{stack}.{depth}").named_modules()
+            if stored := next((path for path, layer in layers if isinstance(layer, Described)), None):
+                kind = type(module.get_submodule(f"{stack}.{depth}.{stored}")).__name__
+                return f"{self.name()}: {stored} of block {depth} is a {kind}. Share first, then prune, factor or pack."
+            if found != shapes[0]:
+                odd = next(name for name in (*shapes[0], *found) if shapes[0].get(name) != found.get(name))
+                sizes = " and ".join(str(list(each[odd])) if odd in each else "none" for each in (shapes[0], found))
+                return f"{self.name()}: blocks {first} and {depth} differ in {odd}: {sizes}. Spare one of them, or skip that part."
+        return ""
+
+    @torch.no_grad()
+    def _tie(self, module: nn.Module, prefixes: Sequence[str], names: Sequence[str]) -> None:
+        for name in names:
+            values = [module.get_parameter(prefix + name) for prefix in prefixes]
+            values[0].copy_(combined(values, self.member))
+        tie(module, {prefix + name: prefixes[0] + name for prefix in prefixes[1:] for name in names})
+
+    def planned(self, module: Any, donors: int) -> Any:
+        self.refuse_adapters(module)
+        self.share(module)
+        return module
+
+    def refuse_adapters(self, module: nn.Module) -> None:
+        """Raise PlanError where blocks bear adapters, which would be shared too."""
+        if hasattr(module, "get_base_model"):
+            raise PlanError(f"{self.name()}: the model bears adapters. Fold them first, or share before they are attached.")
+
+
+def combined(values: Sequence[Tensor], member: Member) -> Tensor:
+    """The tensor that stands for all of these: the first, the last, or their mean."""
+    if member == "mean":
+        return torch.stack([value.detach().float() for value in values]).mean(0).to(values[0].dtype)
+    return values[0 if member == "first" else -1].detach()
