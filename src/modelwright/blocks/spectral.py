@@ -81,10 +81,10 @@ class SpectralConv(Described):
         turns = [size // 2 for size in sides[:-1]] + [0]  # which put the frequency 0 in the middle
         states = torch.fft.rfftn(real, dim=axes, norm="forward").roll(turns, axes)
         held = [self.middle(n, size) for n, size in enumerate(sides)]
-        seen = states[(..., *(grid for grid, _ in held))]
-        mixed = self.mixed(seen, [modes for _, modes in held], layer)
+        low: Any = (..., *(grid for grid, _ in held))
+        mixed = self.mixed(states[low], [modes for _, modes in held], layer)
         full = mixed.new_zeros(*mixed.shape[:2], *states.shape[2:])
-        full[(..., *(grid for grid, _ in held))] = mixed
+        full[low] = mixed
         found = torch.fft.irfftn(full.roll([-turn for turn in turns], axes), s=sides, dim=axes, norm="forward").to(inputs.dtype)
         return found if self.bias is None else found + self.bias[layer].view(-1, *[1] * len(sides))
 
