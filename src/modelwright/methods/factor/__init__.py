@@ -7,7 +7,7 @@ a tensor, as CP, Tucker or tensor trains.
 
 How to choose: `factor.svd_llm` whenever there is text; `factor.asvd` where matrices differ much in what they stand, and there is
 time for a pass of the text for each matrix and share; `factor.pela` where there is time to train: it factors and then distils
-from the original; `factor.tensor` for convolutions, and for embeddings that are not tied to the head. All save bytes, memory and
-time in proportion, and lose more quality for a saved byte than quantisation does; they earn their place after it, or where
-integers are not an option.
+from the original; `factor.tensor` for convolutions, and for embeddings that are not tied to the head. All save bytes and memory,
+and time in proportion; but the folded matrices and tables of `factor.tensor` take longer than dense ones. They lose more quality
+for a saved byte than quantisation does, and earn their place after it, or where integers are not an option.
 """
