@@ -326,7 +326,7 @@ def test_embedding_can_be_packed_streamed_and_loaded_again(tmp_path):
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [
-        (find("factor.svd")(where="embed"), "symmetric packed integers alone"),
+        (find("factor.svd")(where="embed"), "is an embedding, which cannot become a LowRankLinear"),
         (Rtn(where="embed", symmetric=False, group=32), "symmetric packed integers alone"),
     ],
 )

@@ -86,9 +86,25 @@ class Stored(Described):
         """The dense weight, made anew, for code that looks at a linear's weight."""
         return self.dense()
 
+    def why_not(self, old: nn.Module) -> str:
+        """Why it cannot stand in the place of a layer, as the end of a sentence; "" if it can."""
+        if type(old).__name__ in ("Linear", "Conv1D"):
+            return ""
+        what = "an embedding" if isinstance(old, nn.Embedding) else f"a {type(old).__name__}"
+        return f"is {what}, which cannot become a {type(self).__name__}"
+
+    def standing_for(self, old: nn.Module) -> Stored:
+        """The layer that goes on in the place of `old`: this one, or another of its tensors that does what `old` did."""
+        self.replaces = type(old).__name__
+        return self
+
     def take_bias(self, bias: nn.Parameter | None) -> None:
         """Go on with this bias [out]."""
         self.bias = bias
+
+    def work(self) -> int:
+        """Multiplications for one input, beside those of parts that are layers themselves."""
+        return self.weights() if self.stands_for_dense or self.dense_work else 0
 
     def weights(self) -> int:
         """How many weights this layer stands for."""

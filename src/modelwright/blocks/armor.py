@@ -58,6 +58,10 @@ class ArmorLinear(Stored):
         found = torch.einsum("kij,...kj->...ki", self.left, self.core(turned).unflatten(-1, (-1, self.size))).flatten(-2)
         return found if self.bias is None else found + self.bias
 
+    def work(self) -> int:
+        """Multiplications of A and B for one input; C is a layer itself."""
+        return self.left.numel() + self.right.numel()
+
     def nonzeros(self) -> int:
         """How many values of A, B and C are not zero."""
         return self.core.nonzeros() + self.left.numel() + self.right.numel()

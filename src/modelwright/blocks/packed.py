@@ -87,6 +87,19 @@ class PackedLinear(Stored):
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
 
+    def why_not(self, old: nn.Module) -> str:
+        if not isinstance(old, nn.Embedding):
+            return super().why_not(old)
+        return "" if self.weight_zero_point is None else "is an embedding, of whose packed forms there are symmetric packed integers alone"
+
+    def standing_for(self, old: nn.Module) -> Stored:
+        """The layer itself, or an embedding of its integers."""
+        if not isinstance(old, nn.Embedding):
+            return super().standing_for(old)
+        from modelwright.blocks.embedding import PackedEmbedding
+
+        return PackedEmbedding.from_linear(self, multiplier=float(getattr(old, "embed_scale", 1.0))).standing_for(old)
+
     def describe(self) -> dict[str, Any]:
         """The kind, sizes and settings, as a JSON object."""
         return {

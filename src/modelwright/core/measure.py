@@ -121,13 +121,13 @@ def flops_per_token(module: nn.Module) -> int:
     used = getattr(config, "num_experts_per_tok", experts) / experts
     total, places = 0.0, sharing.uses(module)
     for site in anatomy_of(module).sites(module):
-        if site.role in ("embed", "position"):
+        if site.role in ("embed", "position") or isinstance(module.get_submodule(site.module), Stored):
             continue
         share = (used if site.role.startswith("experts") else 1.0) * (places[site.name] or 1)
         total += 2 * share * module.get_parameter(site.name).numel()
     for name, layer in module.named_modules():
-        if isinstance(layer, Stored) and (layer.stands_for_dense or layer.dense_work) and not hasattr(layer, "num_embeddings"):
-            total += (used if ".experts." in name else 1.0) * 2 * layer.weights()
+        if isinstance(layer, Stored) and not hasattr(layer, "num_embeddings"):
+            total += (used if ".experts." in name else 1.0) * 2 * layer.work()
         if isinstance(layer, Described) and not isinstance(layer, Stored):
             total += sum(2 * value.numel() for value in layer.parameters() if value.ndim == 2)
     tied = getattr(module, "_tied_weights_keys", None) and getattr(config, "tie_word_embeddings", False)

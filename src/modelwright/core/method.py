@@ -172,6 +172,7 @@ class SiteMethod(Method):
     by_place: ClassVar[bool] = True
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
     every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
+    whole: ClassVar[bool] = False  # takes convolutions as they are, [out, in, side, ...], and not as [out, rest]
     holds: ClassVar[float] = 3  # float32 copies of a weight that the verb has in memory at once, for the plan
     solves: ClassVar[bool] = False  # the verb's work grows with a weight's values times its inputs, for the plan
 

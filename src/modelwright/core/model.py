@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Anatomy, Site, anatomy_of
 from modelwright.blocks._stored import Stored
-from modelwright.blocks.embedding import PackedEmbedding
-from modelwright.blocks.packed import PackedLinear
 
 from . import hub, loading, sharing
 from .errors import ModelError, WeightsError, nearest
@@ -163,7 +161,7 @@ class Model:
             described = {} if self.dense else loading.described(self.module) if self.loaded else stated_descriptions(self.config)
             kinds = {text["kind"] for text in described.values()}
             self._marks = {"float"}
-            self._marks |= {"low-rank"} if "low_rank" in kinds else set()
+            self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
             if kinds & {"packed", "embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
@@ -488,14 +486,9 @@ def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
     if not isinstance(planned, Stored):
         return ""
     old = module.get_submodule(site.module)
-    if isinstance(old, nn.Embedding):
-        if any(site.name in names for names in anatomy_of(module).tied(module)):
-            return "is an embedding that is tied to the head, so it stays as it is; leave it out with `skip: embed`"
-        plain = isinstance(planned, PackedLinear) and planned.weight_zero_point is None
-        return "" if plain else "is an embedding, which can be stored as symmetric packed integers alone"
-    if type(old).__name__ in ("Linear", "Conv1D"):
-        return ""
-    return f"is a {type(old).__name__}, which cannot become a {type(planned).__name__}"
+    if isinstance(old, nn.Embedding) and any(site.name in names for names in anatomy_of(module).tied(module)):
+        return "is an embedding that is tied to the head, so it stays as it is; leave it out with `skip: embed`"
+    return planned.why_not(old)
 
 
 def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
@@ -504,11 +497,8 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
         tensor_of(module, site.name).copy_(result.T if site.transposed else result)
         return
     old = module.get_submodule(site.module)
-    assert isinstance(result, Stored), result
-    if isinstance(old, nn.Embedding):
-        assert isinstance(result, PackedLinear), result
-        result = PackedEmbedding.from_linear(result, multiplier=float(getattr(old, "embed_scale", 1.0)))
-    result.replaces = type(old).__name__
+    assert isinstance(result, Stored) and not result.why_not(old), result
+    result = result.standing_for(old)
     paths = [name.rpartition(".")[0] for name in sharing.everywhere(module, [site.name])]
     for path, layer in zip(paths, sharing.copies(result, len(paths)), strict=True):
         layer.take_bias(getattr(module.get_submodule(path), "bias", None))

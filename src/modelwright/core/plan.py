@@ -158,7 +158,7 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
                 continue
             if "zeros" in (promised := local.promise()):
                 expected = (expected or 0.0) + promised["zeros"] * weight.numel()
-            if weight.ndim == 2 and not method.every:
+            if (weight.ndim == 2 or method.whole) and not site.stack and not method.every:
                 result = local.planned(weight)
                 if not isinstance(result, Tensor):
                     put(module, site, result.to("meta"))

@@ -289,7 +289,7 @@ def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
     shape = tuple(weight.shape[1:] if site.stack else weight.shape)
     if why := local.unfit(shape):
         return why
-    if len(shape) == 2 and not site.stack and not local.every:
+    if (len(shape) == 2 or local.whole) and not site.stack and not local.every:
         return why_not_stored(module, site, local.planned(torch.empty(shape, device="meta")))
     return ""
 
@@ -356,8 +356,8 @@ def survey(method: TensorMethod, given: Given, read: Callable[[Model], Sequence[
 
 
 def call(local: Any, weight: Tensor, site: Site, extras: dict[str, Any]) -> Result:
-    """Call a tensor verb: on a matrix, on each of a stack of them [n, out, in], or on a convolution as [out, rest]."""
-    if local.every or weight.ndim <= 2:
+    """Call a tensor verb: on a matrix, on each of a stack of them [n, out, in], or on a convolution as [out, rest] or whole."""
+    if local.every or weight.ndim <= 2 or local.whole and not site.stack:
         return local.tensor(weight, **extras)
     if weight.ndim == 3 and site.stack:
         return torch.stack([_dense(local.tensor(part, **extras), site) for part in weight])

@@ -110,3 +110,22 @@ def projected(weights: Sequence[Tensor], maps: Sequence[Map], size: int) -> Tens
         for start, stop in one.slices():
             one.add(total, weight[start:stop].double(), start, stop)
     return (total / divisor(maps, size, "projection", total.device)).float()
+
+
+def mixed(values: Tensor, salt: int = 0) -> Tensor:
+    """A fixed mix of the 64 bits of whole numbers, at least 0; the same in every process and on every device.
+
+    The finaliser of SplitMix64 (Steele, Lea, Flood 2014, Fast splittable pseudorandom number generators, OOPSLA) on
+    value + salt · 2^64 / golden ratio, without the sign bit. Salts give functions that have nothing to do with each other.
+    """
+
+    def signed(number: int) -> int:
+        return (number + 2**63) % 2**64 - 2**63
+
+    def shifted(z: Tensor, bits: int) -> Tensor:
+        return (z >> bits) & (2 ** (64 - bits) - 1)
+
+    z = values.long() + signed((salt + 1) * 0x9E3779B97F4A7C15)
+    z = (z ^ shifted(z, 30)) * signed(0xBF58476D1CE4E5B9)
+    z = (z ^ shifted(z, 27)) * signed(0x94D049BB133111EB)
+    return (z ^ shifted(z, 31)) & (2**63 - 1)
