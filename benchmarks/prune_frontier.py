@@ -49,6 +49,7 @@ def settings(depths: int, width: int) -> dict[str, Settings]:
         "share.depth": lambda share: {"loops": round(1 / (1 - share)), "spare_last": 0},
         "share.foldgpt": lambda share: {"blocks": round(share * depths / 2), "spare_first": 0, "spare_last": 0},
         "share.roast": lambda share: {"keep": 1 - share},
+        "share.graphhash": lambda share: {"keep": 1 - share},
     }
     stored = {"store": "sparse"}
     weights: dict[str, Settings] = {f"prune.{name}": lambda share: {"sparsity": share, **stored} for name in SPARSE}

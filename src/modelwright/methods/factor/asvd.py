@@ -86,13 +86,13 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
             held = f"keeps of {min(self.keeps):g} hold {least / sum(whole):.3f}"
             raise PlanError(f"{self.name()}: keep={self.keep:g} was asked for, and {held}. Add lower ones.")
         harm = torch.full_like(costs, text_loss(model, calibration))
-        for number, ((site, _), metric) in enumerate(zip(track(chosen, self.name()), metrics, strict=True)):
-            before = weights[number].clone()
+        for row, ((site, _), metric) in enumerate(zip(track(chosen, self.name()), metrics, strict=True)):
+            before = weights[row].clone()
             tall, wide = low_rank.factor(before.double(), min(before.shape), metric)
-            for place, rank in enumerate(ranks[number]):
+            for place, rank in enumerate(ranks[row]):
                 if rank is not None:  # else nothing would change
                     put(module, site, (tall[:, :rank] @ wide[:rank]).to(before.dtype))
-                    harm[number, place] = text_loss(model, calibration)
+                    harm[row, place] = text_loss(model, calibration)
             put(module, site, before)
         places = keep_by_harm(harm, costs, whole, self.keep * sum(whole))
         kept = sum(size if place is None else float(row[place]) for size, place, row in zip(whole, places, costs, strict=True))
