@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core import stream, walk
+from .core import kinds, stream, walk
 from .core.errors import ModelError, SettingError, WeightsError, nearest
 from .core.files import refuse_inputs, whole_folder, write_json
 from .core.given import Given
@@ -52,10 +52,10 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
     if len(ends) < 2:
         raise SettingError(f"pack_tasks takes two donors or more; got {len(ends)}. One model alone is smallest as it is.")
     walk.refuse_strangers(start, method, Given(donors=ends))
-    walk.refuse_stored([start, *ends])
+    kinds.refuse_stored([start, *ends])
     files = [_files(one) for one in (start, *ends)]
     shapes = [{name: one.shape(name) for name in one.names} for one in files]
-    walk.refuse_other_shapes(shapes[0], [(donor.name, found) for donor, found in zip(ends, shapes[1:], strict=True)])
+    kinds.refuse_other_shapes(shapes[0], [(donor.name, found) for donor, found in zip(ends, shapes[1:], strict=True)])
     given = Given()
     chosen = {site.name: local for site, local in stream._every_tensor(files[0], method, given)}
     method.refuse_other_numbers(len(ends))

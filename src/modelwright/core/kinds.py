@@ -1,4 +1,4 @@
-"""Whether models can be merged: of one architecture with the same heads; and what else differs that no shape shows."""
+"""Whether models can be merged: of one architecture with the same heads and tensors; and what else differs that no shape shows."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor, nn
+
 from .errors import ModelError, refuse
-from .model import Model, stated_config
+from .method import Method
+from .model import Model, stated_config, unwrapped
 
 # Configs that differ here compute another function of the same tensors.
 SIZES = (
@@ -69,6 +73,66 @@ def refuse_others(first: Kind, others: Sequence[Kind]) -> None:
         for key in SIZES
         if None not in (own.get(key), stated.get(key)) and own[key] != stated[key]
     ])  # fmt: skip
+
+
+def refuse_unlike(method: Method, models: Sequence[Model]) -> None:
+    """Raise ModelError where a method needs models of one kind, and their configs and files show that they are not."""
+    if not method.alike or len(models) < 2:
+        return
+    first, *others = dict.fromkeys(models)
+    refuse_others(Kind.of(first), [Kind.of(other) for other in others])
+    for other in others:  # tensors that only one of them has may have other names there, which shows when a module is built
+        if first.checkpoint and other.checkpoint and not first.loaded and not other.loaded:
+            both = [name for name in first.checkpoint if name in other.checkpoint]
+            one, two = ({name: model.checkpoint.shape(name) for name in both} for model in (first, other) if model.checkpoint)
+            refuse_other_shapes(one, [(other.name, two)])
+
+
+def refuse_stored(models: Sequence[Model]) -> None:
+    """Raise ModelError when layers are stored otherwise than dense: two models' factors or masks are not of one kind."""
+    if faults := [model.name for model in models if not model.dense]:
+        stored = "layers are stored as factors, masks or packed integers, or share their weights"
+        raise ModelError(f"{', '.join(faults)}: {stored}. Work on the dense models together.")
+    own: dict[str, torch.dtype] = {}
+    for model in models:
+        dtypes = (
+            {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
+            if model.checkpoint is not None
+            else {name: value.dtype for name, value in held(unwrapped(model.module)).items()}
+        )
+        narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
+        if narrow:
+            raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
+        own = own or dtypes
+        other = [name for name in own if name in dtypes and own[name].is_floating_point is not dtypes[name].is_floating_point]
+        if other:
+            both = " and ".join(str(each[other[0]]).removeprefix("torch.") for each in (own, dtypes))
+            raise ModelError(
+                f"{models[0].name} and {model.name}: {len(other)} tensors are whole numbers in one of them alone, first {other[0]} "
+                f"({both}). Merge the models that they were made from."
+            )
+
+
+def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
+    """Raise ModelError, naming every difference, unless all donors have the tensors of the model in its shapes."""
+    faults = []
+    for name, shapes in donors:
+        missing = [tensor for tensor in own if tensor not in shapes]
+        more = [tensor for tensor in shapes if tensor not in own]
+        other = [tensor for tensor in own if tensor in shapes and shapes[tensor] != own[tensor]]
+        if missing or more:
+            faults.append(f"{name} lacks {len(missing)} tensors and has {len(more)} others, first {(missing + more)[0]}")
+        if other:
+            faults.append(f"{name}: {len(other)} tensors have other shapes, first {other[0]}: {shapes[other[0]]} against {own[other[0]]}")
+    if faults:
+        raise ModelError("Models that are worked on together must have the same tensors. " + "; ".join(faults) + ".")
+
+
+def held(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> tensor of what a model's files hold: parameters, and buffers such as the running statistics of norms; ties once."""
+    stored = set(module.state_dict())
+    buffers = {name: value for name, value in module.named_buffers() if name in stored}
+    return {name: value.data for name, value in module.named_parameters()} | buffers
 
 
 def differences(first: Kind, others: Sequence[Kind], *, words: bool = True) -> list[str]:

@@ -431,21 +431,8 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
         faults += [PlanError(f"step {number}: {sentence}") for sentence in doubled]
         beside = [opened[name] for name in (named.get("base"),) if name in opened]
         with faults.collected(f"step {number}: {step.method.name()}: "):
-            refuse_unlike(step.method, [*([model] if model and not number else ()), *donors, *beside])
+            kinds.refuse_unlike(step.method, [*([model] if model and not number else ()), *donors, *beside])
     return model, given
-
-
-def refuse_unlike(method: Method, models: Sequence[Model]) -> None:
-    """Raise ModelError where a method needs models of one kind, and their configs and files show that they are not."""
-    if not method.alike or len(models) < 2:
-        return
-    first, *others = dict.fromkeys(models)
-    kinds.refuse_others(kinds.Kind.of(first), [kinds.Kind.of(other) for other in others])
-    for other in others:  # tensors that only one of them has may have other names there, which shows when a module is built
-        if first.checkpoint and other.checkpoint and not first.loaded and not other.loaded:
-            both = [name for name in first.checkpoint if name in other.checkpoint]
-            one, two = ({name: model.checkpoint.shape(name) for name in both} for model in (first, other) if model.checkpoint)
-            walk.refuse_other_shapes(one, [(other.name, two)])
 
 
 def read_data(stated: Any) -> texts.Text | None:

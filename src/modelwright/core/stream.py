@@ -17,7 +17,7 @@ from modelwright.anatomy import Site, anatomy_of, removal
 from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import split_experts
 
-from . import loading, walk
+from . import kinds, loading, walk
 from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, LayerMethod, Method, TensorMethod
@@ -149,12 +149,12 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
     assert checkpoint is not None
     donors = [*given.donors, *([given.base] if given.base else [])]
     files = {id(donor): _files(donor) for donor in donors}
-    walk.refuse_other_shapes(
+    kinds.refuse_other_shapes(
         {name: checkpoint.shape(name) for name in checkpoint.names},
         [(donor.name, {name: files[id(donor)].shape(name) for name in files[id(donor)].names}) for donor in donors],
     )
     if method.every:
-        walk.refuse_stored([model, *donors])
+        kinds.refuse_stored([model, *donors])
         skeleton, chosen, biases = None, {site.name: (site, local) for site, local in _every_tensor(checkpoint, method, given)}, {}
     else:
         skeleton = split_skeleton(model)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site
 from modelwright.maths.task_vectors import average
 
-from . import walk
+from . import kinds
 from .errors import SiteError
 from .given import Batch
 from .model import Model, unwrapped, weight_of
@@ -34,12 +34,12 @@ class Shared(NamedTuple):
 
 def same_tensors(model: Model, donors: Sequence[Model]) -> None:
     """Raise ModelError unless all models are dense and have the same tensors in the same shapes."""
-    walk.refuse_stored([model, *donors])
+    kinds.refuse_stored([model, *donors])
 
     def shapes(one: Model) -> dict[str, tuple[int, ...]]:
         return {name: tuple(value.shape) for name, value in unwrapped(one.module).named_parameters()}
 
-    walk.refuse_other_shapes(shapes(model), [(donor.name, shapes(donor)) for donor in donors])
+    kinds.refuse_other_shapes(shapes(model), [(donor.name, shapes(donor)) for donor in donors])
 
 
 def set_average(model: Model, donors: Sequence[Model], weights: Sequence[float]) -> None:

@@ -303,29 +303,22 @@ def everything(module: nn.Module) -> list[Site]:
     depths = max((site.depths for site in anatomy.sites(module)), default=0)
     return [
         Site(name, name.rpartition(".")[0], *(anatomy.role(name) or ("linear", None)), depths)
-        for name, value in held(module).items()
+        for name, value in kinds.held(module).items()
         if value.is_floating_point()
     ]
 
 
-def held(module: nn.Module) -> dict[str, Tensor]:
-    """Name -> tensor of what a model's files hold: parameters, and buffers such as the running statistics of norms; ties once."""
-    stored = set(module.state_dict())
-    buffers = {name: value for name, value in module.named_buffers() if name in stored}
-    return {name: value.data for name, value in module.named_parameters()} | buffers
-
-
 def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
     if method.every:  # by the files, as long as they are not read
-        refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
+        kinds.refuse_stored([model, *given.donors, *([given.base] if given.base else [])])
     module = unwrapped(model.module)
     donors = [unwrapped(open(donor).module) for donor in (*given.donors, *([given.base] if given.base else []))]
     with contextlib.ExitStack() as stack:
         for each in (module, *donors):
             stack.enter_context(split_experts(each))
-        refuse_other_shapes(
-            {name: tuple(value.shape) for name, value in held(module).items()},
-            [(given_.name, {name: tuple(value.shape) for name, value in held(donor).items()})
+        kinds.refuse_other_shapes(
+            {name: tuple(value.shape) for name, value in kinds.held(module).items()},
+            [(given_.name, {name: tuple(value.shape) for name, value in kinds.held(donor).items()})
              for given_, donor in zip((*given.donors, *([given.base] if given.base else [])), donors, strict=True)],
         )  # fmt: skip
         sites = everything(module) if method.every else anatomy_of(module).sites(module)
@@ -390,46 +383,6 @@ def needed(local: Method, given: Given, site: Site, read: Callable[[Model], Tens
 
 def _left_out(method: Method, module: nn.Module, site: Site) -> str:
     return f"{method.name()} left out {site.module}, which is stored as a {type(module.get_submodule(site.module)).__name__}"
-
-
-def refuse_stored(models: Sequence[Model]) -> None:
-    """Raise ModelError when layers are stored otherwise than dense: two models' factors or masks are not of one kind."""
-    if faults := [model.name for model in models if not model.dense]:
-        stored = "layers are stored as factors, masks or packed integers, or share their weights"
-        raise ModelError(f"{', '.join(faults)}: {stored}. Work on the dense models together.")
-    own: dict[str, torch.dtype] = {}
-    for model in models:
-        dtypes = (
-            {name: model.checkpoint.dtype(name) for name in model.checkpoint.names}
-            if model.checkpoint is not None
-            else {name: value.dtype for name, value in held(unwrapped(model.module)).items()}
-        )
-        narrow = [name for name, dtype in dtypes.items() if dtype.is_floating_point and dtype.itemsize < 2]
-        if narrow:
-            raise ModelError(f"{model.name}: {len(narrow)} tensors have 8 bits, first {narrow[0]}. Merge the models that it was made from.")
-        own = own or dtypes
-        other = [name for name in own if name in dtypes and own[name].is_floating_point is not dtypes[name].is_floating_point]
-        if other:
-            kinds = " and ".join(str(each[other[0]]).removeprefix("torch.") for each in (own, dtypes))
-            raise ModelError(
-                f"{models[0].name} and {model.name}: {len(other)} tensors are whole numbers in one of them alone, first {other[0]} "
-                f"({kinds}). Merge the models that they were made from."
-            )
-
-
-def refuse_other_shapes(own: dict[str, tuple[int, ...]], donors: Sequence[tuple[str, dict[str, tuple[int, ...]]]]) -> None:
-    """Raise ModelError, naming every difference, unless all donors have the tensors of the model in its shapes."""
-    faults = []
-    for name, shapes in donors:
-        missing = [tensor for tensor in own if tensor not in shapes]
-        more = [tensor for tensor in shapes if tensor not in own]
-        other = [tensor for tensor in own if tensor in shapes and shapes[tensor] != own[tensor]]
-        if missing or more:
-            faults.append(f"{name} lacks {len(missing)} tensors and has {len(more)} others, first {(missing + more)[0]}")
-        if other:
-            faults.append(f"{name}: {len(other)} tensors have other shapes, first {other[0]}: {shapes[other[0]]} against {own[other[0]]}")
-    if faults:
-        raise ModelError("Models that are worked on together must have the same tensors. " + "; ".join(faults) + ".")
 
 
 # Experts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import SettingError, SiteError
-from modelwright.core.walk import refuse_other_shapes
+from modelwright.core.kinds import refuse_other_shapes
 
 SOUND = 5.0  # condition number from which the rows of a router are too alike
 QWEN = {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}

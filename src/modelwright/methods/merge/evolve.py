@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from modelwright.core import find, walk
+from modelwright.core import find, kinds, walk
 from modelwright.core.given import Given
 from modelwright.core.method import DRIVEN, ModelMethod
 from modelwright.core.model import Model, unwrapped
@@ -71,7 +71,7 @@ class Evolve(ModelMethod):
         with contextlib.ExitStack() as stack:
             for each in (module, *(unwrapped(donor.module) for donor in donors)):
                 stack.enter_context(walk.split_experts(each))  # so that a trial's tensors are those of the step that is told
-            pots = {id(each): walk.held(unwrapped(each.module)) for each in (*donors, model)}
+            pots = {id(each): kinds.held(unwrapped(each.module)) for each in (*donors, model)}
             pots[id(model)] = {name: value.clone() for name, value in pots[id(model)].items()}
             sites, surveys = walk.everything(module), dict[Merger, Any]()
 

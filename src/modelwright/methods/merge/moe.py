@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from modelwright.core.data import fits
 from modelwright.core.errors import NeedError, SettingError
+from modelwright.core.kinds import refuse_stored
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, empty_module, unwrapped
 from modelwright.core.passage import fill
 from modelwright.core.settings import count
 from modelwright.core.stream import revive
-from modelwright.core.walk import refuse_stored
 from modelwright.methods.merge._mixture import mixture, refuse_other_experts, unsound
 
 Prompts = tuple[tuple[str, ...], ...]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from modelwright.core import walk
+from modelwright.core import kinds
 from modelwright.core.given import Batch
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count, number
@@ -50,9 +50,9 @@ class TallMasks(Reader):
         self.consensus([self.lowest] * len(donors)).refuse_too_few(len(donors))
         same_tensors(model, donors)
         module = unwrapped(model.module)
-        own = {name: value for name, value in walk.held(module).items() if value.is_floating_point()}
+        own = {name: value for name, value in kinds.held(module).items() if value.is_floating_point()}
         base = {name: value.clone() for name, value in own.items()}
-        held = [walk.held(unwrapped(donor.module)) for donor in donors]
+        held = [kinds.held(unwrapped(donor.module)) for donor in donors]
         ends: Mapping[str, list[Any]] = {name: [one[name] for one in held] for name in own}
 
         def alone(donor: int, least: float) -> None:
