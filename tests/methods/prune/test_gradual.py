@@ -76,6 +76,47 @@ def test_the_smallest_go():
     assert weight.grad.tolist() == [[0.0, 1.0, 0.0], [1.0, 0.0, 1.0]]
 
 
+def test_weights_return_where_those_that_stay_become_smaller():
+    weight = torch.nn.Parameter(torch.tensor([[1.0, -4.0, 0.5, 3.0]]))
+    zeros = Rising([weight], [(weight, 1)], {0: 0.5, 1: 0.5, 2: 0.75}, returning=True)
+    zeros.begin(0)
+    assert weight.tolist() == [[0.0, -4.0, 0.0, 3.0]]
+    weight.data = torch.tensor([[0.0, -4.0, 0.0, 0.7]])  # as an optimizer might leave it
+    again = Rising([weight], [(weight, 1)], {1: 0.5, 2: 0.75}, returning=True)
+    again.resume(zeros.state())
+    again.begin(1)
+    assert torch.equal(weight, torch.tensor([[1.0, -4.0, 0.0, 0.0]]))
+    weight.grad = torch.ones(1, 4)
+    again.gradient(1)
+    assert weight.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    again.begin(2)
+    assert torch.equal(weight, torch.tensor([[0.0, -4.0, 0.0, 0.0]]))
+    monotone = Rising([weight], [(weight, 1)], {0: 0.5}, returning=False)
+    assert monotone.state() == {}
+
+
+def test_a_run_in_which_weights_return_goes_on_with_the_same_bits(tmp_path):
+    def trained(folder, steps):
+        model = lettered()
+        weight = model.module.model.layers[0].mlp.up_proj.weight
+        zeros = Rising([weight], [(weight, 1)], {1: 0.5, 5: 0.5, 8: 0.6}, returning=True)
+        ids = torch.randint(1, 90, (600,), generator=torch.Generator().manual_seed(0))
+        settings = Training(tokens=640, batch=4, length=16, learning_rate=0.05, save_every=3)
+
+        def stop(step, *_):
+            if step == steps:
+                raise KeyboardInterrupt
+
+        train(model.module, ids, settings, course=zeros, folder=folder, report=stop)
+        return weight
+
+    whole = trained(tmp_path / "whole", 0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "parts", 7)
+    assert torch.equal(trained(tmp_path / "parts", 0), whole)
+    assert int((whole == 0).sum()) == int(0.6 * whole.numel())
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 1.0])
 def test_every_matrix_of_the_blocks_ends_with_its_share(sparsity, tmp_path):
     text = tmp_path / "text.txt"

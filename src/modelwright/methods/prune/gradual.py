@@ -4,7 +4,8 @@ Zhu, Gupta 2017, To prune, or not to prune, arXiv:1710.01878, section 3: s = s_f
 `begin` to 1 at `end`, and masks by size in each matrix. Counted in compute (`clock: compute`), from a quarter of it to three
 quarters, it is the schedule of sparse pre-training (Jin et al. 2025, arXiv:2501.12486), whose ramp may be another; the mean
 number of parameters over all steps, which their scaling law takes, is in the notes.
-Differs: a weight that went does not come back. The compute of a step is taken as proportional to the weights that are not 0.
+Differs: by default a weight that went does not come back; with `returning` it keeps its value, as theirs, and comes back once those
+that stay have become smaller. The compute of a step is taken as proportional to the weights that are not 0.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import anatomy_of
@@ -39,6 +41,7 @@ class Gradual(TrainMethod):
     begin: float = fraction(0.0)  # of the run, where pruning begins
     end: float = fraction(0.75)  # of the run, where it ends; from then on the zeros are fixed
     every: int = count(100, unit="steps")  # between two times that weights go
+    returning: bool = False  # weights that went keep their values, and come back where those that stay become smaller
     clock: Literal["steps", "compute"] = "steps"  # what begin and end are shares of; sparse steps count for less compute
     where: Places = None  # roles to work on; by default the matrices of the blocks
     skip: Places = None  # roles to leave alone
@@ -72,14 +75,17 @@ class Gradual(TrainMethod):
         updates = self.updates(settings.steps, share)
         mean = mean_kept(updates, settings.steps, share) * total
         notes.append(f"{self.name()}: the mean over steps of the parameters that are not zero is {mean:,.0f} of {total:,}")
-        return Rising(list(parameters.values()), weights, updates)
+        return Rising(list(parameters.values()), weights, updates, returning=self.returning)
 
 
 class Rising(Zeros):
-    """Zeros that become more at some steps."""
+    """Zeros that become more at some steps, or, when weights may return, others."""
 
-    def __init__(self, every: Sequence[Tensor], weights: Sequence[tuple[Tensor, int]], updates: dict[int, float]):
+    def __init__(
+        self, every: Sequence[Tensor], weights: Sequence[tuple[Tensor, int]], updates: dict[int, float], *, returning: bool = False
+    ):
         self.weights, self.updates = weights, updates
+        self.gone = [torch.zeros_like(weight) for weight, _ in weights] if returning else []  # their values; 0 for those that stay
         super().__init__(every)
 
     def find(self) -> None:
@@ -88,10 +94,19 @@ class Rising(Zeros):
 
     def begin(self, step: int) -> None:
         if step in self.updates:
-            for weight, matrices in self.weights:
-                gone = lowest(weight.detach().abs().reshape(matrices, -1), self.updates[step], per="row")
-                weight.data.masked_fill_(gone.view_as(weight), 0)
+            for number, (weight, matrices) in enumerate(self.weights):
+                values = weight.data + self.gone[number] if self.gone else weight.data
+                gone = lowest(values.abs().reshape(matrices, -1), self.updates[step], per="row").view_as(values)
+                if self.gone:
+                    self.gone[number] = values.masked_fill(~gone, 0)
+                weight.data.copy_(values.masked_fill(gone, 0))
             self.find()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"gone.{number}": values for number, values in enumerate(self.gone)}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        self.gone = [state[f"gone.{number}"].to(values) for number, values in enumerate(self.gone)]
 
 
 def mean_kept(updates: dict[int, float], steps: int, share: float) -> float:
