@@ -10,7 +10,7 @@ import modelwright as mw
 from modelwright.anatomy import anatomy_of
 from modelwright.core.errors import SettingError, SiteError
 from modelwright.core.model import Model
-from modelwright.methods.prune.reap import Reap
+from modelwright.methods.prune.reap import Reap, merge_into
 
 KINDS = ["mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
 
@@ -104,6 +104,53 @@ def test_with_fewer_experts_than_a_token_goes_to_it_goes_to_all(tmp_path):
     assert any("tokens go to 1 experts, no longer to 2" in note for note in model.history[-1]["notes"])
     model.save(tmp_path / "out")
     assert torch.equal(outputs(type(model.module).from_pretrained(tmp_path / "out").eval()), outputs(model.module))
+
+
+@pytest.mark.parametrize("name", KINDS)
+@torch.no_grad()
+def test_what_goes_is_averaged_into_the_nearest_that_stays(name):
+    module = tiny(name)
+    units = next(units for units in anatomy_of(module).units(module, "experts"))
+    block = module.get_submodule(units.scope)
+    gate, down = block.gate.weight, block.experts.down_proj
+    gate[1] = 3 * gate[4]  # cosine 1 in each pair, and 6 is its own
+    gate[7] = 2 * gate[0]
+    rows = [0, 2, 3, 4, 5, 6]
+    weights = torch.tensor([1.0, 3.0, 5.0, 5.0, 1.0, 5.0, 5.0, 0.0])
+    before, router = down.clone(), gate.clone()
+    merge_into(module, units, rows, weights.double())
+    assert torch.allclose(down[4], (before[4] + 3 * before[1]) / 4, atol=1e-6)
+    assert torch.allclose(gate[4], (router[4] + 3 * router[1]) / 4, atol=1e-6)
+    assert torch.allclose(down[0], before[0], atol=1e-6)  # the other of its group counts for nothing
+    assert torch.equal(down[6], before[6])
+    merge_into(module, units, rows, torch.zeros(8).double())
+    assert torch.allclose(gate[0], (router[0] + router[7]) / 2, atol=1e-6)
+
+
+def test_experts_that_are_alike_are_merged_without_a_trace():
+    module = tiny("mixtral")
+    block = module.model.layers[0].mlp
+    with torch.no_grad():  # each of the second four is one of the first four, and so is its row but for a little
+        for value in (block.experts.gate_up_proj, block.experts.down_proj):
+            value[4:] = value[:4]
+    same = [value.clone() for value in (block.experts.gate_up_proj, block.experts.down_proj)]
+    units = anatomy_of(module).units(module, "experts")[0]
+    with torch.no_grad():
+        block.gate.weight[4:] = block.gate.weight[:4] * 1.001
+    merge_into(module, units, [0, 1, 2, 3], torch.rand(8, dtype=torch.float64))
+    for value, before in zip((block.experts.gate_up_proj, block.experts.down_proj), same, strict=True):
+        assert torch.allclose(value[:4], before[:4], atol=1e-6)
+
+
+def test_merging_changes_what_stays_and_not_how_many(tmp_path):
+    dropped, merged = (
+        mw.apply(mw.open(tiny("qwen3_moe")), Reap(share=0.5, merge=merge), data=batches(tiny("qwen3_moe"))) for merge in (False, True)
+    )
+    one, two = dropped.module.state_dict(), merged.module.state_dict()
+    assert {name: value.shape for name, value in one.items()} == {name: value.shape for name, value in two.items()}
+    assert not torch.equal(outputs(dropped.module), outputs(merged.module))
+    merged.save(tmp_path / "out")
+    assert torch.equal(outputs(type(merged.module).from_pretrained(tmp_path / "out").eval()), outputs(merged.module))
 
 
 def test_other_units_and_models_without_experts_are_refused():

@@ -4,6 +4,7 @@ Lasby, Lazarevich, Sinnadurai, Lie, Ioannou, Thangarasa 2025, arXiv:2510.13999. 
 with gate g and output f: the mean of g·‖f‖ (`reap`), the mean of ‖f‖ (`norm`), the sum of g (`gate`), or their number
 (`frequency`). On text of one task the last two keep what that task uses, as in Sarkar et al. 2024 (UNCURL, arXiv:2409.01483).
 Routers lose the same rows, so that the gates of what stays sum to one again where they did.
+With `merge`, each expert that goes is first averaged into the one that stays whose row of the router is most like its own.
 Differs: UNCURL's own rule is not published; `gate` is the nearest to its abstract. Experts that see no token go first, by number.
 """
 
@@ -17,6 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from modelwright.anatomy import anatomy_of
 from modelwright.anatomy._base import Units
 from modelwright.blocks.experts import SplitExperts
 from modelwright.core.given import Batch
@@ -24,7 +26,7 @@ from modelwright.core.model import Model
 from modelwright.core.passage import Resident
 from modelwright.core.settings import fraction
 from modelwright.core.walk import split_experts
-from modelwright.methods.prune._units import UnitPruner
+from modelwright.methods.prune._units import Kept, UnitPruner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +39,7 @@ class Reap(UnitPruner):
     units: tuple[str, ...] = ("experts",)  # kinds that go: experts
     share: float = fraction(0.25)  # of the units that go, by what they cost
     measure: Literal["reap", "norm", "gate", "frequency"] = "reap"  # of an expert, over the tokens that are sent to it
+    merge: bool = False  # what goes is averaged into the most similar expert that stays, each by its measure
 
     def problems(self) -> list[str]:
         return [] if self.units == ("experts",) else [f"units are experts; got {', '.join(self.units)}. Use prune.flap for others."]
@@ -57,10 +60,37 @@ class Reap(UnitPruner):
     def scores(self, module: nn.Module, found: Sequence[Units], seen: dict[str, Tensor]) -> list[Tensor]:
         return [self.score(*seen[units.scope]) for units in found]
 
+    def compensate(self, module: nn.Module, found: Sequence[Units], kept: Kept, seen: dict[str, Tensor]) -> str:
+        for units, rows in zip(found, kept, strict=True):
+            if self.merge and len(rows) < units.count:
+                merge_into(module, units, rows, self.score(*seen[units.scope]))
+        return ""
+
     def score(self, tokens: Tensor, gates: Tensor, norms: Tensor, weighed: Tensor) -> Tensor:
         """The measure of each expert [count]."""
         means = {"reap": weighed, "norm": norms}
         return means[self.measure] / tokens.clamp(min=1) if self.measure in means else {"gate": gates, "frequency": tokens}[self.measure]
+
+
+def merge_into(module: nn.Module, units: Units, rows: Sequence[int], weights: Tensor) -> None:
+    """Let each expert that stays, and its row of the router, be the weighted mean of its own and of those that go and are nearest to it.
+
+    Nearest by the cosine of the router's rows. weights [count]: of each expert; where a group's are all 0, they count alike.
+    """
+    anatomy = anatomy_of(module)
+    router = next(span for span in units.spans if (anatomy.role(span.name) or ("",))[0] == "router")
+    choosing = module.get_parameter(router.name).movedim(router.dim, 0).flatten(1).float()
+    nearest = torch.nn.functional.cosine_similarity(choosing[:, None], choosing[list(rows)][None], dim=-1).argmax(1).tolist()
+    groups: dict[int, list[int]] = {row: [row] for row in rows}
+    for expert in set(range(units.count)) - set(rows):
+        groups[rows[nearest[expert]]].append(expert)
+    for span in units.spans:
+        values = module.get_parameter(span.name).data
+        parts = values.narrow(span.dim, span.start, units.count * span.width).movedim(span.dim, 0).unflatten(0, (units.count, span.width))
+        for row, members in groups.items():
+            shares = weights[members].to(values.device)
+            shares = shares / shares.sum() if shares.sum() > 0 else torch.full_like(shares, 1 / len(members))
+            parts[row] = torch.tensordot(shares, parts[members].to(shares.dtype), 1).to(values.dtype)
 
 
 def _experts(module: nn.Module, path: str) -> SplitExperts:
