@@ -163,3 +163,12 @@ def test_what_cannot_be_done_is_refused():
     assert module.state_dict().keys() == tiny().state_dict().keys()
     with pytest.raises(PlanError, match="bears an adapter"):
         mw.apply(mw.open(tiny()), [Lora(rank=2), Das(**BRIEF)], data=data)
+
+
+@pytest.mark.parametrize("settings", [{"branches": 1, "beside": 0}, {"branches": 0, "beside": 4}])
+def test_adapters_that_have_learnt_do_not_begin_anew(settings):
+    module = mw.apply(tiny(), Das(**(BRIEF | {"mode": "mlp"} | settings)), data=batches(tiny()))
+    before = outputs(module)
+    with pytest.raises(PlanError, match=r"prune\.das: this model has such adapters already"):
+        mw.apply(module, Das(**(BRIEF | {"mode": "mlp", "branches": 1, "beside": 0})), data=batches(tiny()))
+    assert torch.equal(outputs(module), before)

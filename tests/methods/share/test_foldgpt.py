@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import modelwright as mw
-from modelwright.anatomy.removal import remove_blocks
+from modelwright.anatomy.removal import remove_blocks, remove_units
 from modelwright.core import measure, sharing, tiny
-from modelwright.core.errors import DataError, PlanError
+from modelwright.core.errors import DataError, PlanError, SiteError
 from modelwright.core.model import Model, open
+from modelwright.methods.factor.svd import Svd
 from modelwright.methods.share.depth import Depth
 from modelwright.methods.share.foldgpt import FoldGpt, gated, polarised
 
@@ -100,6 +101,30 @@ def test_what_cannot_be_is_refused_before_gates_are_learnt():
         mw.apply(tiny.tiny(), FoldGpt(blocks=1), data=BATCHES)
     with pytest.raises(DataError, match="no token that follows another"):
         mw.apply(tiny.tiny(), FoldGpt(blocks=1, loops=1), data=[{"input_ids": torch.tensor([[5]])}])
+
+
+def test_blocks_that_cannot_share_are_refused_before_any_leaves(monkeypatch):
+    module = mw.apply(tiny.tiny(), Svd(where="mlp.up"))
+    before = tiny.outputs(module)
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldGpt, "learnt", lambda *_: pytest.fail("the gates have been learnt for nothing"))
+        with pytest.raises(SiteError, match=r"share.foldgpt: mlp.up_proj of block 0 is a LowRankLinear. Share first"):
+            mw.apply(module, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    # Which of these blocks is left to share is known only once the gates are.
+    odd = tiny.tiny()
+    remove_units(odd, "mlp", {2: range(100)}, plain=False)
+    gates = torch.tensor([0.1, 0.9, 0.8, 0.7])
+    monkeypatch.setattr(FoldGpt, "learnt", lambda *_: gates)
+    whole = tiny.outputs(odd)
+    with pytest.raises(SiteError, match="blocks 1 and 2 differ in mlp.gate_proj.weight"):
+        mw.apply(odd, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    assert torch.equal(tiny.outputs(odd), whole)
+    assert torch.equal(tiny.outputs(module), before)
+    gates[2] = 0.0
+    mw.apply(odd, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    names = sharing.shared(odd)
+    assert len(names) == 7
+    assert all(alias.startswith("model.layers.1.") and name.startswith("model.layers.0.") for alias, name in names.items())
 
 
 def test_it_works_in_a_recipe_with_a_cure_and_is_planned(small, text, tmp_path):

@@ -90,8 +90,10 @@ class Das(ModelMethod):
     def found(self, module: nn.Module) -> list[Branch]:
         """The candidates, in the order of the blocks.
 
-        Raises: PlanError when fewer can be replaced than are to be.
+        Raises: PlanError when fewer can be replaced than are to be, or adapters are there already.
         """
+        if any(isinstance(part, (Adapter, Beside)) for part in module.modules()):
+            raise PlanError(f"{self.name()}: this model has such adapters already, and they would begin anew. Start from the model before that.")
         kinds = {"mha": ("attn",), "mlp": ("mlp",), "mix": ("attn", "mlp")}[self.mode]
         found = [branch for branch in anatomy_of(module).branches(module) if branch.kind in kinds]
         if len(fitting(module, found, range(len(found)), len(found))) < self.branches:
