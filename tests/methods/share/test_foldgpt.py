@@ -9,7 +9,7 @@ from torch import nn
 import modelwright as mw
 from modelwright.anatomy.removal import remove_blocks, remove_units
 from modelwright.core import measure, sharing, tiny
-from modelwright.core.errors import DataError, PlanError, SiteError
+from modelwright.core.errors import DataError, ModelError, PlanError, SiteError
 from modelwright.core.model import Model, open
 from modelwright.methods.factor.svd import Svd
 from modelwright.methods.share.depth import Depth
@@ -145,3 +145,30 @@ def test_it_works_in_a_recipe_with_a_cure_and_is_planned(small, text, tmp_path):
     assert measure.sizes(made)["parameters"] == rows[-1].parameters < rows[0].parameters
     assert measure.sizes(made)["flops_per_token"] == rows[-1].flops_per_token < rows[0].flops_per_token
     assert len(set(sharing.shared(made.module).values())) == 7
+
+
+def test_the_gates_are_learnt_as_the_card_says():
+    module, method = tiny.tiny(), FoldGpt(blocks=1, steps=4, learning_rate=0.03, push=3.0)
+    phi = torch.ones(4, requires_grad=True)
+    optimizer = torch.optim.Adam([phi])
+    for step, epsilon in enumerate((0.1, 0.1 * 0.01 ** (1 / 3), 0.1 * 0.01 ** (2 / 3), 1e-3)):
+        gates, batch = phi**2 / (phi**2 + epsilon), BATCHES[step % 2]
+        with gated(module.model.layers, gates):
+            logits = module(**batch, use_cache=False).logits
+        targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+        text = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        (text + 3.0 * (gates.mean() - 0.75).abs()).backward()
+        optimizer.param_groups[0]["lr"] = 0.03 * (epsilon / 0.1) ** 0.5
+        optimizer.step()
+    expected = polarised(phi.detach(), 1e-3)
+    assert torch.allclose(method.learnt(Model(name="llama", module=tiny.tiny()), BATCHES), expected, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_removes_nothing():
+    module = tiny.tiny()
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    with pytest.raises(ModelError, match=r"share\.foldgpt: the loss on the text is nan"):
+        mw.apply(module, FoldGpt(blocks=1, loops=1), data=BATCHES)
+    assert len(module.model.layers) == 4
+    assert all(value.requires_grad for value in module.parameters())

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from modelwright.anatomy import anatomy_of
 from modelwright.anatomy.removal import remove_blocks
-from modelwright.core.errors import DataError, PlanError, SiteError
+from modelwright.core.errors import DataError, ModelError, PlanError, SiteError
 from modelwright.core.given import Batch
 from modelwright.core.gradients import logits_of, next_tokens
 from modelwright.core.model import Model
@@ -102,6 +102,10 @@ class FoldGpt(BlockSharer):
                     logits = logits_of(walk.forward(batch))
                 text = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), next_tokens(batch, logits.device).flatten())
                 loss = text + self.push * (gates.mean() - stays).abs()
+                if not loss.isfinite():
+                    raise ModelError(
+                        f"{self.name()}: the loss on the text is {loss.item()}. Use a wider dtype, other text, or sound weights."
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.param_groups[0]["lr"] = self.learning_rate * (epsilon / EPSILON[0]) ** 0.5
