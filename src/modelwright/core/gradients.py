@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -66,6 +67,19 @@ def text_loss(model: Model, batches: Sequence[Batch]) -> float:
     if not count:
         raise DataError(f"{model.name} was given no token that follows another. Give it text of two tokens or more.")
     return total / count
+
+
+def finite_loss(model: Model, batches: Sequence[Batch], name: str) -> float:
+    """The `text_loss` of a model on which the method of this name is to work.
+
+    Raises:
+        ModelError: it is NaN or infinite.
+        DataError: no batch has two tokens in a row.
+    """
+    loss = text_loss(model, batches)
+    if not math.isfinite(loss):
+        raise ModelError(f"{name}: the loss of {model.name} on the text is {loss}. Look for NaN in it, or use a wider dtype or other text.")
+    return loss
 
 
 def next_tokens(batch: Batch, device: torch.device) -> Tensor:

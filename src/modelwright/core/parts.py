@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
+from modelwright.blocks._stored import Guest
+
 from .errors import DataError, PlanError
 from .given import Batch
 from .method import Method
@@ -34,6 +36,17 @@ def row_of(batches: Sequence[Batch], name: str) -> tuple[Tensor, int]:
     if length < 2:
         raise DataError(f"{name} learns from tokens that follow others; {len(ids)} were given. Give more text.")
     return ids, length
+
+
+@contextlib.contextmanager
+def leaving_on_error(guests: Sequence[Guest]) -> Iterator[None]:
+    """Where the work inside is broken off these leave their hosts, which are then what they were before."""
+    try:
+        yield
+    except BaseException:
+        for guest in guests:
+            guest.leave()
+        raise
 
 
 @contextlib.contextmanager

@@ -85,9 +85,10 @@ class Search:
             self.learn(choices, [self.reward(choice, batch) for choice in choices])
 
     def reward(self, choice: Choice, batch: Batch) -> float:
-        """e to the minus loss of a batch."""
+        """e to the minus loss of a batch; 0 where the loss is not finite."""
         with self.replaced(choice):
-            return math.exp(-text_loss(self.model, [batch]))
+            loss = text_loss(self.model, [batch])
+        return math.exp(-loss) if math.isfinite(loss) else 0.0
 
     def learn(self, choices: Sequence[Choice], rewards: Sequence[float]) -> None:
         """Move the scores of what was chosen by how much better than the mean its choice was."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelwright.core.errors import SiteError
+
 
 def factor(weight: Tensor, rank: int, metric: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The two factors of the best approximation of a rank: (B [out, rank], A [rank, in]) in weight's dtype.
@@ -17,9 +19,14 @@ def factor(weight: Tensor, rank: int, metric: Tensor | None = None) -> tuple[Ten
     weight: [out, in]. rank: 1 to min(out, in). metric: S, lower triangular [in, in] from `whitening`, or the diagonal
     of one [in]; None is the identity. Then ‖(W - B A) S‖² is the sum of the squares of the singular values of W S
     that are dropped. The singular values are shared evenly: each factor has their roots.
+    Raises SiteError for NaN and infinity.
     Differs: S is never inverted, since U_r s_r V_rᵀ S⁻¹ = U_r U_rᵀ W; so it may be singular.
     """
     exact = weight.double()
+    if not exact.isfinite().all() or metric is not None and not metric.isfinite().all():
+        raise SiteError(
+            "A weight or its inputs are NaN or infinite, so that it has no factors. Look for NaN in the model, or leave it out."
+        )
     if metric is None:
         stretched = exact
     elif metric.ndim == 1:

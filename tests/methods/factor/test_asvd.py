@@ -6,7 +6,7 @@ from calibration import batches, correlated, gathered, normal
 from tiny import tiny
 
 import modelwright as mw
-from modelwright.core.errors import PlanError, SettingError
+from modelwright.core.errors import PlanError, SettingError, SiteError
 from modelwright.core.gradients import text_loss
 from modelwright.core.model import Model, put, weight_of
 from modelwright.core.passage import statistics_of
@@ -122,3 +122,15 @@ def test_settings_that_cannot_be_met_are_refused():
         Asvd(keep={"mlp": 0.5})
     with pytest.raises(PlanError, match=r"keep=0.3 was asked for, and keeps of 0.5 hold 0.4"):
         mw.apply(tiny(), Asvd(keep=0.3, keeps=(0.5,), where="mlp.down"), data=batches(tiny())[:1])
+
+
+def test_weights_and_inputs_that_are_not_finite_are_refused_unchanged():
+    module = tiny()
+    module.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    keys = module.state_dict().keys()
+    with pytest.raises(SiteError, match=r"factor\.asvd: the inputs of model.layers.1.mlp.down_proj.weight are NaN or infinite"):
+        mw.apply(module, Asvd(allocate="uniform"), data=batches(tiny()))
+    assert module.state_dict().keys() == keys
+    for weight, metric in ((WEIGHT * torch.nan, None), (WEIGHT, torch.full((40,), torch.inf))):
+        with pytest.raises(SiteError, match="are NaN or infinite, so that it has no factors"):
+            factor(weight, 4, metric)

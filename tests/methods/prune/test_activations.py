@@ -15,7 +15,7 @@ from modelwright.core.gradients import text_loss
 from modelwright.core.model import Model
 from modelwright.core.observed import inputs_of_modules
 from modelwright.methods.adapt.lora import Lora
-from modelwright.methods.prune.activations import Activations
+from modelwright.methods.prune.activations import Activations, matrix
 from modelwright.methods.prune.magnitude import Magnitude
 from modelwright.methods.quantize.rtn import Rtn
 
@@ -194,3 +194,26 @@ def test_what_cannot_be_done_is_refused():
         mw.apply(mw.open(tiny()), [Lora(rank=2), Activations()], data=data)
     with pytest.raises(TypeError, match="one of features, most and least"):
         Dropping(most=1, least=0.1)
+
+
+def test_matrices_are_read_however_they_are_stored():
+    packed = mw.apply(tiny(), Rtn(bits=8))
+    for module, path in ((packed, "model.layers.0.mlp.down_proj"), (tiny("gpt2"), "transformer.h.0.mlp.c_proj")):
+        layer, found = module.get_submodule(path), matrix(module, path)
+        x = torch.randn(3, found.shape[1], generator=torch.Generator().manual_seed(0))
+        bias = 0 if layer.bias is None else layer.bias
+        assert torch.allclose(x @ found.T + bias, layer(x), atol=1e-4)
+
+
+def test_thresholds_that_nothing_passes_are_finite_in_the_file():
+    guest = Dropping(features=3)
+    guest.set_thresholds(torch.tensor([torch.inf, 1.0, 0.0]))
+    assert guest.thresholds.isfinite().all()
+    assert guest.kept(torch.tensor([1e30, 2.0, 0.5])).tolist() == [False, True, True]
+
+
+def test_every_activation_may_drop_where_the_perplexity_may_rise_without_end():
+    _, ratios, level = dropped(tiny(), increase=1e9, rule="fat")
+    inputs = inputs_of_modules(mw.open(tiny()), [f"model.layers.{n}.mlp.act_fn" for n in range(4)], batches(tiny()), 10**6).values()
+    assert level == pytest.approx(max(float(torch.nn.functional.silu(x).abs().max()) for x in inputs), rel=1e-4)
+    assert max(ratios) < 0.01

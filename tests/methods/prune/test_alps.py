@@ -106,3 +106,56 @@ def test_columns_that_no_input_reaches_and_few_tokens_are_no_trouble():
         result = Alps(sparsity=0.5).layer(WEIGHT, statistics)
         assert result.isfinite().all()
         assert int((result == 0).sum()) == WEIGHT.numel() // 2
+
+
+def published(moment, weight, count, penalty, steps):
+    """The card's loop, with equations solved anew at every step."""
+
+    def sparse(b):
+        return b.flatten().scatter(0, b.abs().flatten().argsort()[: b.numel() - count], 0).view_as(b)
+
+    start = sparse(weight)
+    b, d, dual, kept, grown = weight, start, torch.zeros_like(weight), start != 0, False
+    for step in range(1, steps + 1):
+        b = torch.linalg.solve(moment + penalty * torch.eye(len(moment)).double(), moment @ weight - dual + penalty * d)
+        d = sparse(b + dual / penalty)
+        dual = dual + penalty * (b - d)
+        if step % 3 == 0:
+            changed, kept = int(((d != 0) & ~kept).sum()) / count, d != 0
+            if changed > 0.1:
+                penalty, grown = penalty * 1.3, True
+            elif changed > 0.005:
+                penalty, grown = penalty * 1.2, True
+            elif changed and grown:
+                penalty *= 1.1
+            elif changed:
+                penalty, b, d, dual, kept = penalty / 5, weight, start, torch.zeros_like(weight), start != 0
+            elif grown:
+                break
+            else:
+                penalty /= 5
+    return b
+
+
+@pytest.mark.parametrize("steps", [3, 12, 27])
+@pytest.mark.parametrize("penalty", [0.1, 0.5, 20.0])
+def test_it_is_the_published_loop(steps, penalty):
+    moment = damped(gathered(correlated(100, 24)).moment)
+    scale = moment.diagonal().sqrt()
+    moment, weight, count = moment / (scale[:, None] * scale), normal(24, 12).double(), 87
+    found = alternate(
+        moment, weight.float(), lambda b: ~lowest(b.abs()[None].flatten(1), 1 - count / 288 + 1e-9).view_as(b), penalty=penalty, steps=steps
+    )
+    assert torch.allclose(found.double(), published(moment, weight, count, penalty, steps), atol=2e-3)
+
+
+def test_the_support_is_that_of_the_loop_with_its_penalty():
+    statistics = seen()
+    full = damped(statistics.moment).float()
+    scale = full.diagonal().sqrt()
+    method = Alps(sparsity=0.7, penalty=0.3, iterations=9)
+    found = alternate(full / (scale[:, None] * scale), WEIGHT.T * scale[:, None], method.kept, penalty=0.3, steps=9)
+    result = method.layer(WEIGHT, statistics)
+    assert ((result != 0) == method.kept(found).T).float().mean() > 0.999
+    other = Alps(sparsity=0.7, penalty=30.0, iterations=9).layer(WEIGHT, statistics)
+    assert ((result != 0) == (other != 0)).float().mean() < 0.99

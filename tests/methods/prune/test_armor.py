@@ -3,6 +3,7 @@ import torch
 from calibration import correlated, gathered, normal
 
 from modelwright.blocks.armor import ArmorLinear
+from modelwright.core.errors import SiteError
 from modelwright.maths.masks import lowest
 from modelwright.maths.wrapped import exchange, gradients, loss, wrapped
 from modelwright.methods.prune.armor import Armor
@@ -91,3 +92,39 @@ def test_steps_lower_the_loss_and_the_layer_computes_its_dense_weight():
 def test_widths_that_do_not_divide_are_refused():
     assert Armor(width=8).unfit((16, 24)) == ""
     assert "is 16 × 20; the width must be a multiple of 4 that divides both, and is 8" in Armor(width=8).unfit((16, 20))
+
+
+def test_a_run_is_drawn_by_the_size_of_its_gradient():
+    left, core, right, weight, h = start(8, 8)
+    chances = gradients(left, core, right, weight, h)[1].abs().view(8, 2, 4).sum(-1)
+    chances = chances / chances.sum()
+    seen = torch.zeros(8, 2)
+    for seed in range(3000):
+        after = exchange(left, core, right, weight, h, torch.Generator().manual_seed(seed))
+        seen += (core != after).view(8, 2, 4).any(-1)
+    assert torch.allclose(seen / 3000, chances, atol=0.02)
+    assert (seen / 3000 - 1 / 16).abs().max() > 0.04
+
+
+def test_what_stays_is_chosen_anew_on_the_way():
+    weight, h = normal(16, 24), torch.rand(24, generator=rng()) + 0.1
+    none, some = (wrapped(weight, h, 8, rng(), steps=steps, rate=0.01) for steps in (0, 40))
+    assert not torch.equal(none[1] != 0, some[1] != 0)
+    assert ((some[1] == 0).view(16, 6, 4).sum(-1) == 2).all()
+
+
+def test_rows_and_columns_of_zeros_stay_so():
+    weight = normal(16, 24)
+    weight[3], weight[:, 7] = 0, 0
+    for steps in (0, 5):
+        found = dense(*wrapped(weight, torch.ones(24), 8, rng(), steps=steps))
+        assert found.isfinite().all()
+        assert (found[3] == 0).all()
+        assert (found[:, 7] == 0).all()
+
+
+def test_weights_that_are_not_finite_are_refused():
+    weight = normal(16, 24)
+    weight[2, 5] = torch.nan
+    with pytest.raises(SiteError, match=r"prune\.armor: a weight holds NaN or infinity"):
+        Armor(width=8).layer(weight, gathered(correlated(100, 24), "square"), rng())

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import modelwright as mw
 from modelwright.anatomy import anatomy_of
 from modelwright.blocks.removed import Removed, remove_branches, without
-from modelwright.core.errors import PlanError, SettingError, SiteError
+from modelwright.core.errors import ModelError, PlanError, SettingError, SiteError
 from modelwright.core.gradients import text_loss
 from modelwright.core.measure import count
 from modelwright.core.model import Model
@@ -239,3 +239,12 @@ def test_a_copy_and_a_later_step_keep_what_was_taken_out(tmp_path):
     streamed = mw.apply(tmp_path / "out", Svd(keep=0.5), save=tmp_path / "svd")
     held = mw.apply(model, Svd(keep=0.5))
     assert torch.equal(outputs(streamed.module), outputs(held.module))
+
+
+def test_a_text_whose_loss_is_not_finite_removes_nothing():
+    module = tiny()
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    keys = module.state_dict().keys()
+    with pytest.raises(ModelError, match=r"prune\.blockpruner without .*: the loss of .* on the text is nan"):
+        mw.apply(module, BlockPruner(branches=1, mode="mha"), data=batches(tiny()))
+    assert module.state_dict().keys() == keys

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from modelwright.blocks.adapter import Adapter
 from modelwright.blocks.beside import Beside
 from modelwright.blocks.removed import remove_branches, replace_branches
 from modelwright.core import data as texts
-from modelwright.core.errors import PlanError, SettingError
+from modelwright.core.errors import ModelError, PlanError, SettingError, WeightsError
 from modelwright.core.given import Given
 from modelwright.core.gradients import text_loss
 from modelwright.core.measure import flops_per_token
@@ -163,3 +164,44 @@ def test_what_cannot_be_done_is_refused():
     assert module.state_dict().keys() == tiny().state_dict().keys()
     with pytest.raises(PlanError, match="bears an adapter"):
         mw.apply(mw.open(tiny()), [Lora(rank=2), Das(**BRIEF)], data=data)
+
+
+@pytest.mark.parametrize("settings", [{"branches": 1, "beside": 0}, {"branches": 0, "beside": 4}])
+def test_adapters_that_have_learnt_do_not_begin_anew(settings):
+    module = mw.apply(tiny(), Das(**(BRIEF | {"mode": "mlp"} | settings)), data=batches(tiny()))
+    before = outputs(module)
+    with pytest.raises(PlanError, match=r"prune\.das: this model has adapters that have learnt already"):
+        mw.apply(module, Das(**(BRIEF | {"mode": "mlp", "branches": 1, "beside": 0})), data=batches(tiny()))
+    assert torch.equal(outputs(module), before)
+
+
+def test_scores_move_less_the_further_they_are_from_the_middle():
+    search = search_of(tiny(), [], mode="mlp", branches=1, pull=2.0)
+    search.scores = torch.tensor([0.0, 3.0, -1.0, 0.0], dtype=torch.float64)
+    search.learn([(1,), (2,)], [0.4, 0.2])  # a mean of 0.3
+    chances = [1 / (1 + math.exp(-score)) for score in (3.0, -1.0)]
+    moved = [2 * 0.1 * chances[0] * (1 - chances[0]), -2 * 0.1 * chances[1] * (1 - chances[1])]
+    assert search.scores.tolist() == pytest.approx([0.0, 3 + moved[0], -1 + moved[1], 0.0])
+
+
+def test_choices_are_tried_within_the_search_at_every_so_many_steps():
+    module, data = sure()
+    search = search_of(module, data, mode="mlp", branches=1, every=3, begin=0.25, end=0.75)
+    times = []
+    for done in range(1, 13):
+        before = search.scores.clone()
+        search.step(done, 12, {})
+        times += [done] * (not torch.equal(before, search.scores))
+    assert times == [6, 9]
+
+
+def test_a_model_on_which_it_fails_stays_as_it_was():
+    module = tiny()
+    with pytest.raises(WeightsError, match="not finite at step"):
+        mw.apply(module, Das(**(BRIEF | {"branches": 1, "learning_rate": 1e38})), data=batches(tiny()))
+    assert module.state_dict().keys() == tiny().state_dict().keys()
+    assert torch.equal(outputs(module), outputs(tiny()))
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    with pytest.raises(ModelError, match=r"prune\.das: the loss of .* on the text is nan"):
+        mw.apply(module, Das(**BRIEF), data=batches(tiny()))
+    assert module.state_dict().keys() == tiny().state_dict().keys()

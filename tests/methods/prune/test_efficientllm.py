@@ -235,3 +235,22 @@ def test_one_unit_of_each_kind_stays_whatever_is_asked(text):
     mw.apply(model, EfficientLlm(tokens=256, batch=2, length=16, every=1, share=1.0), data=text)
     assert (model.module.config.intermediate_size, model.module.config.num_key_value_heads) == (1, 1)
     assert outputs(model.module).isfinite().all()
+
+
+def test_what_went_stays_gone_whatever_it_scores():
+    module = tiny()
+    run = Training(tokens=8 * 64, batch=4, length=16)
+    course = Shrinking(EfficientLlm(share=0.4, every=2, end=0.75, units=("mlp",)), module, run, [])
+    for moment in course.moments.values():
+        moment.copy_(torch.eye(len(moment)))
+    for score in course.scores:
+        score.copy_(torch.arange(len(score)))
+    course.start()
+    course.update(1)
+    gone = ~course.stays[0]
+    assert gone.nonzero()[:, 0].tolist() == list(range(int(0.4 / 3 * 160)))
+    course.scores[0][gone] = 1e9
+    course.update(3)
+    assert (~course.stays[0])[gone].all()
+    assert int((~course.stays[0]).sum()) == int(0.8 / 3 * 160)
+    course.leave()

@@ -4,12 +4,14 @@ import pytest
 import torch
 from calibration import batches
 from tiny import outputs, tiny, tiny_inputs
+from torch.nn.functional import binary_cross_entropy_with_logits as binary
 from transformers import AutoModelForCausalLM
 
 import modelwright as mw
 from modelwright.anatomy.removal import remove_blocks
 from modelwright.blocks.token_router import TokenRouter, route_tokens, scores_of
-from modelwright.core.errors import DataError, ModelError, PlanError, SettingError
+from modelwright.core.errors import DataError, ModelError, PlanError, SettingError, WeightsError
+from modelwright.core.gradients import text_loss
 from modelwright.core.model import Model
 from modelwright.core.routing import distances, mode, observed, shifted
 from modelwright.methods.adapt.lora import Lora
@@ -203,3 +205,79 @@ def test_what_cannot_be_done_is_refused():
     module.set_attn_implementation("eager")
     with pytest.raises(ModelError, match="without the scores of the block before"):
         module.model.layers[1](torch.zeros(1, 3, 64), position_embeddings=module.model.rotary_emb(torch.zeros(1, 3, 64), IDS[:, :3]))
+
+
+def test_what_a_router_sees_by_hand():
+    # Place over the longest, own attention, its rank and the share: (0, 2/8), (1, 0.4), (0, 0.5), 0.25, added up, less 1.2.
+    router = TokenRouter(attention="", hidden=4, skipped=0.25, longest=8)
+    router.first.weight.data, router.first.bias.data = torch.eye(4), torch.zeros(4)
+    router.second.weight.data, router.second.bias.data = torch.ones(1, 4), torch.tensor([-1.2])
+    scores = torch.tensor([[[1.0, 0.4]], [[0.0, 0.5]], [[0.6, 0.2]], [[0.0, 2.0]]])
+    assert router.keep(scores, None, torch.float32).tolist() == [[1.0, 1.0]]
+    assert torch.allclose(router.seen["logit"], torch.tensor([[0.05, 0.2]]))
+    assert router.keep(scores, torch.tensor([[4, 0]]), torch.float32).tolist() == [[1.0, 0.0]]
+    assert torch.allclose(router.seen["logit"], torch.tensor([[0.55, -0.05]]))
+
+
+def test_the_first_and_the_last_of_few_tokens_are_computed_whatever_the_share():
+    router = TokenRouter(attention="", hidden=1, skipped=0.95, longest=8)
+    assert router.static(torch.tensor([[0.3, 0.2]]), torch.tensor([[True, False]])).all()
+
+
+def test_a_soft_choice_computes_or_passes_and_has_a_gradient():
+    module, routers = routed()
+    ids, seen = rows()[0]["input_ids"], []
+    module.model.layers[1].register_forward_hook(lambda _, args, out: seen.extend([args[0], out]))
+    other = eager()
+    other.model.layers[1].register_forward_hook(lambda _, args, out: seen.append(out))
+    with mode(routers, "soft"):
+        module(ids)
+    other(ids)
+    keep = routers[1].seen["keep"]
+    chosen = keep.detach().bool()
+    assert 0 < chosen.float().mean() < 1
+    assert torch.allclose(seen[1][chosen], seen[2][chosen], atol=1e-5)
+    assert torch.allclose(seen[1][~chosen], seen[0][~chosen], atol=1e-5)
+    (slope,) = torch.autograd.grad(keep.mean(), routers[1].second.bias)
+    assert slope > 0
+
+
+@pytest.mark.parametrize("bias", [0.0, 1e4])
+@torch.no_grad()
+def test_the_losses_are_those_of_the_card(bias):
+    module, routers = routed(bias=bias)
+    ids = rows()[0]["input_ids"]
+    whole = eager()(ids).logits.detach()
+    torch.manual_seed(1)
+    with mode(routers, "soft"):
+        found = module(ids).logits
+    own = [router for router in routers if router.hidden]
+    guide = sum(binary(router.seen["logit"], router.seen["static"].float()) for router in own) / 3
+    balance = sum(abs((1 - router.seen["keep"]).mean() - router.skipped) for router in own) / 3
+    logits = (whole.softmax(-1) * (whole.log_softmax(-1) - found.log_softmax(-1))).sum(-1).mean()
+    torch.manual_seed(1)
+    loss, parts = Ftp(guide=2.0, balance=3.0, logits=5.0).loss(module, routers, ids)
+    assert [float(part) for part in parts.values()] == pytest.approx([2 * float(guide), 3 * float(balance), 5 * float(logits)], abs=1e-4)
+    assert float(loss) == pytest.approx(sum(map(float, parts.values())), rel=1e-5)
+
+
+def test_the_routers_get_the_best_shares_that_were_tried():
+    module, routers = routed()
+    model = Model(name="", module=module)
+    shares, least = Ftp(skipped=0.3, population=6, generations=2).schedule(model, routers, rows(), torch.Generator().manual_seed(0))
+    assert shares == [router.skipped for router in routers]
+    assert sum(shares) / 4 == pytest.approx(0.3, abs=1e-5)
+    with mode(routers, "static"):
+        assert text_loss(model, rows()) == pytest.approx(least, abs=1e-6)
+
+
+def test_a_model_on_which_it_fails_stays_as_it_was():
+    module = tiny()
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    with pytest.raises(ModelError, match=r"prune\.ftp: the loss of .* on the text is nan"):
+        mw.apply(module, Ftp(**BRIEF), data=batches(tiny()))
+    module = tiny()
+    with pytest.raises(WeightsError, match="not finite at step"):
+        mw.apply(module, Ftp(**(BRIEF | {"learning_rate": 1e38})), data=batches(tiny()))
+    assert module.state_dict().keys() == tiny().state_dict().keys()
+    assert torch.allclose(outputs(module), outputs(tiny()), atol=1e-6)

@@ -5,6 +5,7 @@ from calibration import TEXT, blocks_of, lettered, normal
 import modelwright as mw
 from modelwright.core import data as texts
 from modelwright.core.errors import SettingError
+from modelwright.core.gradients import gradient_moments
 from modelwright.methods.prune.gaprune import SMALLEST, GaPrune, aligned
 from modelwright.methods.prune.magnitude import Magnitude
 
@@ -88,3 +89,29 @@ def test_shares_by_place_need_matrices_that_do_not_compete():
     with pytest.raises(SettingError, match="sparsity differs by place, but all weights compete. Use scope: tensor"):
         GaPrune(sparsity={"mlp": 0.5})
     GaPrune(sparsity={"mlp": 0.5}, scope="tensor")
+
+
+def test_both_terms_have_a_deviation_of_1_in_their_tensor_before_size_counts():
+    fisher, size = GaPrune(size=0.3).terms(*seen())
+    assert fisher.std(correction=0).item() == pytest.approx(1, rel=1e-5)
+    assert size.std(correction=0).item() == pytest.approx(0.3, rel=1e-5)
+
+
+def test_alignment_moves_the_fisher_term_by_a_fifth_at_most():
+    weight, one, _, *squares = seen()
+    plain = GaPrune(scales="published", alignment=0.0).terms(weight, one, one, *squares)[0]
+    for sign, factor in ((1, 1.2), (-1, 0.8)):
+        far = GaPrune(scales="published", alignment=1e6).terms(weight, one, sign * one, *squares)[0]
+        assert torch.allclose(far, factor * plain, rtol=1e-5)
+
+
+def test_the_domain_is_the_data_and_general_text_the_other():
+    model = lettered()
+    sites = [site for site in model.sites() if site.role == "mlp.up"]
+    texts_ = [[{"input_ids": torch.randint(1, 90, (2, 12), generator=torch.Generator().manual_seed(seed))}] for seed in (0, 1)]
+    method = GaPrune(against=0.0, size=0.0, alignment=0.0, scales="published")
+    found = method.scores(model, sites, texts_, [])
+    for site, score_ in zip(sites, found, strict=True):
+        weight = model.module.get_parameter(site.name).detach()
+        fisher = gradient_moments(model, texts_[0])[1][site.name]
+        assert torch.allclose(score_, (fisher + SMALLEST) * weight.abs(), rtol=1e-4)

@@ -243,3 +243,45 @@ def test_one_unit_of_each_kind_stays_whatever_is_asked(text):
     assert model.module.config.intermediate_size == 1
     assert model.module.config.num_key_value_heads == 1
     assert outputs(model.module).isfinite().all()
+
+
+def test_the_updates_are_those_that_the_settings_ask_for():
+    course = Leaving(LoraPrune(**ALL, rank=2, alpha=3.0, dropout=0.2), tiny(), RUN, [])
+    update = course.beside.updates["model.layers.0.mlp.up_proj.weight"]
+    assert (update.scale, update.dropout.p, tuple(update.up.shape)) == (1.5, 0.2, (160, 2))
+    assert LoraPrune(initial=0.2, share=0.5).updates(200)[20] == pytest.approx(0.2)
+
+
+def test_what_went_stays_gone_though_its_average_is_the_highest():
+    course = Leaving(LoraPrune(**ALL, share=0.5), tiny(), RUN, [])
+    first, last = min(step for step, share in course.times.items() if share > 0), max(course.times)
+    for score in course.scores:
+        score.copy_(torch.arange(len(score)))
+    course.update(first)
+    gone = [~stays for stays in course.stays]
+    assert gone[0].any()
+    for score, out in zip(course.scores, gone, strict=True):
+        score[out] = 1e9
+    course.update(last)
+    assert all((~stays)[out].all() for stays, out in zip(course.stays, gone, strict=True))
+    assert int((~course.stays[0]).sum()) == 80
+
+
+def test_matrices_that_are_stored_the_other_way_round_are_scored_alike():
+    module = tiny("gpt2")
+    course = Leaving(LoraPrune(**ALL, rank=4, alpha=8.0, dropout=0.0), module, RUN, [])
+    effects = {}
+    for number, (site, layer) in enumerate(course.beside.layers.items()):
+        update = course.beside.updates[site.name]
+        update.up.data, update.up.grad = normal(*update.up.shape, seed=number), normal(*update.up.shape, seed=number + 50)
+        update.down.grad = normal(*update.down.shape, seed=number + 99)
+        slope = update.up.grad @ update.down + update.up @ update.down.grad - update.up.grad @ update.down.grad
+        effects[site.name] = (slope * (layer.weight.T + 2 * update.up @ update.down)).abs().detach()
+    course.gradient(0)
+    for units, score in zip(course.found, course.scores, strict=True):
+        if units.kind == "mlp":
+            block = units.scope or f"transformer.h.{units.depth}.mlp"
+            fc, out = (next(value for name, value in effects.items() if name == f"transformer.h.{units.depth}.mlp.{part}.weight")
+                       for part in ("c_fc", "c_proj"))  # fmt: skip
+            parts = [fc.sum(1), out.sum(0)]
+            assert torch.allclose(score, 0.1 * sum(part / part.norm() for part in parts), rtol=1e-4), block

@@ -144,3 +144,21 @@ def test_what_it_cannot_prune_is_refused():
     with pytest.raises(SiteError, match=r"one policy is for blocks of one size, and the MLPs read through 100 × 64, 160 × 64"):
         mw.apply(uneven, PruneNet())
     assert torch.equal(outputs(uneven), before)
+
+
+@pytest.mark.parametrize(("distances", "best"), [([0.5, 0.1, 0.9], 2), ([0.9, 0.5, 0.1], 3), ([0.1, 0.5, 0.9], 1)])
+def test_the_policy_of_the_best_episode_counts(distances, best, monkeypatch):
+    def policy(episodes):
+        found = iter(distances)
+        monkeypatch.setattr("modelwright.methods.prune.prunenet.distance", lambda *_: next(found))
+        return PruneNet(share=0.3, episodes=episodes, learning_rate=0.1).learnt(matrices(1), spectra(matrices(1)), seeded())
+
+    every, alone = policy(3), policy(best)
+    assert all(torch.equal(one, other) for one, other in zip(every, alone, strict=True))
+
+
+def test_one_neuron_stays_whatever_is_asked():
+    for draws in (0, 2):
+        module = mw.apply(tiny(), PruneNet(share=1.0, episodes=1, draws=draws))
+        assert module.config.intermediate_size == 1
+        assert outputs(module).isfinite().all()

@@ -100,3 +100,11 @@ def test_inputs_that_cannot_move_are_said():
     )
     model = mw.apply(mw.open(tiny("llama")), Ria(pattern="8:16", permute=True), data=batches(tiny("llama")))
     assert "runs of 8 inputs do not suit it" in model.history[-1]["notes"][0]
+
+
+def test_rows_compete_alone_or_all_weights_of_a_matrix():
+    # Sums of columns 21, 32 and of rows 3, 50: scores 2 (1/21 + 1/3), 2/32 + 2/3; 2 (20/21 + 20/50), 30/32 + 30/50.
+    statistics = gathered(torch.tensor([[4.0, 1.0], [-4.0, -1.0]]))
+    weight = torch.tensor([[1.0, -2.0], [20.0, 30.0]])
+    assert Ria(sparsity=0.5).layer(weight, statistics).tolist() == [[0.0, 0.0], [20.0, 30.0]]
+    assert Ria(sparsity=0.5, scope="row").layer(weight, statistics).tolist() == [[1.0, 0.0], [20.0, 0.0]]

@@ -120,3 +120,22 @@ def test_models_whose_stream_cannot_be_turned_are_refused_unchanged(kind):
 def test_a_width_of_nothing_is_refused():
     with pytest.raises(PlanError, match="less than one multiple of 8"):
         mw.apply(tiny(), SliceGpt(keep=0.1), data=batches(tiny()))
+
+
+def test_all_is_kept_whatever_the_multiple_and_the_note_tells_the_energy():
+    assert SliceGpt(keep=1.0, multiple=48).width(tiny()) == (64, 64)
+    model = mw.open(tiny())
+    values, _ = directions(stream_moment(mw.open(tiny()), batches(tiny())), 0.01)
+    mw.apply(model, SliceGpt(keep=0.75), data=batches(tiny()))
+    share = float(values.sort(descending=True).values[:48].sum() / values.sum())
+    assert 0.5 < share < 0.999
+    assert f"48 of 64 directions stay, with {share:.4f} of" in model.history[-1]["notes"][0]
+
+
+def test_hidden_states_that_are_not_finite_are_refused_unchanged():
+    module = tiny()
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(SiteError, match=r"prune\.slicegpt: what enters a norm is NaN or infinite"):
+        mw.apply(module, SliceGpt(), data=batches(tiny()))
+    assert all(torch.equal(value.nan_to_num(), before[name].nan_to_num()) for name, value in module.state_dict().items())

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 import modelwright as mw
-from modelwright.anatomy.removal import remove_blocks
+from modelwright.anatomy.removal import remove_blocks, remove_units
 from modelwright.core import measure, sharing, tiny
-from modelwright.core.errors import DataError, PlanError
+from modelwright.core.errors import DataError, ModelError, PlanError, SiteError
 from modelwright.core.model import Model, open
+from modelwright.methods.factor.svd import Svd
 from modelwright.methods.share.depth import Depth
 from modelwright.methods.share.foldgpt import FoldGpt, gated, polarised
 
@@ -102,6 +103,30 @@ def test_what_cannot_be_is_refused_before_gates_are_learnt():
         mw.apply(tiny.tiny(), FoldGpt(blocks=1, loops=1), data=[{"input_ids": torch.tensor([[5]])}])
 
 
+def test_blocks_that_cannot_share_are_refused_before_any_leaves(monkeypatch):
+    module = mw.apply(tiny.tiny(), Svd(where="mlp.up"))
+    before = tiny.outputs(module)
+    with monkeypatch.context() as patch:
+        patch.setattr(FoldGpt, "learnt", lambda *_: pytest.fail("the gates have been learnt for nothing"))
+        with pytest.raises(SiteError, match=r"share.foldgpt: mlp.up_proj of block 0 is a LowRankLinear. Share first"):
+            mw.apply(module, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    # Which of these blocks is left to share is known only once the gates are.
+    odd = tiny.tiny()
+    remove_units(odd, "mlp", {2: range(100)}, plain=False)
+    gates = torch.tensor([0.1, 0.9, 0.8, 0.7])
+    monkeypatch.setattr(FoldGpt, "learnt", lambda *_: gates)
+    whole = tiny.outputs(odd)
+    with pytest.raises(SiteError, match="blocks 1 and 2 differ in mlp.gate_proj.weight"):
+        mw.apply(odd, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    assert torch.equal(tiny.outputs(odd), whole)
+    assert torch.equal(tiny.outputs(module), before)
+    gates[2] = 0.0
+    mw.apply(odd, FoldGpt(blocks=1, spare_first=0), data=BATCHES)
+    names = sharing.shared(odd)
+    assert len(names) == 7
+    assert all(alias.startswith("model.layers.1.") and name.startswith("model.layers.0.") for alias, name in names.items())
+
+
 def test_it_works_in_a_recipe_with_a_cure_and_is_planned(small, text, tmp_path):
     recipe = {
         "model": str(small),
@@ -120,3 +145,30 @@ def test_it_works_in_a_recipe_with_a_cure_and_is_planned(small, text, tmp_path):
     assert measure.sizes(made)["parameters"] == rows[-1].parameters < rows[0].parameters
     assert measure.sizes(made)["flops_per_token"] == rows[-1].flops_per_token < rows[0].flops_per_token
     assert len(set(sharing.shared(made.module).values())) == 7
+
+
+def test_the_gates_are_learnt_as_the_card_says():
+    module, method = tiny.tiny(), FoldGpt(blocks=1, steps=4, learning_rate=0.03, push=3.0)
+    phi = torch.ones(4, requires_grad=True)
+    optimizer = torch.optim.Adam([phi])
+    for step, epsilon in enumerate((0.1, 0.1 * 0.01 ** (1 / 3), 0.1 * 0.01 ** (2 / 3), 1e-3)):
+        gates, batch = phi**2 / (phi**2 + epsilon), BATCHES[step % 2]
+        with gated(module.model.layers, gates):
+            logits = module(**batch, use_cache=False).logits
+        targets = batch["input_ids"][:, 1:].masked_fill(batch["attention_mask"][:, 1:] == 0, -100)
+        text = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+        optimizer.zero_grad()
+        (text + 3.0 * (gates.mean() - 0.75).abs()).backward()
+        optimizer.param_groups[0]["lr"] = 0.03 * (epsilon / 0.1) ** 0.5
+        optimizer.step()
+    expected = polarised(phi.detach(), 1e-3)
+    assert torch.allclose(method.learnt(Model(name="llama", module=tiny.tiny()), BATCHES), expected, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_removes_nothing():
+    module = tiny.tiny()
+    module.model.layers[1].mlp.down_proj.weight.data *= torch.inf
+    with pytest.raises(ModelError, match=r"share\.foldgpt: the loss on the text is nan"):
+        mw.apply(module, FoldGpt(blocks=1, loops=1), data=BATCHES)
+    assert len(module.model.layers) == 4
+    assert all(value.requires_grad for value in module.parameters())

@@ -11,8 +11,9 @@ from safetensors import safe_open
 import modelwright as mw
 from modelwright.blocks.hashed import HashedLinear
 from modelwright.core import measure, sharing, tiny
-from modelwright.core.errors import ModelwrightError, PlanError, SettingError
+from modelwright.core.errors import ModelwrightError, PlanError, SettingError, SiteError
 from modelwright.core.model import Model, open, stored_bytes
+from modelwright.maths.hashing import Map
 from modelwright.methods.share.depth import Depth
 from modelwright.methods.share.roast import BOUND, Roast
 
@@ -223,3 +224,19 @@ def test_it_trains_in_a_recipe_and_its_bytes_are_planned(small, text, tmp_path):
     made = open(tmp_path / "out")
     assert stored_bytes(made.module) == rows[-1].bytes < rows[0].bytes
     assert measure.sizes(made)["flops_per_token"] == rows[0].flops_per_token
+
+
+def test_blocks_of_two_matrices_are_read_from_places_of_their_own():
+    one, other = (Map("roast", 5000, 0, offset, (64, 64), 1.0).places(0, 64)[0] for offset in (0, 64 * 64))
+    assert not torch.equal(one, other)
+    for places in (one, other):
+        block = places.view(64, 64)[:32, :32]
+        assert torch.equal(block - block[0, 0], torch.arange(1024).view(32, 32))
+
+
+def test_weights_that_are_not_finite_are_not_shared_with_all():
+    module = tiny.tiny()
+    module.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(SiteError, match=r"model.layers.1.mlp.up_proj.weight holds NaN or infinity"):
+        mw.apply(module, Roast())
+    assert module.state_dict().keys() == tiny.tiny().state_dict().keys()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modelwright.anatomy import anatomy_of
-from modelwright.core.errors import PlanError
+from modelwright.core.errors import PlanError, SiteError
 from modelwright.core.given import Batch
 from modelwright.core.gradients import text_loss
 from modelwright.core.method import ModelMethod
@@ -64,6 +64,8 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
             sites = [site for site in anatomy_of(module).sites(module) if site.role not in ("embed", "position")]
             chosen = dense_sites(module, self, choose(module, sites, self, notes), notes)
             found = statistics_of(model, [site for site, _ in chosen], gathers, calibration)
+            if bad := [site.name for site, _ in chosen if not found[site.name].finite()]:
+                raise SiteError(f"{self.name()}: the inputs of {bad[0]} are NaN or infinite on the text. Use a wider dtype, or other text.")
             metrics = [self.metric(seen if seen.tokens else alike(seen, gathers)) for seen in (found[site.name] for site, _ in chosen)]
             if self.allocate == "perplexity" and self.keep < 1:
                 chosen = self.allocated(model, chosen, metrics, calibration, notes)

@@ -24,7 +24,7 @@ from modelwright.blocks._stored import Stored
 from modelwright.blocks.dropping import Dropping
 from modelwright.core.errors import PlanError, SiteError
 from modelwright.core.given import Batch
-from modelwright.core.gradients import text_loss
+from modelwright.core.gradients import finite_loss, text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
 from modelwright.core.observed import inputs_of_modules
@@ -57,7 +57,7 @@ class Activations(ModelMethod):
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
         refuse_adapters(self, model)
         hosts = self.hosts(model.module)
-        before = text_loss(model, calibration)
+        before = finite_loss(model, calibration, self.name())
         seen = inputs_of_modules(model, hosts, calibration, self.observed)
         parts: list[Any] = [values.shape[1] for values in seen.values()]
         if self.rule == "cett":

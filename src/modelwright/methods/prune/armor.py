@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks.armor import ArmorLinear
+from modelwright.core.errors import SiteError
 from modelwright.core.method import LayerMethod
 from modelwright.core.settings import count, number
 from modelwright.core.statistics import Statistics
+from modelwright.core.weights import not_finite
 from modelwright.maths.wrapped import wrapped
 
 
@@ -37,6 +39,8 @@ class Armor(LayerMethod):
     store: Literal["armor", "dense"] = "armor"  # dense: multiply the three out, which saves nothing and loads anywhere
 
     def layer(self, weight: Tensor, statistics: Statistics, rng: torch.Generator) -> Tensor | nn.Module:
+        if not_finite(weight):
+            raise SiteError(f"{self.name()}: a weight holds NaN or infinity. Start from sound weights, or leave it out with `skip`.")
         parts = wrapped(weight.float(), statistics.square, self.width, rng, steps=self.iterations, rate=self.rate)
         layer = ArmorLinear.from_parts(*(part.to(weight.dtype) for part in parts))
         return layer if self.store == "armor" else layer.dense()

@@ -26,7 +26,7 @@ from modelwright.anatomy.removal import keeps_slot
 from modelwright.blocks.removed import remove_branches, without
 from modelwright.core.errors import PlanError
 from modelwright.core.given import Batch
-from modelwright.core.gradients import text_loss
+from modelwright.core.gradients import finite_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.passage import Resident, real
@@ -64,7 +64,7 @@ class BlockPruner(ModelMethod):
                 for branch in left:
                     if keeps_slot(module, [branch]):
                         with without(module, branch):
-                            losses_without[branch] = text_loss(model, calibration)
+                            losses_without[branch] = finite_loss(model, calibration, f"{self.name()} without {branch}")
                 if not losses_without:
                     raise self.none_left(len(gone))
                 least = min(losses_without, key=lambda branch: losses_without[branch])

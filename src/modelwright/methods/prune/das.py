@@ -27,10 +27,10 @@ from modelwright.blocks.removed import fitting, replace_branches
 from modelwright.core import training
 from modelwright.core.errors import PlanError
 from modelwright.core.given import Batch
-from modelwright.core.gradients import text_loss
+from modelwright.core.gradients import finite_loss, text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
-from modelwright.core.parts import alone, refuse_adapters, row_of
+from modelwright.core.parts import alone, leaving_on_error, refuse_adapters, row_of
 from modelwright.core.settings import count, fraction, number
 from modelwright.core.skipping import Search
 
@@ -68,13 +68,14 @@ class Das(ModelMethod):
         aside = max(len(calibration) // 5, 1) if len(calibration) > 1 else 0
         tried = list(calibration[len(calibration) - aside :]) if aside else list(calibration)
         ids, length = row_of(calibration[: len(calibration) - aside], self.name())
-        found, before = self.found(model.module), text_loss(model, calibration)
+        found, before = self.found(model.module), finite_loss(model, calibration, self.name())
         search = Search(self, model, found, self.adapters(model.module, found), tried, rng)
         run = training.Training(
             tokens=self.steps * self.batch * length, batch=self.batch, length=length, learning_rate=self.learning_rate, weight_decay=0.0,
             seed=rng.initial_seed() % 2**31,
         )  # fmt: skip
-        with search.attached() as parameters, alone(model.module, parameters):
+        beside = [part for part in model.module.modules() if isinstance(part, Beside)]
+        with leaving_on_error(beside), search.attached() as parameters, alone(model.module, parameters):
             training.train(model.module, ids, run, search.loss, report=search.step)
         chosen = search.best()
         replace_branches(model.module, {found[place]: search.stands[place] for place in chosen})
@@ -90,8 +91,10 @@ class Das(ModelMethod):
     def found(self, module: nn.Module) -> list[Branch]:
         """The candidates, in the order of the blocks.
 
-        Raises: PlanError when fewer can be replaced than are to be.
+        Raises: PlanError when fewer can be replaced than are to be, or adapters are there already.
         """
+        if any(isinstance(part, (Adapter, Beside)) for part in module.modules()):
+            raise PlanError(f"{self.name()}: this model has adapters that have learnt already. Start from the model before that.")
         kinds = {"mha": ("attn",), "mlp": ("mlp",), "mix": ("attn", "mlp")}[self.mode]
         found = [branch for branch in anatomy_of(module).branches(module) if branch.kind in kinds]
         if len(fitting(module, found, range(len(found)), len(found))) < self.branches:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from modelwright.blocks.token_router import MOST, TokenRouter, route_tokens
 from modelwright.core import training
 from modelwright.core.given import Batch
-from modelwright.core.gradients import text_loss
+from modelwright.core.gradients import finite_loss, text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
-from modelwright.core.parts import alone, refuse_adapters, row_of
+from modelwright.core.parts import alone, leaving_on_error, refuse_adapters, row_of
 from modelwright.core.routing import distances, mode, shifted
 from modelwright.core.settings import count, fraction, number
 from modelwright.maths.allocation import moved_to_mean
@@ -62,21 +62,11 @@ class Ftp(ModelMethod):
         if not self.skipped:
             return model
         ids, length = row_of(calibration, self.name())
-        whole = text_loss(model, calibration)
+        whole = finite_loss(model, calibration, self.name())
         routers = route_tokens(module, self.skipped, self.hidden, self.name())
-        for router in routers:
-            for value in router.parameters():
-                value.data.copy_(torch.randn(value.shape, generator=rng) * (0.5 if value.ndim > 1 else 0.0))
-        shares, static = self.schedule(model, routers, calibration, rng)
-        mixed: dict[str, float] = {}
-        if self.steps:
-            run = training.Training(
-                tokens=self.steps * self.batch * length, batch=self.batch, length=length, learning_rate=self.learning_rate,
-                weight_decay=0.0, seed=rng.initial_seed() % 2**31,
-            )  # fmt: skip
-            with alone(module, [value for router in routers for value in router.parameters()]):
-                mixed = training.train(module, ids, run, lambda module, ids, mask: self.loss(module, routers, ids))
-        found = shifted(model, routers, calibration)
+        with leaving_on_error(routers):
+            shares, static, mixed = self.learnt(model, routers, calibration, ids, length, rng)
+            found = shifted(model, routers, calibration)
         after = text_loss(model, calibration)
         notes += [
             f"{self.name()}: shares of tokens that pass each block: {', '.join(f'{share:.3f}' for share in shares)}; on the calibration "
@@ -87,6 +77,23 @@ class Ftp(ModelMethod):
             "tokens stay in the cache",
         ]
         return model
+
+    def learnt(
+        self, model: Model, routers: Sequence[TokenRouter], calibration: Sequence[Batch], ids: Tensor, length: int, rng: torch.Generator
+    ) -> tuple[list[float], float, dict[str, float]]:
+        """Draw routers, give them shares and let them learn; the shares, the loss of the static choice, and the last step's losses."""
+        for router in routers:
+            for value in router.parameters():
+                value.data.copy_(torch.randn(value.shape, generator=rng) * (0.5 if value.ndim > 1 else 0.0))
+        shares, static = self.schedule(model, routers, calibration, rng)
+        if not self.steps:
+            return shares, static, {}
+        run = training.Training(
+            tokens=self.steps * self.batch * length, batch=self.batch, length=length, learning_rate=self.learning_rate,
+            weight_decay=0.0, seed=rng.initial_seed() % 2**31,
+        )  # fmt: skip
+        with alone(model.module, [value for router in routers for value in router.parameters()]):
+            return shares, static, training.train(model.module, ids, run, lambda module, ids, mask: self.loss(module, routers, ids))
 
     def schedule(
         self, model: Model, routers: Sequence[TokenRouter], calibration: Sequence[Batch], rng: torch.Generator

@@ -108,7 +108,7 @@ class PruneNet(UnitPruner):
         with torch.no_grad():
             found = logits(policy, matrix)
             chances = (found + noise(found, rng)).sigmoid().clamp_min(1e-12)
-        return torch.multinomial(chances.cpu(), len(matrix) - int(self.share * len(matrix)), generator=rng).to(matrix.device)
+        return torch.multinomial(chances.cpu(), max(len(matrix) - int(self.share * len(matrix)), 1), generator=rng).to(matrix.device)
 
     def nearest(self, policy: Policy, matrix: Tensor, spectrum: Tensor, rng: torch.Generator) -> Tensor:
         """1 for the rows of that draw whose singular values are nearest, 0 for the others [n]."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy._rotation import fold_norms, residual_norms, rotate_stream
 from modelwright.anatomy.removal import remove_units
+from modelwright.core.errors import SiteError
 from modelwright.core.given import Batch
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, unwrapped
@@ -45,8 +46,11 @@ class SliceGpt(Narrower, ModelMethod):
         before, after = self.width(module)
         if after == before:
             return model
+        moment = stream_moment(model, calibration)
+        if not moment.isfinite().all():
+            raise SiteError(f"{self.name()}: what enters a norm is NaN or infinite on the text. Use a wider dtype, or other text.")
+        values, rotation = directions(moment, self.damp)
         fold_norms(module)
-        values, rotation = directions(stream_moment(model, calibration), self.damp)
         rotate_stream(module, rotation)
         share = float(values[:after].sum() / values.sum())
         notes.append(f"{self.name()}: {after} of {before} directions stay, with {share:.4f} of the hidden states' energy")

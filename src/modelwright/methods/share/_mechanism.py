@@ -53,20 +53,22 @@ class BlockSharer(ModelMethod):
             raise PlanError(f"{self.name()}: of {depths} blocks, {spared}, so that no two are left to share. Spare fewer.")
         return [group for group in found if len(group) > 1]
 
-    def share(self, module: nn.Module) -> list[range]:
-        """Share in place; returns the groups."""
+    def share(self, module: nn.Module, stay: Sequence[int] | None = None) -> list[range]:
+        """Share in place between all blocks, or those that `stay`; returns the groups, by their places among these."""
         stack = anatomy_of(module).blocks(module)
         if stack is None:
             raise SiteError(f"{self.name()} shares between consecutive blocks; this model has no single row of them.")
-        groups = self.groups(len(list(module.get_submodule(stack).children())))
+        depths = range(len(list(module.get_submodule(stack).children()))) if stay is None else stay
+        groups = self.groups(len(depths))
         split = split_experts(module) if groups else []  # stacks cannot be shared matrix by matrix
-        names = {depth: self.chosen(module, f"{stack}.{depth}.", depth) for group in groups for depth in group}
-        if faults := [fault for group in groups if (fault := self._fault(module, stack, group, names))]:
+        names = {place: self.chosen(module, f"{stack}.{depths[place]}.", place) for group in groups for place in group}
+        of_groups = [{depths[place]: names[place] for place in group} for group in groups]
+        if faults := [fault for group in of_groups if (fault := self._fault(module, stack, group))]:
             for path in split:
                 module.set_submodule(path, module.get_submodule(path).to_fused())  # type: ignore[operator]
             refuse(SiteError, faults)
-        for group in groups:
-            self._tie(module, [f"{stack}.{depth}." for depth in group], names[group[0]])
+        for group in of_groups:
+            self._tie(module, [f"{stack}.{depth}." for depth in group], next(iter(group.values())))
         if self.store == "dense":
             untie(module)
             fuse_experts(module)
@@ -82,21 +84,27 @@ class BlockSharer(ModelMethod):
                 found.append(name)
         return found
 
-    def _fault(self, module: nn.Module, stack: str, group: range, names: dict[int, list[str]]) -> str:
-        """Why the blocks of a group cannot share, as a sentence; "" if they can."""
-        first = group[0]
-        if not names[first]:
+    def _fault(self, module: nn.Module, stack: str, group: dict[int, list[str]]) -> str:
+        """Why the blocks of a group, with the names that they are to share, cannot; as a sentence; "" if they can."""
+        first = next(iter(group))
+        if not group[first]:
             return f"{self.name()}: where={self.where!r} skip={self.skip!r} chooses no weight of block {first}."
-        shapes = [{name: module.get_parameter(f"{stack}.{depth}.{name}").shape for name in names[depth]} for depth in group]
+        shapes = [{name: module.get_parameter(f"{stack}.{depth}.{name}").shape for name in names} for depth, names in group.items()]
         for depth, found in zip(group, shapes, strict=True):
-            layers = module.get_submodule(f"{stack}.{depth}").named_modules()
-            if stored := next((path for path, layer in layers if isinstance(layer, Described)), None):
-                kind = type(module.get_submodule(f"{stack}.{depth}.{stored}")).__name__
-                return f"{self.name()}: {stored} of block {depth} is a {kind}. Share first, then prune, factor or pack."
+            if stored := self.stored(module, f"{stack}.{depth}"):
+                return stored
             if found != shapes[0]:
                 odd = next(name for name in (*shapes[0], *found) if shapes[0].get(name) != found.get(name))
                 sizes = " and ".join(str(list(each[odd])) if odd in each else "none" for each in (shapes[0], found))
                 return f"{self.name()}: blocks {first} and {depth} differ in {odd}: {sizes}. Spare one of them, or skip that part."
+        return ""
+
+    def stored(self, module: nn.Module, path: str) -> str:
+        """Why a block has matrices of its own form, which cannot be shared, as a sentence; "" if it has none."""
+        for name, layer in module.get_submodule(path).named_modules():
+            if isinstance(layer, Described):
+                kind = type(layer).__name__
+                return f"{self.name()}: {name} of block {path.rpartition('.')[2]} is a {kind}. Share first, then prune, factor or pack."
         return ""
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from modelwright.anatomy import anatomy_of
 from modelwright.anatomy.removal import remove_blocks
-from modelwright.core.errors import DataError, PlanError, SiteError
+from modelwright.core.errors import DataError, ModelError, PlanError, SiteError
 from modelwright.core.given import Batch
 from modelwright.core.gradients import logits_of, next_tokens
 from modelwright.core.model import Model
@@ -52,7 +52,7 @@ class FoldGpt(BlockSharer):
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
         self.refuse_adapters(model.module)
         module = model.module
-        depths = self.fitting(module)
+        depths, gone = self.fitting(module), list[int]()
         if self.blocks:
             gates = self.learnt(model, calibration)
             gone = sorted(gates.argsort()[: self.blocks].tolist())
@@ -60,8 +60,9 @@ class FoldGpt(BlockSharer):
             notes.append(f"{self.name()}: blocks removed {gone} (from 0) of {depths}; gates of all blocks {shown}")
             if gates.mean() > 1 - self.blocks / depths + 0.1:
                 notes.append(f"{self.name()}: the gates are still {gates.mean():.2f} open on the mean. Take more steps, or a larger push")
-            remove_blocks(module, gone)
-        for group in self.share(module):
+        groups = self.share(module, [depth for depth in range(depths) if depth not in gone])
+        remove_blocks(module, gone)
+        for group in groups:
             notes.append(f"{self.name()} shared the weights of blocks {group[0]} to {group[-1]} of those that stay")
         return model
 
@@ -70,7 +71,7 @@ class FoldGpt(BlockSharer):
 
         Raises:
             PlanError: too many are to go, or too few would be left to share.
-            SiteError: there is no single row of them.
+            SiteError: there is no single row of them, or fewer than are to share have plain matrices.
         """
         stack = anatomy_of(module).blocks(module)
         if stack is None:
@@ -78,7 +79,10 @@ class FoldGpt(BlockSharer):
         depths = len(list(module.get_submodule(stack).children()))
         if self.blocks >= depths:
             raise PlanError(f"{self.name()}: {self.blocks} blocks are to go, and there are {depths}. Keep one or more.")
-        self.groups(depths - self.blocks)
+        shared = sum(map(len, self.groups(depths - self.blocks)))
+        stored = [fault for depth in range(depths) if (fault := self.stored(module, f"{stack}.{depth}"))]
+        if depths - len(stored) < shared:
+            raise SiteError(stored[0])
         return depths
 
     def learnt(self, model: Model, calibration: Sequence[Batch]) -> Tensor:
@@ -98,6 +102,10 @@ class FoldGpt(BlockSharer):
                     logits = logits_of(walk.forward(batch))
                 text = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), next_tokens(batch, logits.device).flatten())
                 loss = text + self.push * (gates.mean() - stays).abs()
+                if not loss.isfinite():
+                    raise ModelError(
+                        f"{self.name()}: the loss on the text is {loss.item()}. Use a wider dtype, other text, or sound weights."
+                    )
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.param_groups[0]["lr"] = self.learning_rate * (epsilon / EPSILON[0]) ** 0.5

@@ -26,6 +26,7 @@ from modelwright.core.method import ModelMethod, Places
 from modelwright.core.model import Model, put, weight_of, why_not_stored
 from modelwright.core.settings import count, fraction
 from modelwright.core.sharing import tie
+from modelwright.core.weights import not_finite
 from modelwright.maths.hashing import EDGE, Form, Map, Scaling, projected
 
 BOUND = 0.05  # c
@@ -94,6 +95,11 @@ class Roast(ModelMethod):
             raise SiteError(f"{self.name()}: where={self.where!r} skip={self.skip!r} least={self.least} chooses no weight.")
         example = HashedLinear(1, 1, size=1, form="pareto", seed=0, offset=0, scale=1.0)
         faults = [f"{self.name()}: {site.name} {why}." for site, _ in found if (why := why_not_stored(module, site, example))]
+        faults += [
+            f"{self.name()}: {site.name} holds NaN or infinity, which all would share."
+            for site, weight in found
+            if not weight.is_meta and not_finite(weight)
+        ]
         refuse(SiteError, faults)
         return [site for site, _ in found], [weight for _, weight in found]
 
