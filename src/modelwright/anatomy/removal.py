@@ -175,7 +175,7 @@ def remove_units(
             attention.config = copy.copy(attention.config)  # some read there how many heads they have
     sizes = {child: _sizes(child) for child in module.modules()}
     with torch.no_grad():
-        for (name, dim), rows in _selections(found, kept).items():
+        for (name, dim), rows in selections(found, kept).items():
             weight = tensors[name]
             weight.data = weight.data.index_select(dim, torch.tensor(rows, device=weight.device))
             weight.grad = None
@@ -281,7 +281,7 @@ def _kept(found: list[Units], keep: Any) -> list[list[int]]:
     return kept
 
 
-def _selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple[str, int], list[int]]:
+def selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple[str, int], list[int]]:
     """For each tensor and dimension that changes, the positions that stay."""
     spans: dict[tuple[str, int], list[tuple[int, int, Sequence[int]]]] = {}
     for units, rows in zip(found, kept, strict=True):
@@ -423,7 +423,7 @@ def _why_not_plain(module: Any, anatomy: Anatomy, found: list[Units], kept: Sequ
     except Exception as error:  # whatever a config or a model class objects to is the reason
         return f"{type(module.config).__name__} refuses it: {' '.join(str(error).split())}".rstrip(".")
     wanted = {name: list(weight.shape) for name, weight in module.named_parameters()}
-    for (name, dim), rows in _selections(found, kept).items():
+    for (name, dim), rows in selections(found, kept).items():
         wanted[name][dim] = len(rows)
     for name, weight in built.named_parameters():
         if wanted.get(name, list(weight.shape)) != list(weight.shape):

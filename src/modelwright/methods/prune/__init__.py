@@ -18,7 +18,8 @@ What saves bytes, memory and time is to take units out: `prune.flap` heads and n
 MLPs, `prune.das` the same with small adapters in their places, `prune.reap` experts, and `prune.slicegpt` directions of
 the stream between the blocks. Where a model is to be tuned to a text anyway, it can lose units on the way and learn to do
 without them: `prune.loraprune` heads and neurons beside low-rank updates, and `prune.pat` channels of the stream, which it
-mixes first. `prune.efficientllm` takes out units little by little while all weights train, for long runs.
+mixes first. A model that bears an adapter already can lose weights under it, `prune.dsee`, or heads, `prune.dsee_heads`, and then
+have the adapter tuned on. `prune.efficientllm` takes out units little by little while all weights train, for long runs.
 
 What is left out at run time, by what a token needs: `prune.activations` neurons whose contributions are small, which
 measures how sparse a model's activations are; `prune.ftp` whole blocks, for tokens that small routers choose.

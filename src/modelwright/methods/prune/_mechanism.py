@@ -123,7 +123,15 @@ class ModelPruner(Pruner, ModelMethod):
     def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
         raise AssertionError("a ModelPruner writes scores")
 
+    def leagues(self, sites: Sequence[Site]) -> list[tuple[float, list[int]]]:
+        """Where all weights compete: which do with each other, by their numbers, and the sparsity of these together."""
+        return [(self.sparsity, list(range(len(sites))))]
+
     def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
+    def pruned(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        """The model without the weights that go."""
         module = unwrapped(model.module)
         chosen = [(site, local) for site, local in walk.choose(module, anatomy_of(module).sites(module), self, notes)
                   if weight_of(module, site) is not None]  # fmt: skip
@@ -144,8 +152,12 @@ class ModelPruner(Pruner, ModelMethod):
                 score if score.ndim == 3 and site.stack else score.flatten(1)[None] for (site, _), score in zip(chosen, scores, strict=True)
             ]
             return [torch.stack([local.removed(part) for part in each]) for (_, local), each in zip(chosen, matrices, strict=True)]
-        every = lowest(torch.cat([score.flatten() for score in scores])[None], self.sparsity)[0]
-        return list(every.split([score.numel() for score in scores]))
+        gone: dict[int, Tensor] = {}
+        for sparsity, numbers in self.leagues([site for site, _ in chosen]):
+            own = [scores[number].flatten() for number in numbers]
+            parts = lowest(torch.cat(own)[None], sparsity)[0].split([len(score) for score in own])
+            gone |= dict(zip(numbers, parts, strict=True))
+        return [gone[number] for number in range(len(chosen))]
 
     def problems(self) -> list[str]:
         alone = self.scope == "tensor" or isinstance(self.sparsity, float) and self.allocate == "uniform"
