@@ -104,3 +104,51 @@ def net(name: str, seed: int = 0) -> nn.Module:
 
 def image(seed: int = 0) -> Tensor:
     return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+class Block(nn.Module):
+    """A residual block of a diffusion U-Net, which the time shifts."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.norm, self.conv1, self.time = nn.GroupNorm(2, before), nn.Conv2d(before, after, 3, padding=1), nn.Linear(8, after)
+        self.conv2 = nn.Conv2d(after, after, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(before, after, 1) if before != after else None
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        inner = self.conv1(torch.relu(self.norm(x))) + self.time(time)[:, :, None, None]
+        return self.conv2(torch.relu(inner)) + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class UNet(nn.Module):
+    """Two blocks on each side of a middle one, with skips from side to side, that predicts the noise in an image."""
+
+    def __init__(self):
+        super().__init__()
+        self.entry = nn.Conv2d(3, 8, 3, padding=1)
+        self.down, self.middle = nn.ModuleList([Block(8, 8), Block(8, 16)]), Block(16, 16)
+        self.up, self.exit = nn.ModuleList([Block(32, 16), Block(24, 8)]), nn.Conv2d(8, 3, 1)
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        time = torch.sin(timestep[:, None].float() * 0.1 * 2.0 ** torch.arange(8))
+        x, skips = self.entry(sample), []
+        for block in self.down:
+            x = block(x, time)
+            skips.append(x)
+            x = nn.functional.avg_pool2d(x, 2)
+        x = self.middle(x, time)
+        for block in self.up:
+            x = torch.cat([nn.functional.interpolate(x, scale_factor=2.0), skips.pop()], 1)
+            x = block(x, time)
+        return self.exit(x)
+
+
+def unet(seed: int = 0) -> UNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet().eval()
+
+
+def noisy(step: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of a U-Net: two noisy images at one step."""
+    return {"sample": image(seed), "timestep": torch.full((2,), step)}
