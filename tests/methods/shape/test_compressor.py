@@ -81,7 +81,8 @@ def test_a_fresh_student_learns_from_the_model_on_plain_text(tmp_path):
 
 def test_the_plan_is_what_comes_out_whatever_the_seed():
     method = Compressor(keep=0.2, population=6, generations=3)
-    planned = method.planned(emptied(tiny("gpt2")), 0)
+    planned = method.planned(emptied(tiny("gpt2").bfloat16()), 0)
+    assert {value.dtype for value in planned.parameters()} == {torch.bfloat16}
     one, two = (mw.apply(lettered("gpt2"), method, seed=seed).module for seed in (0, 1))
     sizes = [{name: value.shape for name, value in module.named_parameters()} for module in (planned, one, two)]
     assert sizes[0] == sizes[1] == sizes[2]

@@ -72,7 +72,7 @@ class Compressor(ModelMethod):
         shape, config = self.searched(module)
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(1 << 48, (), generator=rng)))
-            student = LlamaForCausalLM(config)
+            student: Any = LlamaForCausalLM(config)
         like = next(value for value in module.parameters() if value.is_floating_point())
         model.module = student.to(like.device, like.dtype).eval()
         made = sum(value.numel() for value in student.parameters())
@@ -84,7 +84,8 @@ class Compressor(ModelMethod):
 
         _, config = self.searched(unwrapped(module))
         with torch.device("meta"):
-            return LlamaForCausalLM(config)
+            student: Any = LlamaForCausalLM(config)
+        return student.to(next(value.dtype for value in module.parameters() if value.is_floating_point()))
 
     def searched(self, module: Any) -> tuple[Shape, LlamaConfig]:
         """The best shape for a model's vocabulary and size, and its config.
