@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.allocation import erk, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, standardised
+from modelwright.maths.allocation import erk, even, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, standardised
 
 
 def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
@@ -95,3 +95,29 @@ def test_owl_keeps_the_mean_exactly_and_stays_within_its_reach(keep, sizes):
 def test_owl_without_spread_or_with_blocks_alike_is_uniform():
     assert owl([1.0, 5.0, 2.0], [1, 1, 1], 0.3, 0.0) == pytest.approx([0.3] * 3)
     assert owl([2.0, 2.0, 2.0], [1, 1, 1], 0.3, 0.08) == pytest.approx([0.3] * 3)
+
+
+def test_evenly_each_keeps_as_many_and_the_small_are_whole():
+    # Of 10 + 100 + 1000, 30%: 333; the first is whole, then 323 for two, of which the second has only 100: 223 for the third.
+    assert even([1000, 10, 100], 0.3) == pytest.approx([0.223, 1, 1])
+    assert even([1000, 10, 100], 0.1) == pytest.approx([0.0505, 1, 0.505])  # 111: 10 and 50.5 twice
+    assert even([5, 5], 1.0) == [1, 1]
+    assert even([5, 20], 0.2) == pytest.approx([0.5, 0.125])
+
+
+@pytest.mark.parametrize("keep", [0.01, 0.2, 0.5, 0.93, 1.0])
+def test_evenly_meets_the_budget_and_is_the_best_logarithm(keep):
+    sizes = [17, 400, 30, 2500, 2500, 64, 9]
+    dense = even(sizes, keep)
+    assert sum(share * size for share, size in zip(dense, sizes, strict=True)) == pytest.approx(keep * sum(sizes), rel=1e-6)
+    # Karush, Kuhn, Tucker: 1 / p = λ · size where p < 1, and at most that where p = 1.
+    level = [share * size for share, size in zip(dense, sizes, strict=True) if share < 1]
+    assert not level or max(level) == pytest.approx(min(level))
+    assert all(share < 1 or size <= max(level, default=size) * (1 + 1e-12) for share, size in zip(dense, sizes, strict=True))
+    # Any other division of the budget has a smaller sum of logarithms.
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        other = torch.tensor(dense, dtype=torch.float64) * torch.rand(7, generator=generator, dtype=torch.float64)
+        other = other * keep * sum(sizes) / (other @ torch.tensor(sizes, dtype=torch.float64))
+        if other.max() <= 1:
+            assert other.log().sum() <= torch.tensor(dense, dtype=torch.float64).log().sum() + 1e-9

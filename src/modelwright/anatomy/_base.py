@@ -19,6 +19,7 @@ STAGES = (
     ("router", "router.shared", "mlp.gate", "mlp.up", "mlp.gate_up", "experts.gate", "experts.up", "experts.gate_up"),
     ("mlp.down", "experts.down"),
 )
+KINDS = ("mlp", "heads", "residual", "experts", "channels", "stages")
 READS = {role for stage in (STAGES[0], STAGES[2], STAGES[4]) for role in stage}  # multiply the residual stream
 WRITES = {"attn.o", "attn.cross_o", "mlp.down", "experts.down"}  # add to the residual stream
 
@@ -87,12 +88,13 @@ class Group:
 class Units:
     """`count` units of a kind that share their tensors: the neurons of one block, the channels of a model."""
 
-    kind: str  # "mlp", "heads", "residual" or "experts"
+    kind: str  # one of KINDS
     depth: int | None  # None when the units run through all blocks
     count: int
     spans: tuple[Span, ...]
     scope: str = ""  # the dotted path that the units belong to: a block, a stack, or "" for the model
     size: str = ""  # the config's name for their number
+    buffers: tuple[Span, ...] = ()  # what is no parameter and leaves too, such as running means
 
     def group(self, index: int) -> Group:
         """Unit `index` as slices."""
@@ -223,12 +225,13 @@ class Anatomy:
         """The units of a kind, one entry for each set of tensors that share them.
 
         "mlp": neurons, an entry per block. "heads": key-value heads with their query heads, an entry per attention.
-        "residual": channels, one entry. "experts": an entry per block.
+        "residual": channels, one entry. "experts": an entry per block. In models without a family "channels" between two
+        convolutions or linears, and "stages", whose channels join in sums.
 
         Raises: SiteError when the model has none, or when taking them out cannot keep the rest as it was.
         """
-        if kind not in ("mlp", "heads", "residual", "experts"):
-            raise SiteError(f"{kind!r} is no kind of unit; kinds are mlp, heads, residual and experts")
+        if kind not in KINDS:
+            raise SiteError(f"{kind!r} is no kind of unit; kinds are {', '.join(KINDS)}")
         if kind in self.why_not:
             raise SiteError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
         for first, *others in self.tied(module):
@@ -251,7 +254,7 @@ class Anatomy:
 
     def groups(self, module: Any, kind: str | None = None) -> Iterator[Group]:
         """Every group of slices that must leave together, of one kind or of all that the model has."""
-        for each in [kind] if kind else ["mlp", "heads", "residual", "experts"]:
+        for each in [kind] if kind else KINDS:
             try:
                 found = self.units(module, each)
             except SiteError:
@@ -374,6 +377,11 @@ class Anatomy:
             )
             for depth, sites in found.items()
         ]
+
+    def _channels(self, module: Any) -> list[Units]:
+        return []
+
+    _stages = _channels
 
     # What a family adjusts by hand when parts leave
 

@@ -1,10 +1,14 @@
-"""Any module that no family knows: its linears, convolutions and embeddings."""
+"""Any module that no family knows: its linears, convolutions and embeddings.
+
+Its units are the channels between convolutions and linears, as far as its graph can be followed (`_channels`). Which
+neurons, heads or experts belong together, only a family can say.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ._base import Anatomy
+from ._base import Anatomy, Units
 
 
 class GenericAnatomy(Anatomy):
@@ -53,6 +57,16 @@ class GenericAnatomy(Anatomy):
     def role(self, name: str) -> tuple[str, int | None] | None:
         """The role and depth of a parameter of the module."""
         return self.known.get(name)
+
+    def _channels(self, module: Any) -> list[Units]:
+        from ._channels import channels_of
+
+        return channels_of(module, "channels")
+
+    def _stages(self, module: Any) -> list[Units]:
+        from ._channels import channels_of
+
+        return channels_of(module, "stages")
 
     def stack_paths(self, module: Any) -> list[str]:
         """The list of blocks, when there is one."""

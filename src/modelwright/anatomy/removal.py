@@ -140,7 +140,7 @@ def remove_units(
     *,
     plain: bool = True,
 ) -> Removed:
-    """Keep only the units `keep` of a kind, in place: "mlp" neurons, "heads", "residual" channels, or "experts".
+    """Keep only the units `keep` of a kind, in place: one of `_base.KINDS`.
 
     `keep` are the indices that stay: one list for all, a list for each entry of `Anatomy.units` in its order, or a map
     from a block's index to its list (blocks that it leaves out keep all). A head is a key-value head with its query
@@ -166,16 +166,20 @@ def remove_units(
         choices = _choices(module, anatomy, found, after)
         raise PlanError(f"{why_not}. {choices}With plain=False it is stored in a way that loads after `import modelwright`.")
 
-    changes = [] if why_not else [(_configs(module, units.scope), _changes(module, anatomy, units, max(after))) for units in found]
+    changes = (
+        []
+        if why_not or kind in ("channels", "stages")
+        else [(_configs(module, units.scope), _changes(module, anatomy, units, max(after))) for units in found]
+    )
     ratio = before[0] / after[0]
-    tensors = dict(module.named_parameters())
+    tensors: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     heads = [(_attentions(module, units), _repeat(module, units)) for units in found if kind == "heads"]
     if why_not:
         for attention in {attention for attentions, _ in heads for attention in attentions if hasattr(attention, "config")}:
             attention.config = copy.copy(attention.config)  # some read there how many heads they have
     sizes = {child: _sizes(child) for child in module.modules()}
     with torch.no_grad():
-        for (name, dim), rows in _selections(found, kept).items():
+        for (name, dim), rows in selections(found, kept).items():
             weight = tensors[name]
             weight.data = weight.data.index_select(dim, torch.tensor(rows, device=weight.device))
             weight.grad = None
@@ -281,11 +285,11 @@ def _kept(found: list[Units], keep: Any) -> list[list[int]]:
     return kept
 
 
-def _selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple[str, int], list[int]]:
+def selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple[str, int], list[int]]:
     """For each tensor and dimension that changes, the positions that stay."""
     spans: dict[tuple[str, int], list[tuple[int, int, Sequence[int]]]] = {}
     for units, rows in zip(found, kept, strict=True):
-        for span in units.spans:
+        for span in (*units.spans, *units.buffers):
             spans.setdefault((span.name, span.dim), []).append((span.start, span.width, rows))
     return {
         key: [start + row * width + n for start, width, rows in sorted(each) for row in rows for n in range(width)]
@@ -295,7 +299,8 @@ def _selections(found: list[Units], kept: Sequence[Sequence[int]]) -> dict[tuple
 
 def _sizes(child: nn.Module) -> dict[str, Any]:
     """The shapes of a module's own parameters, and the numbers that it knows of itself."""
-    shapes = {name: tuple(value.shape) for name, value in child.named_parameters(recurse=False)}
+    held = itertools.chain(child.named_parameters(recurse=False), child.named_buffers(recurse=False))
+    shapes = {name: tuple(value.shape) for name, value in held if name not in child._non_persistent_buffers_set}
     numbers = {name: value for name, value in vars(child).items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     config = vars(child.config) if hasattr(child, "config") else {}
     counts = {f"config.{name}": config[name] for name in ("num_attention_heads", "num_key_value_heads") if name in config}
@@ -309,6 +314,13 @@ def _set_sizes(child: Any) -> None:
         child.out_features, child.in_features = weight.shape
     elif isinstance(child, nn.Embedding):
         child.num_embeddings, child.embedding_dim = weight.shape
+    elif isinstance(child, nn.modules.conv._ConvNd):
+        if child.groups == 1:
+            child.in_channels, child.out_channels = weight.shape[:2] if child.transposed else weight.shape[:2][::-1]
+        elif child.groups == child.in_channels == child.out_channels:
+            child.groups = child.in_channels = child.out_channels = len(weight)
+    elif isinstance(child, nn.modules.batchnorm._NormBase):
+        child.num_features = next((len(held) for held in (weight, child.running_mean) if held is not None), child.num_features)
     elif type(child).__name__ == "Conv1D":
         child.nx, child.nf = weight.shape
     elif type(child).__name__.endswith("TopKRouter"):
@@ -403,6 +415,8 @@ def _configs(module: Any, scope: str) -> list[Any]:
 
 def _why_not_plain(module: Any, anatomy: Anatomy, found: list[Units], kept: Sequence[Sequence[int]]) -> str:
     """Why plain transformers could not load the result, found by building it on the meta device; "" when it can."""
+    if found[0].kind in ("channels", "stages"):
+        return f"{type(module.config).__name__} has no number for these channels" if hasattr(module, "config") else ""
     sizes: dict[tuple[int, str], set[int]] = {}
     for units, rows in zip(found, kept, strict=True):
         sizes.setdefault((id(_configs(module, units.scope)[0]), units.size), set()).add(len(rows))
@@ -423,7 +437,7 @@ def _why_not_plain(module: Any, anatomy: Anatomy, found: list[Units], kept: Sequ
     except Exception as error:  # whatever a config or a model class objects to is the reason
         return f"{type(module.config).__name__} refuses it: {' '.join(str(error).split())}".rstrip(".")
     wanted = {name: list(weight.shape) for name, weight in module.named_parameters()}
-    for (name, dim), rows in _selections(found, kept).items():
+    for (name, dim), rows in selections(found, kept).items():
         wanted[name][dim] = len(rows)
     for name, weight in built.named_parameters():
         if wanted.get(name, list(weight.shape)) != list(weight.shape):

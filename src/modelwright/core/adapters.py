@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from modelwright.anatomy import Site, Units
+from modelwright.anatomy.removal import selections
+
 from .errors import ModelError
-from .model import Model, quiet, unwrapped
+from .files import read_json, write_json
+from .model import Model, quiet, save_module, unwrapped
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,11 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
         found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
         raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
     return updates, whole
+
+
+def bearing(site: Site) -> str:
+    """The path of the layer that bears an update beside a site's weight; "" where there is none."""
+    return site.module.removesuffix(".base_layer") if site.module.endswith(".base_layer") else ""
 
 
 def nothing(layer: Any) -> Update:
@@ -126,3 +137,49 @@ def takes_biases(module: nn.Module, paths: list[str]) -> bool:
     """Whether all these layers have a bias, without which peft cannot put one of an update into the weights."""
     layers = [module.get_submodule(path) for path in paths]
     return all(getattr(layer, "bias", None) is not None and not isinstance(layer, nn.Embedding) for layer in layers)
+
+
+@contextlib.contextmanager
+def plain_layers(base: nn.Module) -> Iterator[dict[str, Any]]:
+    """A model's own layers in the places of those that bear an adapter; these, by their paths, are put back afterwards."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    kinds = (BaseTunerLayer, ModulesToSaveWrapper)
+    bearers: dict[str, Any] = {path: layer for path, layer in base.named_modules() if isinstance(layer, kinds)}
+    for path, layer in bearers.items():
+        base.set_submodule(path, layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer.get_base_layer())
+    try:
+        yield bearers
+    finally:
+        for path, layer in bearers.items():
+            base.set_submodule(path, layer)
+
+
+@torch.no_grad()
+def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
+    """Take from LoRA's factors, by the paths of their layers, the rows and columns of units that leave the layers."""
+    chosen = selections(list(found), kept)
+    for path, layer in bearers.items():
+        transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
+        for dim, factors in enumerate((layer.lora_B, layer.lora_A)):
+            rows = chosen.get((f"{path}.weight", 1 - dim if transposed else dim))
+            for factor in factors.values() if rows is not None else ():
+                for name, value in factor.named_parameters(recurse=False):
+                    if name == "weight" or dim == 0:
+                        index = torch.tensor(rows, device=value.device)
+                        setattr(factor, name, nn.Parameter(value.index_select(dim if name == "weight" else 0, index), value.requires_grad))
+                factor.out_features, factor.in_features = factor.weight.shape
+            if rows is not None:
+                setattr(layer, ("out_features", "in_features")[dim], len(rows))
+
+
+def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:
+    """Write the model under an adapter into `base` beside the adapter's files in `folder`, which will be `final`."""
+    (folder / "base").mkdir()
+    base = unwrapped(bearer)
+    with plain_layers(base):
+        save_module(base, folder / "base")
+    file = folder / "adapter_config.json"
+    stated = read_json(file, ModelError, "Save the adapter again.")
+    write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")})

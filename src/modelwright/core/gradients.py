@@ -91,14 +91,18 @@ def next_tokens(batch: Batch, device: torch.device) -> Tensor:
 
 
 def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
-    """∂L/∂θ in float32, by parameter, of the mean over batches of the cross-entropy: of next tokens, or with the `labels`."""
+    """∂L/∂θ in float32, by parameter, of the mean over batches of the cross-entropy: of next tokens, or with the `labels`.
+
+    A batch may have the key "labels" itself, the class of each row, which the model is not given.
+    """
     walk = Resident(model)
     sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in floats(walk.module).items()}
     with trainable(walk.module) as parameters:
         for number, batch in enumerate(batches):
-            logits = logits_of(walk.forward(batch))
-            if labels is not None:
-                loss = F.cross_entropy(logits.flatten(0, -2).float(), labels[number].flatten().to(logits.device))
+            own = batch["labels"] if "labels" in batch and "input_ids" not in batch else labels[number] if labels is not None else None
+            logits = logits_of(walk.forward({key: value for key, value in batch.items() if key != "labels" or own is None}))
+            if own is not None:
+                loss = F.cross_entropy(logits.flatten(0, -2).float(), own.flatten().to(logits.device))
             else:
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), next_tokens(batch, logits.device).flatten())
             for total, gradient in zip(sums.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):

@@ -68,7 +68,8 @@ def _resize(layer: Any, description: dict[str, Any], like: torch.Tensor) -> None
     for name, shape in description["parameters"].items():
         known = getattr(layer, name, None)
         like = like if known is None else known
-        setattr(layer, name, nn.Parameter(torch.empty(shape, dtype=like.dtype, device=like.device)))
+        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+        setattr(layer, name, empty if name in layer._buffers else nn.Parameter(empty))
     if any(name.startswith("config.") for name in description["numbers"]):
         layer.config = copy.copy(layer.config)
     for name, value in description["numbers"].items():
@@ -78,7 +79,7 @@ def _resize(layer: Any, description: dict[str, Any], like: torch.Tensor) -> None
 
 def _sizes(layer: Any) -> dict[str, Any]:
     """What of a module differs from what the config makes: it is named in its `resized`."""
-    parameters = dict(layer.named_parameters(recurse=False))
+    parameters = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
     resized: list[str] = layer.resized
     return {
         "kind": RESIZED,

@@ -64,6 +64,7 @@ class Method(ABC):
     by_place: ClassVar[bool] = False  # numbers may be lists over depth and maps by role
     takes: ClassVar[tuple[int, int | None]] = (1, None)  # the least and the greatest number of donors
     alike: ClassVar[bool] = False  # donors must be of the model's architecture, tensor by tensor, and count once
+    changes_base: ClassVar[bool] = False  # of a model that bears an adapter, the weights that it stands beside
     base_apart: ClassVar[bool] = False  # merges what donors changed in the model, so that it is no donor of its own
 
     status: ClassVar[str] = "sketch"
@@ -170,6 +171,7 @@ class SiteMethod(Method):
     """A method that works weight by weight."""
 
     by_place: ClassVar[bool] = True
+    changes_base: ClassVar[bool] = True
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
     every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
     whole: ClassVar[bool] = False  # takes convolutions as they are, [out, in, side, ...], and not as [out, rest]

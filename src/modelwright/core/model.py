@@ -54,6 +54,7 @@ class Model:
         self.history: list[dict[str, Any]] = []
         self.unread: list[str] = []  # tensors of its files that the module has no place for
         self.changed = False  # whether a method has changed it in memory, so that its folder holds something else
+        self.rebased = False  # whether the weights that its adapter stands beside are no longer those of the base that it names
         self._module = module
         self._tokenizer = tokenizer
         self._lent: Model | None = None  # whose tokenizer it has, in the place of its folder's
@@ -183,6 +184,10 @@ class Model:
         final = Path(folder)
         with whole_folder(final, overwrite=overwrite) as partial:
             save_module(self.module, partial)
+            if self.rebased and hasattr(self.module, "peft_config"):
+                from .adapters import save_base
+
+                save_base(self.module, partial, final)
             self.save_beside(partial)
         return final
 
@@ -403,7 +408,11 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False, unre
         refuse_pickled(folder)
         base = load_module(base_of(adapter), config, trust_remote_code, unread)
         with quiet():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            borne: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        for stated in borne.peft_config.values():
+            if not Path(stated.base_model_name_or_path).is_dir() and (place := beside(adapter, stated.base_model_name_or_path)):
+                stated.base_model_name_or_path = str(place)
+        return borne
     descriptions, ties = stated_descriptions(config), sharing.stated_ties(config)
     if descriptions or ties:
         config.quantization_config = {"quant_method": loading.METHOD, "modules": descriptions, "ties": ties}
@@ -545,8 +554,13 @@ def base_of(adapter: Path) -> Path:
     base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{adapter} does not name its base model. Set base_model_name_or_path in it.")
-    inside = adapter.parent / base
-    return inside if inside.is_dir() else Checkpoint(base).path
+    return beside(adapter, base) or Checkpoint(base).path
+
+
+def beside(adapter: Path, base: str) -> Path | None:
+    """The base that an adapter names, where it lies there or beside it, also once both have moved; None: on the hub, or nowhere."""
+    places = (adapter.parent / base, adapter.parent.absolute() / Path(base).name)
+    return next((place for place in places if place.is_dir()), None)
 
 
 @contextlib.contextmanager

@@ -383,7 +383,8 @@ def _keep_base(partial: Path, beside: Path, final: Path) -> None:
     stated = json.loads(file.read_text("utf-8"))
     base = Path(stated["base_model_name_or_path"])
     if base.absolute().is_relative_to(beside.absolute()):
-        shutil.copytree(base, partial / "base")
+        if not (partial / "base").is_dir():  # which a step that changed the base has written already
+            shutil.copytree(base, partial / "base")
         write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")})
 
 

@@ -92,6 +92,21 @@ def erk(shapes: Sequence[tuple[int, int]], keep: float) -> list[float]:
         whole |= over
 
 
+def even(sizes: Sequence[int], keep: float) -> list[float]:
+    """The share kept of each part: as many entries of each, whole where it has fewer; `keep` of all entries together.
+
+    It is the p that maximises Σ log p under Σ p · size = keep · Σ size and p ≤ 1: min(1, ν / size), filled up like water.
+    SynFlow in expectation, Cai et al. 2022, arXiv:2203.02549.
+    """
+    wanted, level = keep * sum(sizes), 0.0
+    for place, size in enumerate(ordered := sorted(sizes)):
+        level = wanted / (len(ordered) - place)
+        if level <= size:
+            break
+        wanted -= size
+    return [min(1.0, level / size) for size in sizes]
+
+
 def outliers(scores: Sequence[Tensor], times: float) -> float:
     """Of all entries of these scores together, the percentage above `times` their mean: D of OWL, arXiv:2310.05175."""
     count = sum(score.numel() for score in scores)

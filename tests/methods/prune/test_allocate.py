@@ -113,7 +113,7 @@ def test_what_cannot_be_divided_is_refused():
         Wanda(allocate="owl", pattern="2:4")
     with pytest.raises(SettingError, match="several were given. Give one number, or use allocate: uniform"):
         SparseGpt(allocate="erk", sparsity={"mlp": 0.5})
-    with pytest.raises(SettingError, match="allocate must be one of 'uniform', 'erk'; got 'owl'"):
+    with pytest.raises(SettingError, match="allocate must be one of 'uniform', 'erk', 'even'; got 'owl'"):
         Magnitude(allocate="owl")
     with pytest.raises(SiteError, match="no single row of them. Divide its work otherwise, such as with allocate: erk"):
         mw.apply(tiny("t5"), Wanda(allocate="owl"), data=batches(tiny("t5")))

@@ -112,7 +112,7 @@ def test_without_a_bias_and_by_size_it_is_wanda_for_units():
 def test_units_that_write_through_no_one_matrix_are_refused():
     with pytest.raises(SettingError, match="units are mlp and heads, which write through one matrix; got residual"):
         Flap(units=("mlp", "residual"))
-    with pytest.raises(SettingError, match="units are some of mlp, heads, experts, residual; got neurons"):
+    with pytest.raises(SettingError, match="units are some of mlp, heads, residual, experts, channels, stages; got neurons"):
         Flap(units=("neurons",))
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from calibration import batches, lettered
+from nets import image, net
 from tiny import outputs, tiny
 
 import modelwright as mw
@@ -95,3 +96,15 @@ def test_a_pruned_model_trains_on_and_keeps_its_sizes(tmp_path):
     mw.apply(model, Train(tokens=512, batch=4, length=16), data=text)
     assert not torch.equal(outputs(model.module), before)
     assert {name: value.shape for name, value in model.module.named_parameters()} == shapes
+
+
+def test_channels_of_a_convolutional_network_leave_by_the_loss_of_its_classes():
+    module, before = net("resnet"), net("resnet")
+    batches = [{"x": image(seed), "labels": torch.tensor([seed, 1])} for seed in range(3)]
+    module.blocks[1].bn1.bias.data += 1.0  # so that all others say something
+    module.blocks[1].conv1.weight.data[3] = 0.0  # a channel that says nothing: its norm gives a constant, which also goes
+    module.blocks[1].bn1.weight.data[3] = module.blocks[1].bn1.bias.data[3] = 0.0
+    before.load_state_dict(module.state_dict())
+    mw.apply(module, LlmPruner(units=("channels",), share=0.125, spare_first=0, spare_last=0), data=batches)
+    assert [block.conv1.out_channels for block in module.blocks] == [7, 7, 14, 14]
+    assert torch.equal(module.blocks[1].conv1.weight, before.blocks[1].conv1.weight[[0, 1, 2, 4, 5, 6, 7]])

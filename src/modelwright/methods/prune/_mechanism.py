@@ -2,7 +2,8 @@
 
 A method fills in a score (`prune.magnitude`, `prune.wanda`) or does removal and compensation together
 (`prune.sparsegpt`). How many are removed of which matrix (`allocate`), in which competition, and how zeros are stored is
-written here. Allocation by outliers is OWL (Yin et al. 2023, arXiv:2310.05175), by sizes ERK (arXiv:1911.11134).
+written here. Allocation by outliers is OWL (Yin et al. 2023, arXiv:2310.05175), by sizes ERK (arXiv:1911.11134) or
+evenly (arXiv:2203.02549).
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Pruner(SiteMethod):
 
     leaves: ClassVar[frozenset[str]] = frozenset({"sparse"})
     sparsity: float = fraction(0.5)  # of the weights that become zero, 0 to 1
-    allocate: Literal["uniform", "erk", "owl"] = "uniform"  # who loses more; erk: large square matrices, owl: blocks with few outliers
+    allocate: Literal["uniform", "erk", "even", "owl"] = "uniform"  # who loses more; erk, even: large matrices, owl: few outliers
     pattern: Pattern | None = None  # "2:4" keeps two of every four inputs, and overrides sparsity
     store: Literal["dense", "sparse"] = "dense"  # sparse: a bit per weight and the nonzeros; needs modelwright to load
 
@@ -60,8 +61,13 @@ class Pruner(SiteMethod):
         return found
 
     def divided(self, places: Sequence[Place], surveyed: Any) -> dict[Place, dict[str, Any]]:
-        if self.allocate == "erk":
-            kept = allocation.erk([place.shape for place in places], 1 - self.sparsity)
+        if self.allocate in ("erk", "even"):
+            shapes = [place.shape for place in places]
+            kept = (
+                allocation.erk(shapes, 1 - self.sparsity)
+                if self.allocate == "erk"
+                else allocation.even([*map(math.prod, shapes)], 1 - self.sparsity)
+            )
             return {place: {"sparsity": round(1 - keep, 12)} for place, keep in zip(places, kept, strict=True)}
         if self.allocate == "owl" and surveyed is not None:
             sizes = [sum(math.prod(place.shape) for place in places if place.depth == depth) for depth in range(len(surveyed))]
@@ -104,7 +110,7 @@ class Pruner(SiteMethod):
 class TensorPruner(Pruner, TensorMethod):
     """Scores by the weights alone: `score(weight [out, in])`, low goes first."""
 
-    allocate: Literal["uniform", "erk"] = "uniform"  # all lose the same; erk: more of large matrices, less of small and thin ones
+    allocate: Literal["uniform", "erk", "even"] = "uniform"  # all lose the same; erk: thin matrices less; even: all keep as many
 
     def score(self, weight: Tensor) -> Tensor:
         raise AssertionError("a TensorPruner writes score")
@@ -118,12 +124,20 @@ class ModelPruner(Pruner, ModelMethod):
     """Scores all chosen weights at once: `scores(model, sites, calibration, notes)`, a score like each weight, low goes first."""
 
     scope: Literal["tensor", "model"] = "model"  # the weights of each matrix compete, or those of all
-    allocate: Literal["uniform", "erk"] = "uniform"  # all lose the same; erk: more of large matrices, less of small and thin ones
+    allocate: Literal["uniform", "erk", "even"] = "uniform"  # all lose the same; erk: thin matrices less; even: all keep as many
 
     def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
         raise AssertionError("a ModelPruner writes scores")
 
+    def leagues(self, sites: Sequence[Site]) -> list[tuple[float, list[int]]]:
+        """Where all weights compete: which do with each other, by their numbers, and the sparsity of these together."""
+        return [(self.sparsity, list(range(len(sites))))]
+
     def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
+    def pruned(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        """The model without the weights that go."""
         module = unwrapped(model.module)
         chosen = [(site, local) for site, local in walk.choose(module, anatomy_of(module).sites(module), self, notes)
                   if weight_of(module, site) is not None]  # fmt: skip
@@ -144,8 +158,12 @@ class ModelPruner(Pruner, ModelMethod):
                 score if score.ndim == 3 and site.stack else score.flatten(1)[None] for (site, _), score in zip(chosen, scores, strict=True)
             ]
             return [torch.stack([local.removed(part) for part in each]) for (_, local), each in zip(chosen, matrices, strict=True)]
-        every = lowest(torch.cat([score.flatten() for score in scores])[None], self.sparsity)[0]
-        return list(every.split([score.numel() for score in scores]))
+        gone: dict[int, Tensor] = {}
+        for sparsity, numbers in self.leagues([site for site, _ in chosen]):
+            own = [scores[number].flatten() for number in numbers]
+            parts = lowest(torch.cat(own)[None], sparsity)[0].split([len(score) for score in own])
+            gone |= dict(zip(numbers, parts, strict=True))
+        return [gone[number] for number in range(len(chosen))]
 
     def problems(self) -> list[str]:
         alone = self.scope == "tensor" or isinstance(self.sparsity, float) and self.allocate == "uniform"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of
-from modelwright.anatomy._base import Units
+from modelwright.anatomy._base import KINDS, Units
 from modelwright.anatomy.removal import lower_experts_per_token, remove_units
 from modelwright.blocks.experts import fuse_experts
 from modelwright.core.errors import SiteError
@@ -26,7 +26,6 @@ from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count, fraction
 from modelwright.maths.allocation import keep_highest, keep_highest_of_all
 
-KINDS = ("mlp", "heads", "experts", "residual")
 Kept = list[list[int]]  # for each entry of units, what stays
 
 
@@ -37,7 +36,7 @@ class UnitChoice(Method):
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
     kinds: ClassVar[tuple[str, ...]] = KINDS  # that the method can take out
 
-    units: tuple[str, ...] = ("mlp", "heads")  # kinds that go: mlp, heads, experts or residual
+    units: tuple[str, ...] = ("mlp", "heads")  # kinds that go: mlp, heads, residual, experts, channels or stages
     share: float = fraction(0.2)  # of the units that go, by what they cost
     scope: Literal["block", "model"] = "block"  # each block loses the same share; or units of all blocks compete
     spare_first: int = count(0, low=0, unit="blocks")  # at the start, left as they are

@@ -43,7 +43,7 @@ class Flap(UnitPruner):
     bias: bool = True  # add what leaves gave on average to the bias
 
     def problems(self) -> list[str]:
-        wrong = set(self.units) & {"experts", "residual"}
+        wrong = sorted(set(self.units) & set(self.kinds) - {"mlp", "heads"})
         return super().problems() + ([f"units are mlp and heads, which write through one matrix; got {', '.join(wrong)}."] if wrong else [])
 
     def look(self, model: Model, found: Sequence[Units], calibration: Sequence[Batch]) -> Seen:
