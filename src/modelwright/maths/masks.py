@@ -158,7 +158,8 @@ class _Stretch:
         }
         within = {rank: place - low for rank, place in ranks.items() if rank not in found}
         if within:
-            values = torch.cat(self.buffers)[:inside].numpy()  # slice after slice
+            filled = [*self.buffers[:-1], self.buffers[-1][: BUFFER - self.room]]
+            values = (torch.cat(filled) if len(filled) > 1 else filled[0]).numpy()  # slice after slice
             ordered = np.partition(values, sorted({place - 1 for place in within.values()}))
             for rank, place in within.items():
                 value = ordered[place - 1]
