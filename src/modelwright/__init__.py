@@ -61,6 +61,10 @@ def __getattr__(name: str) -> Any:
     return module if _HOMES[name] == name else getattr(module, name)  # `fit` and `starter` are modules that can be called
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Registers our checkpoint format right after transformers' table of quantizers is loaded."""
 

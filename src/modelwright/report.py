@@ -300,8 +300,9 @@ LOADS = {
     "dense": "It loads with plain transformers.",
     "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
     "adapter": "It is an adapter beside its base model, and loads with peft.",
-    loading.METHOD: "It loads with transformers after `import modelwright`: some layers are stored in ways that have no standard form. "
-    "**Without that import transformers warns and fills those layers with random numbers.**",
+    loading.METHOD: "It loads with transformers after `import modelwright`: some of its layers have forms or sizes that no config can say. "
+    "**Without that import transformers makes another model of it, or none: it warns of tensors that it does not know or misses, "
+    "leaves out the one and fills the other with random numbers, and refuses sizes that differ.**",
 }
 
 

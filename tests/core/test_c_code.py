@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from tiny import tiny
 from torch import nn
 
 import modelwright as mw
 from modelwright.c_code import Exported
 from modelwright.core.errors import ModelError, RecipeError, SettingError
+from modelwright.methods.quantize.rtn import Rtn
 
 pytestmark = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
 
@@ -172,6 +175,23 @@ def test_what_is_not_known_is_refused_by_name(module, named, tmp_path):
     with pytest.raises(ModelError, match=named):
         mw.export_c(module, torch.zeros(1, 4), tmp_path / "c")
     assert not any(tmp_path.iterdir())
+
+
+def test_models_of_other_kinds_are_refused_with_what_to_do(tmp_path):
+    packed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    mw.apply(packed, Rtn(bits=8, group=0))
+    for module, sentence in [
+        (mw.open(tiny("llama")), "got a Model. Of a model of Modelwright, give its .module"),
+        (tiny("llama"), "LlamaForCausalLM is a model of transformers, which is not written as C"),
+        (packed, '0 is a PackedLinear. Give the network before it was stored so; weights="int8"'),
+    ]:
+        with pytest.raises(ModelError, match=re.escape(sentence)):
+            mw.export_c(module, torch.zeros(1, 8), tmp_path / "c")
+
+
+def test_a_layer_alone_is_a_network(tmp_path):
+    torch.manual_seed(0)
+    agrees(nn.Linear(4, 3), torch.randn(2, 4), tmp_path / "c")
 
 
 def test_bad_wishes_are_refused(tmp_path):

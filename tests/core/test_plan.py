@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from tiny import tiny
-from transformers import LlamaConfig
+from transformers import LlamaConfig, ResNetConfig, ResNetForImageClassification
 
 import modelwright as mw
 from modelwright.core import find, recipe
@@ -87,12 +87,16 @@ def test_every_method_can_be_planned(small, text, tmp_path):
     most = max(find.find(name).takes[0] for name in find.names())
     others = [str(shutil.copytree(small, tmp_path / f"donor-{number}")) for number in range(most)]
     Model(name="mixture", module=tiny("qwen3_moe"), tokenizer=letters()).save(tmp_path / "mixture")
+    small_net = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    Model(name="images", module=ResNetForImageClassification(small_net)).save(tmp_path / "images")
+    models = {"prune.reap": tmp_path / "mixture", "prune.precropping": tmp_path / "images"}
     for name in find.names():
         cls = find.find(name)
         given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
         steps = ["adapt.lora"] if "adapters" in cls.wants else []
-        model = tmp_path / "mixture" if name == "prune.reap" else small
-        found = plan(recipe.read({"model": str(model), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]}))
+        found = plan(
+            recipe.read({"model": str(models.get(name, small)), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]})
+        )
         assert found.rows[-1].step == name
 
 

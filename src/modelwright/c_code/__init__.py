@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from modelwright.blocks._stored import Stored
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.core.files import whole_folder, write_text
 
@@ -56,7 +57,7 @@ def export_c(
         raise SettingError(
             f"example is one input with a batch of 1; got {getattr(example, 'shape', example)}. Add or cut the first dimension."
         )
-    writer = Writer(_traced(module, example), weights)
+    writer = Writer(_traced(_plain(module), example), weights)
     with torch.no_grad():
         writer.write()
     out = Path(folder)
@@ -64,6 +65,19 @@ def export_c(
         for name, template, values in writer.files():
             write_text(beside / name, jinja2.Template(template, keep_trailing_newline=True, trim_blocks=False).render(values))
     return Exported(out, writer.flash, 4 * writer.arena, writer.macs)
+
+
+def _plain(module: nn.Module) -> nn.Module:
+    """The network as layers that can be followed; raises ModelError, with what to do, where it is of another kind."""
+    if not isinstance(module, nn.Module):
+        raise ModelError(f"export_c writes a torch module; got a {type(module).__name__}. Of a model of Modelwright, give its .module.")
+    if hasattr(module, "config"):
+        raise ModelError(f"{type(module).__name__} is a model of transformers, which is not written as C: networks of torch layers are.")
+    stored = [name for name, layer in module.named_modules() if isinstance(layer, Stored)]
+    if stored:
+        kind = type(module.get_submodule(stored[0])).__name__
+        raise ModelError(f'{stored[0]} is a {kind}. Give the network before it was stored so; weights="int8" stores whole numbers.')
+    return nn.Sequential(module) if type(module).__module__.startswith("torch.nn.") else module
 
 
 def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:

@@ -269,6 +269,10 @@ class BlockMethod(Method):
         """Whether `before` and `after` are of the last token of each sequence alone."""
         return False
 
+    @classmethod
+    def needs(cls) -> tuple[str, ...]:
+        return ("calibration", *super().needs())
+
     def keep(self, scores: list[float]) -> list[int]:
         """The indices of the blocks that stay, by the scores of every run of `span` blocks, by its first."""
         raise AssertionError("a BlockMethod writes keep")
@@ -286,6 +290,10 @@ class ModelMethod(Method):
     def planned(self, module: Any, donors: int) -> Any:
         """The empty module as it will be, for sizes before any work; with so many donors."""
         return module
+
+    def passes(self, blocks: int) -> float:
+        """How often the calibration text runs through a model of so many blocks, for the plan."""
+        return 2
 
 
 class Chooses(Protocol):

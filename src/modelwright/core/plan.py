@@ -357,8 +357,10 @@ def seconds(module: nn.Module, method: Method, given: Given, flops_per_token: in
         return text + method.tokens * (3 * full + (token if "teacher" in method.needs() else 0))
     if isinstance(method, BlockMethod):
         return text + shape.tokens * (token + BLOCK_FLOATS * shape.blocks * shape.width / ELEMENTS)
+    if isinstance(method, ModelMethod) and "calibration" in method.needs():
+        text += method.passes(shape.blocks) * shape.tokens * token
     places = _places(module, method)
-    own = 3 * getattr(method, "holds", 1) * values * (1 + len(given.donors)) / ELEMENTS
+    own = (text if isinstance(method, ModelMethod) else 0) + 3 * getattr(method, "holds", 1) * values * (1 + len(given.donors)) / ELEMENTS
     if getattr(method, "solves", False):
         own += sum(weight.numel() * min(len(weight), weight[0].numel()) for _, weight in places) / SOLVER
     if isinstance(method, LayerMethod):

@@ -82,7 +82,7 @@ def test_spared_blocks_stay_whole_and_the_count_is_the_formulas():
 
 
 def test_more_blocks_spared_than_there_are_is_said():
-    with pytest.raises(SiteError, match=r"of 4 blocks all are spared \(4 and 2\)"):
+    with pytest.raises(SiteError, match=r"of 4 blocks all are spared \(spare_first=4, spare_last=2\)"):
         mw.apply(tiny("llama"), LlmPruner(), data=batches(tiny("llama")))
 
 

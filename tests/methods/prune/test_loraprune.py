@@ -231,7 +231,7 @@ def test_what_cannot_be_is_refused_before_anything_changes(text):
     with pytest.raises(SettingError, match="initial is above share"):
         LoraPrune(initial=0.6)
     model = lettered()
-    with pytest.raises(SiteError, match=r"of 4 blocks all are spared \(3 and 1\)"):
+    with pytest.raises(SiteError, match=r"of 4 blocks all are spared \(spare_first=3, spare_last=1\)"):
         mw.apply(model, LoraPrune(tokens=256, batch=2, length=16), data=text)
     assert torch.equal(outputs(model.module), outputs(tiny()))
     assert all(value.requires_grad for value in model.module.parameters())

@@ -9,5 +9,6 @@ How to choose: `factor.svd_llm` whenever there is text; `factor.asvd` where matr
 time for a pass of the text for each matrix and share; `factor.pela` where there is time to train: it factors and then distils
 from the original; `factor.tensor` for convolutions, and for embeddings that are not tied to the head. All save bytes and memory,
 and time in proportion; but the folded matrices and tables of `factor.tensor` take longer than dense ones. They lose more quality
-for a saved byte than quantisation does, and earn their place after it, or where integers are not an option.
+for a saved byte than quantisation does, and earn their place before it, as factors that are then quantised, or where integers are
+not an option.
 """

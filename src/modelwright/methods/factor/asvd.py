@@ -75,6 +75,9 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
                 put(module, site, local.factored(weight, metric))
         return model
 
+    def passes(self, blocks: int) -> float:
+        return 2 if self.allocate == "uniform" else 2 + 7 * blocks * len(self.keeps)  # of the matrices of a block, seven as a rule
+
     def allocated(self, model: Model, chosen: Chosen, metrics: list[Tensor], calibration: Sequence[Batch], notes: list[str]) -> Chosen:
         """The sites, each with a `keep` of its own that together meet this one's."""
         module = unwrapped(model.module)

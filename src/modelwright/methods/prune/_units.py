@@ -65,7 +65,8 @@ class UnitChoice(Method):
         depths = 1 + max((units.depth for units in whole if units.depth is not None), default=0)
         found = [units for units in whole if units.depth is None or self.spare_first <= units.depth < depths - self.spare_last]
         if not found:
-            raise SiteError(f"{self.name()}: of {depths} blocks all are spared ({self.spare_first} and {self.spare_last}). Spare fewer.")
+            spared = f"spare_first={self.spare_first}, spare_last={self.spare_last}"
+            raise SiteError(f"{self.name()}: of {depths} blocks all are spared ({spared}). Lower them.")
         return found
 
     def kept(self, module: nn.Module, found: Sequence[Units], scores: list[Tensor], share: float | None = None) -> Kept:

@@ -29,6 +29,7 @@ from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
 from modelwright.core.observed import inputs_of_modules
 from modelwright.core.parts import refuse_adapters
+from modelwright.core.progress import bar
 from modelwright.core.settings import count, number
 from modelwright.maths.neurons import Neurons, highest_level
 
@@ -68,12 +69,14 @@ class Activations(ModelMethod):
         guests = self.seat(model.module, hosts)
 
         def allowed(level: float) -> bool:
+            tick()
             self.set(guests, parts, level)
             return text_loss(model, calibration) - before <= math.log1p(self.increase)
 
         level = self.limit
         if level is None:
-            level = highest_level(allowed, most, self.halvings) if self.increase else 0.0
+            with bar(self.name(), self.halvings) as tick:
+                level = highest_level(allowed, most, self.halvings) if self.increase else 0.0
         self.set(guests, parts, level)
         after, ratios = text_loss(model, calibration), self.ratios(model, hosts, guests, calibration)
         notes += [
@@ -123,6 +126,9 @@ class Activations(ModelMethod):
         seen = inputs_of_modules(model, hosts, calibration, self.observed)
         values = [guest.inner(seen[path]) if self.rule == "fat" else seen[path] for path, guest in zip(hosts, guests, strict=True)]
         return [float((guest.kept(value) & (value != 0)).double().mean()) for guest, value in zip(guests, values, strict=True)]
+
+    def passes(self, blocks: int) -> float:
+        return self.halvings + 4
 
     def planned(self, module: Any, donors: int) -> Any:
         self.seat(module, self.hosts(module))

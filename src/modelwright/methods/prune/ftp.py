@@ -27,6 +27,7 @@ from modelwright.core.gradients import finite_loss, text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model
 from modelwright.core.parts import alone, leaving_on_error, refuse_adapters, row_of
+from modelwright.core.progress import bar
 from modelwright.core.routing import distances, mode, shifted
 from modelwright.core.settings import count, fraction, number
 from modelwright.maths.allocation import moved_to_mean
@@ -92,8 +93,13 @@ class Ftp(ModelMethod):
             tokens=self.steps * self.batch * length, batch=self.batch, length=length, learning_rate=self.learning_rate,
             weight_decay=0.0, seed=rng.initial_seed() % 2**31,
         )  # fmt: skip
-        with alone(model.module, [value for router in routers for value in router.parameters()]):
-            return shares, static, training.train(model.module, ids, run, lambda module, ids, mask: self.loss(module, routers, ids))
+        mine = [value for router in routers for value in router.parameters()]
+        with alone(model.module, mine), bar(f"{self.name()}: routers", run.steps) as tick:
+            return (
+                shares,
+                static,
+                training.train(model.module, ids, run, lambda module, ids, mask: self.loss(module, routers, ids), report=lambda *_: tick()),
+            )
 
     def schedule(
         self, model: Model, routers: Sequence[TokenRouter], calibration: Sequence[Batch], rng: torch.Generator
@@ -102,6 +108,7 @@ class Ftp(ModelMethod):
         free = [router for router in routers if router.hidden]
 
         def loss(shares: Tensor) -> float:
+            tick()
             for router, share in zip(free, shares.tolist(), strict=True):
                 router.skipped = share
             with mode(routers, "static"):
@@ -109,8 +116,9 @@ class Ftp(ModelMethod):
 
         first = torch.tensor([router.skipped for router in free], dtype=torch.float64)
         even, mean = torch.ones_like(first), float(first.mean()) / MOST
-        best, least = fittest(first, loss, lambda made: MOST * moved_to_mean(made / MOST, even, mean),
-                              self.population, self.generations, self.spread, rng)  # fmt: skip
+        with bar(f"{self.name()}: shares", self.population * (self.generations + 1)) as tick:
+            best, least = fittest(first, loss, lambda made: MOST * moved_to_mean(made / MOST, even, mean),
+                                  self.population, self.generations, self.spread, rng)  # fmt: skip
         for router, share in zip(free, best.tolist(), strict=True):
             router.skipped = round(share, 6)
         return [router.skipped for router in routers], least
@@ -120,6 +128,9 @@ class Ftp(ModelMethod):
         guide, balance, logits = distances(module, routers, ids)
         parts = {"guide": self.guide * guide, "balance": self.balance * balance, "logits": self.logits * logits}
         return torch.stack(list(parts.values())).sum(), {name: part.detach() for name, part in parts.items()}
+
+    def passes(self, blocks: int) -> float:
+        return self.population * (self.generations + 1) + 3 * self.steps * self.batch / 64 + 4  # a pass is of some 64 sequences or more
 
     def planned(self, module: Any, donors: int) -> Any:
         if self.skipped:
