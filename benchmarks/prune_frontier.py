@@ -24,7 +24,7 @@ import _run
 
 SHARES = (0.25, 0.5, 0.7)
 SPARSE = ("magnitude", "wanda", "ria", "sparsegpt", "alps")
-PLAIN, AFTER = "perplexity", "recovered"
+PLAIN, AFTER = "token perplexity", "recovered"
 Settings = Callable[[float], dict[str, Any] | None]
 
 
@@ -35,8 +35,8 @@ def settings(depths: int, width: int) -> dict[str, Settings]:
         "prune.flap": lambda share: {"share": share}, "prune.prunenet": lambda share: {"share": share},
         "prune.llm_pruner": lambda share: {"share": share, "spare_first": 1, "spare_last": 1},
         "prune.adapt_pruner": lambda share: {"share": share, "steps": 10},
-        "prune.loraprune": lambda share: {"share": share, "spare_first": 1, "spare_last": 1, "learning_rate": 3e-3},
-        "prune.efficientllm": lambda share: {"share": share},
+        "prune.loraprune": lambda share: {"share": share, "spare_first": 1, "spare_last": 1, "learning_rate": 3e-3, "every": 1},
+        "prune.efficientllm": lambda share: {"share": share, "every": 1},
     }  # fmt: skip
     blocks: dict[str, Settings] = {
         "prune.shortgpt": lambda share: {"blocks": round(share * depths)},
@@ -55,7 +55,7 @@ def settings(depths: int, width: int) -> dict[str, Settings]:
     weights: dict[str, Settings] = {f"prune.{name}": lambda share: {"sparsity": share, **stored} for name in SPARSE}
     weights["prune.gaprune"] = lambda share: {"sparsity": share, **stored}
     weights["prune.armor"] = lambda share: {"width": 4, "iterations": 2000} if share == 0.5 else None
-    weights["prune.gradual"] = lambda share: {"sparsity": share, "every": 10}
+    weights["prune.gradual"] = lambda share: {"sparsity": share, "every": 1}
     factors: dict[str, Settings] = {f"factor.{name}": lambda share: {"keep": 1 - share} for name in ("svd", "svd_llm", "pela")}
     factors["factor.asvd"] = lambda share: {"keep": 1 - share, "keeps": (0.2, 0.4, 0.6, 0.8)}
     return weights | factors | units | blocks | shared
@@ -134,7 +134,10 @@ def main() -> None:
     text = "corpus" if asked.data == "corpus" else f"DATA/text/{Path(asked.data).name}"
     model = asked.model if asked.model in ("starter", "encoder") else f"DATA/models/{Path(asked.model).name}"
     command = f"python benchmarks/prune_frontier.py --model {model} --data {text} --name {asked.name}"
-    command += f" --recover {asked.recover}" * bool(asked.recover) + f" --methods {' '.join(asked.methods)}" * bool(asked.methods)
+    if asked.recover:
+        command += f" --recover {asked.recover}"
+    if asked.methods:
+        command += f" --methods {' '.join(asked.methods)}"
     _run.save(f"prune-{asked.name}", f"{asked.name}, pruned, factored and shared", command, rows)
     (_run.RESULTS / f"prune-{asked.name}.svg").write_text(plot(rows), "utf-8")
 
