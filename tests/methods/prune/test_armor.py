@@ -128,3 +128,24 @@ def test_weights_that_are_not_finite_are_refused():
     weight[2, 5] = torch.nan
     with pytest.raises(SiteError, match=r"prune\.armor: a weight holds NaN or infinity"):
         Armor(width=8).layer(weight, gathered(correlated(100, 24), "square"), rng())
+
+
+def test_the_sizes_of_rows_and_columns_go_into_the_outer_matrices_when_these_are_no_identities():
+    weight = normal(16, 24) * torch.logspace(-2, 2, 24) * torch.logspace(1, -1, 16)[:, None]
+    by_column = weight.norm(dim=0)
+    by_row = (weight / by_column).norm(dim=1)
+
+    def missed(parts):
+        return float(((dense(*parts) - weight) / by_column / by_row[:, None]).square().sum())
+
+    none, some = (wrapped(weight, torch.ones(24), 8, rng(), steps=steps, rate=0.01) for steps in (0, 200))
+    blocks = some[2] / by_column.view(-1, 1, 8)
+    assert not torch.allclose(blocks, torch.eye(8).expand_as(blocks), atol=1e-2)
+    assert missed(some) < 0.8 * missed(none)
+
+
+def test_stored_dense_it_is_the_product():
+    weight, statistics = normal(16, 24), gathered(correlated(100, 24), "square")
+    packed, plain = (Armor(width=8, iterations=5, store=store).layer(weight, statistics, rng()) for store in ("armor", "dense"))
+    assert torch.equal(plain, packed.dense())
+    assert torch.equal(Armor(width=8, store="dense").planned(weight), weight)
