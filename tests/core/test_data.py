@@ -212,3 +212,12 @@ def test_digest_knows_content_and_borders_but_not_the_source():
 def test_the_same_text_in_two_forms_has_one_digest(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents(3)))
     assert digest(read(tmp_path / "a.jsonl")) == digest(read(documents(3)))
+
+
+def test_a_thinned_text_is_spread_over_the_whole():
+    text = Text(tuple(f"{number:04d} words" for number in range(100)), "numbers")
+    part = text.thinned(200)
+    assert part.documents == tuple(f"{number:04d} words" for number in range(0, 100, 5))
+    assert sum(map(len, part.documents)) >= 200
+    assert text.thinned(1000) is text
+    assert text.thinned(600) is text  # half of it would be too little

@@ -92,7 +92,7 @@ class Case:
         trains = issubclass(self.cls, TrainMethod)
         data: Any = texts.read([LETTERS * 30]) if trains else [tiny.tiny_inputs(tiny.tiny(self.kind), seed) for seed in range(3)]
         needs = self.cls.needs()
-        made: dict[str, Any] = {"data": data}
+        made: dict[str, Any] = {"data": data, "samples": 8, "length": 64}  # of other texts that a method reads
         if "donors" in needs:
             made["donors"] = self.donors((5, 6))
         if "teacher" in needs:

@@ -53,6 +53,11 @@ class Text:
         part = "part" if self.held else f"{held:.0%}"
         return Text(tuple(ours), self.source), Text(tuple(theirs), f"the held-out {part} of {self.source}")
 
+    def thinned(self, characters: int) -> Text:
+        """Every so-manieth document, so that some `characters` or more are left; all of a text that has no more."""
+        step = sum(map(len, self.documents)) // max(characters, 1)
+        return Text(self.documents[::step], self.source, self.held) if step > 1 else self
+
 
 def read(source: str | Path | Text | Sequence[str]) -> Text:
     """The text in `source`: a file, a folder, a hub data set, `"corpus"`, or a list of strings.

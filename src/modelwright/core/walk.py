@@ -35,6 +35,7 @@ from .progress import bar, track
 from .statistics import Statistics
 
 Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
+CHARACTERS = 16  # of a text read beside the data, for each token that is asked for
 Result = Tensor | Sliced | Stored
 
 
@@ -159,7 +160,8 @@ def _given_whole(model: Model, method: ModelMethod, given: Given) -> dict[str, A
 
 def _calibration(model: Model, method: ModelMethod, given: Given) -> Any:
     if method.reads:
-        texts_of = [texts.read(getattr(method, name)) for name in method.reads]
+        enough = given.samples * given.length * CHARACTERS  # so that no text is cut into many more tokens than are asked for
+        texts_of = [texts.read(getattr(method, name)).thinned(enough) for name in method.reads]
         return [given.batches(model), *(dataclasses.replace(given, data=text).batches(model) for text in texts_of)]
     return given.calibration(method, given.donors) if hasattr(method, "texts") else given.batches(model)
 
