@@ -60,9 +60,8 @@ class Activations(ModelMethod):
         hosts = self.hosts(model.module)
         before = finite_loss(model, calibration, self.name())
         seen = inputs_of_modules(model, hosts, calibration, self.observed)
-        parts: list[Any] = [values.shape[1] for values in seen.values()]
-        if self.rule == "cett":
-            parts = [Neurons(seen[path], matrix(model.module, path)) for path in hosts]
+        cett = self.rule == "cett"
+        parts: list[Any] = [Neurons(seen[path], matrix(model.module, path)) if cett else seen[path].shape[1] for path in hosts]
         most = 1.0
         if self.rule == "fat":
             most = max(float(model.module.get_submodule(path)(seen[path]).abs().max()) for path in hosts)
