@@ -71,12 +71,12 @@ def fold_norms(module: Any) -> None:
             own = [norm for path, norm in norms if path.startswith(f"{stack}.{site.depth}.")]
             half = len(own) // 2
             own = own if len(own) == 1 else own[:half] if site.role.startswith("attn") else own[half:]
-        scale: Tensor = own[0].weight  # type: ignore[assignment]
+        scale = own[0].get_parameter("weight")
         weight, dim = module.get_parameter(site.name), input_dim(site)
         turned = weight.double().movedim(dim, -1) * (scale.double() + anatomy.norm_offset)
         weight.copy_(turned.movedim(-1, dim))
     for _, norm in norms:
-        norm.weight.fill_(1 - anatomy.norm_offset)  # type: ignore[operator, union-attr]
+        norm.get_parameter("weight").fill_(1 - anatomy.norm_offset)
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ class ConditionalConv2d(Described):
         shares, rows = self.shares(x), len(x)
         kernel = torch.einsum("rk,koihw->roihw", shares, self.weight).flatten(0, 1)
         bias = None if self.bias is None else (shares @ self.bias).flatten()
-        found = F.conv2d(x.flatten(0, 1)[None], kernel, bias, self.stride, self.padding, self.dilation, groups=rows)  # type: ignore[arg-type]
+        found = F.conv2d(x.flatten(0, 1)[None], kernel, bias, self.stride, self.padding, self.dilation, groups=rows)
         return found.view(rows, self.out_channels, *found.shape[2:])
 
     def describe(self) -> dict[str, Any]:

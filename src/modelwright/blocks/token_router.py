@@ -54,9 +54,9 @@ class TokenRouter(Guest):
         if self.attention:
             host.get_submodule(self.attention).register_forward_hook(self._watch)
 
-    def settle(self, model: nn.Module) -> None:
+    def settle(self, model: Any) -> None:
         """Let the model's attentions tell their weights."""
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+        model.set_attn_implementation("eager")
 
     def _watch(self, _: nn.Module, args: Any, found: Any) -> None:
         self._weights = found[1] if isinstance(found, tuple) else None

@@ -71,7 +71,7 @@ class Beside:
         """Put the updates into the weights."""
         for site, layer in self.layers.items():
             change = self.updates[site.name].change()
-            layer.weight.add_(change.T if site.transposed else change)  # type: ignore[operator, union-attr]
+            layer.get_parameter("weight").add_(change.T if site.transposed else change)
 
     def remove(self) -> None:
         """Take the updates away, and let train what trained before; a second time does nothing."""

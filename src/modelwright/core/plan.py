@@ -181,7 +181,8 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
 
         names = [site.name for site, _ in walk.choose(module, anatomy_of(module).sites(module), method)]
         with quiet():
-            module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)), low_cpu_mem_usage=True)  # type: ignore[arg-type]
+            bare: Any = module
+            module = peft.get_peft_model(bare, method.adapter(sharing.layers(module, names)), low_cpu_mem_usage=True)
     elif isinstance(method, ModelMethod):
         module = method.planned(module, len(given.donors))
         split_experts(module)

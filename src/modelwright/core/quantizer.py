@@ -33,11 +33,13 @@ class ModelwrightQuantizer(HfQuantizer):
     requires_calibration = True
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        install(model, self.quantization_config.modules)  # type: ignore[attr-defined]
-        sharing.leave_out(model, self.quantization_config.ties)  # type: ignore[attr-defined]
+        stated: Any = self.quantization_config
+        install(model, stated.modules)
+        sharing.leave_out(model, stated.ties)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        sharing.tie(model, self.quantization_config.ties)  # type: ignore[attr-defined]
+        stated: Any = self.quantization_config
+        sharing.tie(model, stated.ties)
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` writes: shared tensors once."""

@@ -50,7 +50,7 @@ class FeatureCache:
             if "forward" in vars(part):
                 raise ModelError(f"A {type(part).__name__} has another forward already, such as that of a cache. Close that first.")
         for place, part in enumerate(self.parts):
-            part.forward = self._around(place, part, clock is None)  # type: ignore[method-assign]
+            vars(part)["forward"] = self._around(place, part, clock is None)
         self._clock = clock.register_forward_hook(self._tick) if clock is not None else None
 
     def _tick(self, *_: Any) -> None:

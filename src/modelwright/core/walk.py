@@ -610,11 +610,11 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     import peft
 
-    module = model.module
+    module: Any = model.module
     names = [site.name for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)))  # type: ignore[arg-type]
+        model.module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)))
 
 
 # Training

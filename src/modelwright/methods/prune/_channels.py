@@ -16,6 +16,7 @@ from modelwright.core.errors import PlanError, SiteError
 from modelwright.core.method import Method
 from modelwright.core.settings import count, fraction
 from modelwright.maths.channel_masks import sharp_mask, soft_mask
+from modelwright.methods.prune._units import loads_otherwise
 
 NAME = "channels"  # of the parts that the model bears
 
@@ -44,7 +45,7 @@ class Narrower(Method):
     def narrowed(self, module: nn.Module, kept: Iterable[int], notes: list[str]) -> None:
         """Take out the other channels, and note it where plain transformers cannot load the result."""
         if why := remove_units(module, "residual", list(kept), plain=False).why_not_plain:
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+            notes.append(loads_otherwise(self.name(), why))
 
 
 class Chosen(nn.Module):

@@ -133,11 +133,8 @@ class ModelPruner(Pruner, ModelMethod):
         """Where all weights compete: which do with each other, by their numbers, and the sparsity of these together."""
         return [(self.sparsity, list(range(len(sites))))]
 
-    def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
-        return self.pruned(model, calibration, notes)
-
     def pruned(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
-        """The model without the weights that go."""
+        """The model without the weights that go; `calibration` is what `scores` is given."""
         module = unwrapped(model.module)
         chosen = [(site, local) for site, local in walk.choose(module, anatomy_of(module).sites(module), self, notes)
                   if weight_of(module, site) is not None]  # fmt: skip

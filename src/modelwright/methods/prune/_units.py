@@ -93,7 +93,7 @@ class UnitChoice(Method):
         config: Any = getattr(module, "config", None)
         before = getattr(config, "num_experts_per_tok", 0)
         if why := take_out(module, found, kept) or why:
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+            notes.append(loads_otherwise(self.name(), why))
         if before and (now := config.num_experts_per_tok) < before:
             notes.append(f"{self.name()}: tokens go to {now} experts, no longer to {before}, since no more are left")
 
@@ -115,10 +115,7 @@ class UnitPruner(UnitChoice, ModelMethod):
         """Make up for what leaves, before it does; why plain transformers could then not load the model, "" when it can."""
         return ""
 
-    # Mechanism
-
-    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
-        return self.pruned(model, calibration, notes)
+    # Mechanism, called by the verb with what `look` needs
 
     def pruned(self, model: Model, source: Any, notes: list[str]) -> Model:
         """The model without the units that go; `source` is what `look` is given."""
@@ -132,6 +129,19 @@ class UnitPruner(UnitChoice, ModelMethod):
             why = self.compensate(module, found, kept, seen)
         self.taken_out(module, found, kept, notes, why)
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextUnitPruner(UnitPruner):
+    """Takes units out by what it sees of them on text."""
+
+    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
+
+def loads_otherwise(name: str, why: str) -> str:
+    """What the user should know of a result that no config can say; `name` is the method's."""
+    return f"{name}: {why}; so the model loads after `import modelwright`, and not in plain transformers"
 
 
 def per_member(units: Units, tensors: Mapping[str, Tensor]) -> list[Tensor]:

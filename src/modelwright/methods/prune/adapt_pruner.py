@@ -24,7 +24,7 @@ from modelwright.core.passage import similarities_of_blocks
 from modelwright.core.progress import track
 from modelwright.core.settings import count, fraction, number
 from modelwright.maths.allocation import keep_highest_of_all
-from modelwright.methods.prune._units import refuse_not_finite, take_out
+from modelwright.methods.prune._units import loads_otherwise, refuse_not_finite, take_out
 from modelwright.methods.prune.llm_pruner import LlmPruner
 
 MOST = 0.99  # of a block that may go
@@ -66,7 +66,7 @@ class AdaptPruner(LlmPruner):
             kept = keep_highest_of_all(scores, [self.cost(module, units) for units in found], over / self.costs(module, found))
             why = take_out(module, found, kept)
         if why:
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+            notes.append(loads_otherwise(self.name(), why))
         return model
 
     def costs(self, module: nn.Module, found: Sequence[Units]) -> float:

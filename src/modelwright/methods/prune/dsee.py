@@ -41,7 +41,7 @@ class Dsee(ModelPruner):
         apart = self.adapted is not None and alone
         return super().problems() + ["adapted is one share of weights that compete over the model. Use scope: model, no pattern."] * apart
 
-    def model(self, model: Model, notes: list[str]) -> Model:  # type: ignore[override]
+    def model(self, model: Model, notes: list[str]) -> Model:
         model = self.pruned(model, (), notes)
         notes.append(f"{self.name()}: the zeros are in the weights beside the adapter; adapt.fold fills them in")
         return model

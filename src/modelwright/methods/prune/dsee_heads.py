@@ -43,7 +43,7 @@ class DseeHeads(UnitPruner):
     scope: Literal["block"] = "block"  # each block loses the same share
     measure: Literal["both", "update", "weight"] = "both"  # whose sizes are summed
 
-    def model(self, model: Model, notes: list[str]) -> Model:  # type: ignore[override]
+    def model(self, model: Model, notes: list[str]) -> Model:
         updates, _ = read(model)
         with plain_layers(unwrapped(model.module)) as bearers:
             return self.pruned(model, (updates, bearers), notes)

@@ -26,13 +26,13 @@ from modelwright.core.model import Model, weight_of
 from modelwright.core.passage import statistics_of
 from modelwright.core.statistics import Statistics
 from modelwright.maths.allocation import standardised
-from modelwright.methods.prune._units import Kept, UnitPruner, inputs_of_units, last_matrix
+from modelwright.methods.prune._units import Kept, TextUnitPruner, inputs_of_units, last_matrix
 
 Seen = list[tuple[Site, Statistics]]  # of each entry, the matrix through which its units write, and that one's inputs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flap(UnitPruner):
+class Flap(TextUnitPruner):
     """Take out the heads and neurons that a constant can stand for best, and let biases be that constant; no training."""
 
     status: ClassVar[str] = "checked"

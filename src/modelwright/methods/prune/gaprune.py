@@ -42,6 +42,9 @@ class GaPrune(ModelPruner):
     alignment: float = number(0.2, low=0)  # how much agreeing gradients raise, and opposed ones lower, the Fisher terms
     scales: Literal["standard", "published"] = "standard"  # terms by their deviation in each tensor; or as they are
 
+    def model(self, model: Model, calibration: Sequence[Any], notes: list[str]) -> Model:
+        return self.pruned(model, calibration, notes)
+
     def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
         (domain, domain_square), (general, general_square) = (gradient_moments(model, batches) for batches in calibration)
         found, parts = [], torch.zeros(2, dtype=torch.float64)

@@ -22,11 +22,11 @@ from modelwright.core.gradients import gradient_moments
 from modelwright.core.model import Model
 from modelwright.core.settings import count, fraction
 from modelwright.maths.effects import Effect, effects
-from modelwright.methods.prune._units import UnitPruner, per_member
+from modelwright.methods.prune._units import TextUnitPruner, per_member
 
 
 @dataclass(frozen=True, kw_only=True)
-class LlmPruner(UnitPruner):
+class LlmPruner(TextUnitPruner):
     """Take out the heads and neurons with the least first- or second-order effect on the loss; then train a little."""
 
     status: ClassVar[str] = "checked"

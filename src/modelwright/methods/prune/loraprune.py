@@ -98,8 +98,9 @@ class Leaving(Course):
     def gradient(self, step: int) -> None:
         effects = {}
         for site, layer in self.beside.layers.items():
-            update, weight = self.beside.updates[site.name], layer.weight.T if site.transposed else layer.weight  # type: ignore[union-attr]
-            assert update.up.grad is not None and update.down.grad is not None and isinstance(weight, Tensor)
+            update, stored = self.beside.updates[site.name], layer.get_parameter("weight")
+            weight = stored.T if site.transposed else stored
+            assert update.up.grad is not None and update.down.grad is not None
             estimate = gradient_of_product(update.up, update.down, update.up.grad, update.down.grad)
             effect = (estimate * (weight + update.change())).abs()
             effects[site.name] = effect.T if site.transposed else effect

@@ -30,7 +30,7 @@ from modelwright.core.model import Model, unwrapped
 from modelwright.core.settings import count, fraction
 from modelwright.maths.allocation import even
 from modelwright.maths.masks import lowest
-from modelwright.methods.prune._units import per_member, take_out
+from modelwright.methods.prune._units import loads_otherwise, per_member, take_out
 
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -60,13 +60,13 @@ class PreCropping(ModelMethod):
             scores = [torch.stack([part.sum((1, 2)) for part in per_member(units, sizes)]).sum(0) for units in found]
             kept = [score.topk(width).indices.sort().values.tolist() for score, width in zip(scores, widths, strict=True)]
         if why := take_out(module, found, kept):
-            notes.append(f"{self.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
+            notes.append(loads_otherwise(self.name(), why))
         if self.fresh:
             with torch.random.fork_rng():
                 torch.manual_seed(int(torch.randint(1 << 48, (), generator=rng)))
-                for child in module.modules():
-                    if hasattr(child, "reset_parameters"):
-                        child.reset_parameters()  # type: ignore[operator]
+                drawn: list[Any] = [child for child in module.modules() if hasattr(child, "reset_parameters")]
+                for child in drawn:
+                    child.reset_parameters()
         left = ", ".join(f"{units.scope} {width} of {units.count}" for units, width in zip(found, widths, strict=True))
         notes.append(f"{self.name()}: channels that are left: {left}")
         return model

@@ -28,7 +28,7 @@ from modelwright.core.settings import count, fraction, number
 from modelwright.maths.divergence import kolmogorov_smirnov
 from modelwright.methods.prune._units import UnitPruner, per_member
 
-Policy = tuple[Tensor, Tensor, Tensor]  # P [n, width], b [n], r [n]
+Policy = tuple[Tensor, ...]  # P [n, width], b [n], r [n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class PruneNet(UnitPruner):
     def problems(self) -> list[str]:
         return [] if self.units == ("mlp",) else [f"units are mlp; got {', '.join(self.units)}. Use prune.llm_pruner for others."]
 
-    def model(self, model: Model, rng: torch.Generator, notes: list[str]) -> Model:  # type: ignore[override]
+    def model(self, model: Model, rng: torch.Generator, notes: list[str]) -> Model:
         return self.pruned(model, rng, notes)
 
     def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
@@ -82,7 +82,7 @@ class PruneNet(UnitPruner):
         bound = width**-0.5
         made = (bound * (2 * torch.rand(rows, width, generator=rng) - 1), bound * (2 * torch.rand(rows, generator=rng) - 1),
                 torch.rand(rows, generator=rng))  # fmt: skip
-        policy: Policy = tuple(part.to(matrices[0].device).requires_grad_() for part in made)  # type: ignore[assignment]
+        policy = tuple(part.to(matrices[0].device).requires_grad_() for part in made)
         best, most = policy, -torch.inf
         with torch.enable_grad():
             optimizer = torch.optim.AdamW(policy, lr=self.learning_rate)
@@ -100,8 +100,8 @@ class PruneNet(UnitPruner):
                     optimizer.step()
                     total += reward
                 if total > most:
-                    best, most = tuple(part.detach().clone() for part in policy), total  # type: ignore[assignment]
-        return tuple(part.detach() for part in best)  # type: ignore[return-value]
+                    best, most = tuple(part.detach().clone() for part in policy), total
+        return tuple(part.detach() for part in best)
 
     def drawn(self, policy: Policy, matrix: Tensor, rng: torch.Generator) -> Tensor:
         """The rows of a matrix [n, width] that one draw keeps."""

@@ -26,11 +26,11 @@ from modelwright.core.model import Model
 from modelwright.core.passage import Resident
 from modelwright.core.settings import fraction
 from modelwright.core.walk import split_experts
-from modelwright.methods.prune._units import Kept, UnitPruner
+from modelwright.methods.prune._units import Kept, TextUnitPruner
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reap(UnitPruner):
+class Reap(TextUnitPruner):
     """Take whole experts out of a mixture, those that change their tokens' outputs least; no training."""
 
     status: ClassVar[str] = "checked"

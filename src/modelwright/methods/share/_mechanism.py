@@ -65,7 +65,8 @@ class BlockSharer(ModelMethod):
         of_groups = [{depths[place]: names[place] for place in group} for group in groups]
         if faults := [fault for group in of_groups if (fault := self._fault(module, stack, group))]:
             for path in split:
-                module.set_submodule(path, module.get_submodule(path).to_fused())  # type: ignore[operator]
+                experts: Any = module.get_submodule(path)
+                module.set_submodule(path, experts.to_fused())
             refuse(SiteError, faults)
         for group in of_groups:
             self._tie(module, [f"{stack}.{depth}." for depth in group], next(iter(group.values())))

@@ -88,7 +88,7 @@ class Roast(ModelMethod):
         Raises:
             SiteError: there is none, or one cannot be read from an array.
         """
-        picked: Any = walk.choose(None, anatomy_of(module).sites(module), self)  # type: ignore[arg-type]
+        picked = walk.choose(None, anatomy_of(module).sites(module), self)
         found = [(site, weight) for site, _ in picked if (weight := weight_of(module, site)) is not None]
         found = [(site, weight) for site, weight in found if weight.ndim == 2 and weight.numel() >= self.least]
         if not found:
