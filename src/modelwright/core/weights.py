@@ -274,15 +274,15 @@ def not_finite(values: Tensor) -> int:
     return int((~values.isfinite()).sum())
 
 
-def _finite(name: str, tensor: Sliced) -> Iterator[Tensor]:
-    """The slices of a computed tensor. Raises WeightsError at one that holds NaN or infinity."""
-    for part in tensor:
-        if _is_float(part.dtype) and not_finite(part):
-            raise WeightsError(
-                f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
-                f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
-            )
-        yield part
+def _finite(name: str, tensor: Sliced, at: slice) -> Tensor:
+    """A slice of a computed tensor. Raises WeightsError where it holds NaN or infinity."""
+    part = tensor[at]
+    if _is_float(part.dtype) and not_finite(part):
+        raise WeightsError(
+            f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
+            f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
+        )
+    return part
 
 
 class Writer:
@@ -353,15 +353,23 @@ class Writer:
         """
         if tensor.dtype not in CODES:
             raise WeightsError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot store.")
-        nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
-        shard = self._room_for(name, nbytes)
-        parts = map(_bytes, [tensor] if isinstance(tensor, Tensor) else _finite(name, tensor))
-        if nbytes % 8:
-            shard.late[name] = (tensor.dtype, tuple(tensor.shape), torch.cat(list(parts)))
+        count, size = math.prod(tensor.shape), tensor.dtype.itemsize
+        shard = self._room_for(name, count * size)
+        if count * size % 8:
+            parts = [tensor] if isinstance(tensor, Tensor) else each(functools.partial(_finite, name, tensor), count)
+            shard.late[name] = (tensor.dtype, tuple(tensor.shape), torch.cat([_bytes(part) for part in parts]))
             return
-        shard.enter(name, tensor.dtype, tensor.shape, nbytes)
-        for part in parts:
-            _write(shard.file, part)
+        start = shard.enter(name, tensor.dtype, tensor.shape, count * size)
+        if isinstance(tensor, Tensor):
+            _write(shard.file, _bytes(tensor), start)
+            return
+
+        def store(at: slice) -> None:
+            """Compute and write a slice, so that no other core has to fetch it."""
+            _write(shard.file, _bytes(_finite(name, tensor, at)), start + at.start * size)
+
+        for _ in each(store, count):
+            pass
 
     def copy(self, name: str, checkpoint: Checkpoint, source: str | None = None) -> None:
         """Copy tensor `name` from another checkpoint (there named `source`, if that differs), byte for byte."""
@@ -370,8 +378,9 @@ class Writer:
         if place.nbytes % 8:
             shard.late[name] = (place.dtype, place.shape, _read(place, 0, place.nbytes))
         else:
-            shard.enter(name, place.dtype, place.shape, place.nbytes)
+            start = shard.enter(name, place.dtype, place.shape, place.nbytes)
             with open(place.file, "rb", buffering=0) as file:
+                shard.file.seek(start)
                 _copy_bytes(file, place.start, shard.file, place.nbytes)
 
     def tie(self, alias: str, name: str) -> None:
@@ -462,7 +471,6 @@ class _Shard:
     def __init__(self, path: Path):
         self.path = path
         self.file = open(path, "w+b", buffering=0)  # noqa: SIM115
-        self.file.seek(self.ROOM)
         self.entries: dict[str, dict[str, Any]] = {}
         self.late: dict[str, tuple[torch.dtype, tuple[int, ...], Tensor]] = {}
         self.size = 0
@@ -477,14 +485,15 @@ class _Shard:
         fits = self.size + waiting + nbytes <= shard_bytes or self.size + waiting == 0
         return fits and waiting < self.MOST_LATE and self.header_size + 1000 * len(self.late) < self.ROOM * 3 // 4
 
-    def enter(self, name: str, dtype: torch.dtype, shape: tuple[int, ...] | torch.Size, nbytes: int) -> None:
-        """Note in the header a tensor whose bytes follow now."""
+    def enter(self, name: str, dtype: torch.dtype, shape: tuple[int, ...] | torch.Size, nbytes: int) -> int:
+        """Note in the header a tensor whose bytes follow now; returns where in the file they begin."""
         end = self.size + nbytes
         entry = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [self.size, end]}
         self.entries[name] = entry
         self.header_size += len(json.dumps({name: entry}))
         self._flush_behind()
         self.size = end
+        return self.ROOM + end - nbytes
 
     def _flush_behind(self) -> None:
         """Have what was written so far go to the disk while more is computed, so that little waits for it at the end."""
@@ -505,17 +514,15 @@ class _Shard:
         """Write what waits and the header, flush to disk; returns {name: bytes}."""
         self.stop()
         for name, (dtype, shape, data) in sorted(self.late.items(), key=lambda item: -item[1][0].itemsize):
-            self.enter(name, dtype, shape, data.nbytes)
-            _write(self.file, data)
+            _write(self.file, data, self.enter(name, dtype, shape, data.nbytes))
         header = json.dumps({"__metadata__": metadata} | self.entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         room = self.ROOM - 8
         if len(header) > room or self.size < self.ROOM * 100:  # a small file, so moving it costs little
             room = len(header)
             self._move_data(8 + room)
-        self.file.seek(0)
         front = bytearray(room.to_bytes(8, "little") + header.ljust(room))
-        _write(self.file, torch.frombuffer(front, dtype=torch.uint8))
+        _write(self.file, torch.frombuffer(front, dtype=torch.uint8), 0)
         os.fsync(self.file.fileno())
         self.file.close()
         return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in self.entries.items()}
@@ -647,11 +654,12 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _write(file, data: Tensor) -> None:
+def _write(file, data: Tensor, start: int) -> None:
+    """Write a uint8 tensor to where `start` is in the file; threads may write beside each other."""
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     done = 0
     while done < len(view):
-        done += file.write(view[done : done + SLICE])
+        done += os.pwrite(file.fileno(), view[done : done + SLICE], start + done)
 
 
 def _copy_bytes(source, start: int, target, count: int) -> None:

@@ -103,9 +103,9 @@ def in_order(at: slice) -> bool:
 def each(work: Callable[[slice], Found], count: int, size: int | None = None) -> Iterator[Found]:
     """What `work` returns for each slice of `count` values, in order, a few slices ahead of the reader.
 
-    Slices run beside each other on as many threads as torch uses; inside one, torch keeps to a single thread. Shared
-    out this way, no thread waits for another after each operation, which is what costs on cores that are also busy
-    with something else.
+    Slices run beside each other on as many threads as torch uses; inside one, and for the reader meanwhile, torch keeps
+    to a single thread. Shared out this way, no thread waits for another after each operation, and those that torch has
+    for the reader's own do not spin on cores that the slices need.
     """
     places = slices(count, size)
     threads = min(torch.get_num_threads(), len(places))
@@ -116,6 +116,7 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
     known = torch.get_num_threads()
     waiting: deque[Future[Found]] = deque()
     pool = ThreadPoolExecutor(threads, initializer=_alone)
+    _alone()
     try:
         for at in places:
             waiting.append(pool.submit(work, at))
