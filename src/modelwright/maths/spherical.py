@@ -6,7 +6,6 @@ however often an iteration turns: a mean of directions never leaves the span of 
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -73,7 +72,6 @@ def mean(
         return Sliced(shape, dtype, mixed)
 
     exact = sums_in(dtype, *(tensor.dtype for tensor in tensors))
-
     held = threading.local()  # what a thread works in: new memory for each slice would cost more than the sums
 
     def products(at: slice) -> Tensor:
@@ -85,12 +83,11 @@ def mean(
             wide.copy_(one)
         if base is not None:
             whole = whole[:-1].sub_(whole[-1])
-        return torch.stack([torch.dot(one, other) for one, other in itertools.combinations_with_replacement(whole, 2)]).double().cpu()
+        return (whole @ whole.T).double().cpu()
 
-    gram, (first, second) = torch.zeros(len(tensors), len(tensors), dtype=torch.float64), torch.triu_indices(len(tensors), len(tensors))
+    gram = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
     for found in each(products, count):
-        gram[first, second] += found
-    gram[second, first] = gram[first, second]
+        gram += found
     shares = coefficients(gram).tolist()
     if base is not None:
         tensors, shares = [*tensors, base], [*shares, 1 - sum(shares)]
