@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 from modelwright.core.errors import SiteError
 from modelwright.maths import second_order
+from modelwright.maths.grids import Affine
 from modelwright.maths.masks import lowest
 from modelwright.maths.rounding import decode, encode, scales
 from modelwright.maths.second_order import Moment, inverse_factor, rounded, sweep, without_columns, zeroed
@@ -66,7 +67,7 @@ def test_gptq_loss_is_exactly_the_damped_cost(layer, bits, symmetric):
     weight, moment = layer
     upper, _, _ = inverse_factor(moment)
     scale, zero = scales(weight, bits, 32, symmetric=symmetric)
-    result, loss = sweep(weight, upper, rounded(scale, zero, bits))
+    result, loss = sweep(weight, upper, rounded(Affine(scale, zero, bits)))
     assert loss == pytest.approx(cost(weight, result, damped(moment, 0.01)), rel=1e-4)
 
 
@@ -76,7 +77,7 @@ def test_gptq_with_identity_hessian_equals_rounding(layer, factor, symmetric):
     weight, _ = layer
     upper, _, _ = inverse_factor(factor * torch.eye(192))
     scale, zero = scales(weight, 3, 32, symmetric=symmetric)
-    result, _ = sweep(weight, upper, rounded(scale, zero, 3))
+    result, _ = sweep(weight, upper, rounded(Affine(scale, zero, 3)))
     assert torch.equal(result, decode(encode(weight, scale, zero, 3), scale, zero))
 
 
@@ -89,10 +90,10 @@ def test_gptq_beats_rounding_and_act_order_beats_gptq():
     scale, zero = scales(weight, 3, 32)
     plain = cost(weight, decode(encode(weight, scale, zero, 3), scale, zero), moment)
     upper, _, _ = inverse_factor(moment)
-    result, _ = sweep(weight, upper, rounded(scale, zero, 3))
+    result, _ = sweep(weight, upper, rounded(Affine(scale, zero, 3)))
     order = moment.diagonal().argsort(descending=True)
     upper, _, _ = inverse_factor(moment[order][:, order])
-    permuted, _ = sweep(weight[:, order], upper, rounded(scale, zero, 3, order))
+    permuted, _ = sweep(weight[:, order], upper, rounded(Affine(scale, zero, 3), order))
     ordered = permuted[:, order.argsort()]
     assert cost(weight, ordered, moment) < cost(weight, result, moment) < plain
     codes = encode(ordered, scale, zero, 3)  # static order: each column still lies on its own group's grid
@@ -174,7 +175,7 @@ def test_pruning_and_rounding_together(layer):
     weight, moment = layer
     upper, _, _ = inverse_factor(moment)
     scale, zero = scales(weight, 4, 32)
-    both = zeroed(upper, pattern=(2, 4), then=rounded(scale, zero, 4))
+    both = zeroed(upper, pattern=(2, 4), then=rounded(Affine(scale, zero, 4)))
     result, loss = sweep(weight, upper, both)
     assert ((result.view(48, -1, 4) == 0).sum(-1) >= 2).all()
     assert torch.equal(decode(encode(result, scale, zero, 4), scale, zero), result)

@@ -74,8 +74,17 @@ class Stored(Described):
 
     stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
     dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
+    exact: tuple[str, ...] = ()  # tensors whose dtype is part of the format: `to` another dtype leaves them as they are
     out_features: int
     in_features: int
+
+    def _apply(self, function: Any, recurse: bool = True) -> Self:
+        kept = {name: self._buffers[name] for name in self.exact if self._buffers[name] is not None}
+        super()._apply(function, recurse)
+        for name, value in kept.items():
+            if value is not None and (now := self._buffers[name]) is not None and now.dtype != value.dtype:
+                self._buffers[name] = value.to(now.device)
+        return self
 
     @abstractmethod
     def dense(self) -> Tensor:
@@ -85,6 +94,10 @@ class Stored(Described):
     def weight(self) -> Tensor:
         """The dense weight, made anew, for code that looks at a linear's weight."""
         return self.dense()
+
+    def scheme(self) -> dict[str, Any] | None:
+        """How compressed-tensors calls the form in which the weight is stored, `format` and `weights`; None where it has no name."""
+        return None
 
     def why_not(self, old: nn.Module) -> str:
         """Why it cannot stand in the place of a layer, as the end of a sentence; "" if it can."""

@@ -87,6 +87,13 @@ class PackedLinear(Stored):
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
 
+    def scheme(self) -> dict[str, Any] | None:
+        if self.weight_zero_point is not None:
+            return None  # it has a name, but transformers cannot load it
+        weights = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False}
+        weights |= {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel"}
+        return {"format": "pack-quantized", "weights": weights}
+
     def why_not(self, old: nn.Module) -> str:
         if not isinstance(old, nn.Embedding):
             return super().why_not(old)

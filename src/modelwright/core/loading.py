@@ -1,10 +1,10 @@
 """Save and load models whose layers are stored in other ways than as one dense matrix.
 
-Symmetric packed integers in plain linear layers are written as a `compressed-tensors` checkpoint, which plain
-transformers reads. Everything else (two factors, bit masks, packed embeddings, mixtures, modules of other sizes than the
-config's, what stands for parts that are gone, tensors that several places share) is written for the `modelwright`
-quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained` loads it. The tensors in the file are the
-same either way; only `quantization_config` differs.
+What has a scheme in compressed-tensors (symmetric packed integers, floats of 4 and 8 bits) is written as such a checkpoint where it
+stands in plain linear layers, and plain transformers reads it. Everything else (two factors, bit masks, packed embeddings,
+mixtures, modules of other sizes than the config's, what stands for parts that are gone, tensors that several places share) is
+written for the `modelwright` quantizer (see `quantizer`), so that `import modelwright` then `from_pretrained` loads it. The tensors
+in the file are the same either way; only `quantization_config` differs.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from modelwright import blocks
-from modelwright.blocks._stored import Described, Guest
+from modelwright.blocks._stored import Described, Guest, Stored
 from modelwright.blocks.experts import SplitExperts, is_fused
-from modelwright.blocks.packed import PackedLinear
 
 from . import sharing
 from .errors import ModelError
@@ -106,31 +105,27 @@ def quantization_config(module: nn.Module) -> dict[str, Any] | None:
     descriptions, ties = described(module), sharing.shared(module)
     if not descriptions and not ties:
         return None
-    layers = [module.get_submodule(name) for name in descriptions]
-    plain = all(isinstance(layer, PackedLinear) and layer.replaces == "Linear" and layer.weight_zero_point is None for layer in layers)
-    if ties or not plain:
+    layers = {name: module.get_submodule(name) for name in descriptions}
+    schemes = {name: layer.scheme() for name, layer in layers.items() if isinstance(layer, Stored) and layer.replaces == "Linear"}
+    if ties or len(schemes) < len(layers) or None in schemes.values():
         return {"quant_method": METHOD, "modules": descriptions} | ({"ties": ties} if ties else {})
-    schemes: dict[tuple[int, int | None], list[str]] = {}
-    for name, text in descriptions.items():
-        schemes.setdefault((text["bits"], text["group"]), []).append(name)
-    dense = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
-    groups = {}
-    for number, ((bits, group), names) in enumerate(schemes.items()):
-        weights = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False}
-        weights |= {"strategy": "group", "group_size": group} if group else {"strategy": "channel"}
-        groups[f"group_{number}"] = {
-            "targets": ["Linear"] if len(schemes) == 1 else names,
-            "weights": weights,
-            "input_activations": None,
-            "output_activations": None,
-            "format": "pack-quantized",
-        }
+    alike: list[tuple[dict[str, Any] | None, list[str]]] = []
+    for name, scheme in schemes.items():
+        names = next((names for known, names in alike if known == scheme), None)
+        names.append(name) if names is not None else alike.append((scheme, [name]))
+    no_rounding = {"input_activations": None, "output_activations": None}
+    groups = {
+        f"group_{number}": {"targets": ["Linear"] if len(alike) == 1 else names, **no_rounding, **scheme}
+        for number, (scheme, names) in enumerate(alike)
+        if scheme
+    }
+    formats = {group["format"] for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": dense,
+        "ignore": [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)],
     }
 
 
@@ -148,25 +143,33 @@ def translated(config: dict[str, Any], module: nn.Module) -> dict[str, dict[str,
         )
 
     for scheme in config["config_groups"].values():
-        weights = scheme["weights"]
-        form = scheme.get("format") or config.get("format")
-        if form != "pack-quantized" or weights["type"] != "int":
+        form, weights = scheme.get("format") or config.get("format"), scheme["weights"]
+        if scheme.get("input_activations"):
             raise ModelError(
-                f"A compressed-tensors checkpoint of format {form} cannot be opened yet; pack-quantized integers can. "
-                "Load it with transformers and pass the module instead."
+                f"A compressed-tensors checkpoint of format {form} that rounds inputs too cannot be opened yet. Load it with transformers "
+                "and pass the module instead."
             )
         for name, layer in module.named_modules():
             if not isinstance(layer, nn.Linear) or chosen(name, layer, config.get("ignore") or []):
                 continue
             if chosen(name, layer, scheme["targets"]):
-                group = weights.get("group_size") if weights["strategy"] == "group" else None
-                descriptions[name] = {
-                    "kind": "packed",
-                    "out_features": layer.out_features,
-                    "in_features": layer.in_features,
-                    "bits": weights["num_bits"],
-                    "group": group,
-                    "symmetric": weights.get("symmetric", True),
-                    "bias": layer.bias is not None,
-                }
+                sizes = {"out_features": layer.out_features, "in_features": layer.in_features, "bias": layer.bias is not None}
+                descriptions[name] = sizes | _of_scheme(form, weights)
     return descriptions
+
+
+def _of_scheme(form: str | None, weights: dict[str, Any]) -> dict[str, Any]:
+    """The kind and settings of a layer whose weight compressed-tensors stores so."""
+    group = weights.get("group_size") if "group" in weights["strategy"] else None
+    if form == "pack-quantized" and weights["type"] == "int":
+        return {"kind": "packed", "bits": weights["num_bits"], "group": group, "symmetric": weights.get("symmetric", True)}
+    four = {"nvfp4-pack-quantized": "e4m3", "mxfp4-pack-quantized": "e8m0"}
+    if form in four:
+        return {"kind": "levels", "levels": "e2m1", "bits": 4, "group": group, "scales": four[form]}
+    scopes = {"channel": "row", "tensor": "tensor", "block": "tile"}
+    if form == "float-quantized" and weights["strategy"] in scopes and weights.get("block_structure") in (None, [128, 128]):
+        return {"kind": "float8", "scope": scopes[weights["strategy"]]}
+    raise ModelError(
+        f"A compressed-tensors checkpoint of format {form} ({weights['strategy']}) cannot be opened yet; pack-quantized integers and "
+        "floats of 4 and 8 bits can. Load it with transformers and pass the module instead."
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import SiteError
+from modelwright.maths.grids import Grid
 from modelwright.maths.masks import lowest, lowest_of_each
 
 # choose(start, block [n, out], columns) is called as each block of n of all the columns begins, and returns
@@ -153,27 +154,18 @@ def sweep(
     return result.t().to(dtype or weight.dtype, memory_format=layout), loss.item()
 
 
-def rounded(scale: Tensor, zero: Tensor | None, bits: int, order: Tensor | None = None) -> Choose:
-    """Pick the nearest point of a fixed integer grid: GPTQ.
+def rounded(grid: Grid, order: Tensor | None = None) -> Choose:
+    """Pick the nearest point of a fixed grid: GPTQ.
 
-    scale, zero: [out, groups], of the original weight, as `rounding.scales` gives them. order: [in], for a weight
-    whose columns were permuted, the original place of each, which decides its group ("static" act-order).
+    grid: of the original weight. order: [in], for a weight whose columns were permuted, the original place of each, which decides
+    its group ("static" act-order).
     """
-    steps = scale.float().t().contiguous()
-    shift = torch.zeros_like(steps) if zero is None else zero.float().t()
-    lows = (-(2.0 ** (bits - 1)) - shift).unbind()
-    highs = (2.0 ** (bits - 1) - 1 - shift).unbind()
-    rows = steps.unbind()
+    near = [grid.near(group) for group in range(grid.groups)]
 
     def choose(start: int, block: Tensor, columns: int) -> Pick:
         places = range(start, start + len(block)) if order is None else order[start : start + len(block)].tolist()
-        groups = [place // (columns // len(rows)) for place in places]
-
-        def pick(k: int, column: Tensor) -> Tensor:
-            group = groups[k]
-            return (column / rows[group]).round_().clamp_(lows[group], highs[group]).mul_(rows[group])
-
-        return pick
+        groups = [place // (columns // len(near)) for place in places]
+        return lambda k, column: near[groups[k]](column)
 
     return choose
 

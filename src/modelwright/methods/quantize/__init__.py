@@ -1,9 +1,10 @@
 """Quantisation: store weights in fewer bits.
 
-Mechanism: observer → fold → grid → solver → codec. The grid here is of integers with one scale for each `group` of
-a row's weights; the solver chooses the codes; the codec packs them as compressed-tensors does, so that symmetric
-models load in plain transformers.
+Mechanism: observer → fold → grid → solver → codec. A grid has the points that weights can take, scaled for each `group` of a row's
+weights: whole numbers, or levels such as those of NF4; the solver chooses the codes; the codec packs them, as compressed-tensors
+does where it has a name for them, so that such models load in plain transformers.
 
-How to choose: without text, `quantize.rtn`; 8 bits lose next to nothing. With text, `quantize.gptq` at 4 bits and
-fewer: its error on the layers' outputs is smaller at the same size.
+How to choose: without text, `quantize.rtn`; 8 bits lose next to nothing, and `grid: nf4` is better than integers at 4 bits. With text,
+`quantize.gptq` at 4 bits and fewer: its error on the layers' outputs is smaller at the same size. For accelerators that multiply
+4- or 8-bit floats, `quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`.
 """

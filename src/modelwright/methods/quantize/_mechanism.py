@@ -1,52 +1,106 @@
-"""Integer quantisation: a grid of scales by group, codes chosen by a solver, packed storage.
+"""Quantisation: a grid fitted to each weight, codes chosen by a solver, packed storage.
 
-A method fills in the solver: `quantize.rtn` takes the nearest code, `quantize.gptq` passes each column's error on to
-the columns that are still to come.
+A method fills in the solver: `quantize.rtn` takes the nearest code, `quantize.gptq` passes each column's error on to the columns
+that are still to come. `grid` says which points there are; a preset such as `quantize.nf4` is a solver with a grid of its own.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from modelwright.blocks.levels import LevelsLinear
 from modelwright.blocks.packed import PackedLinear
 from modelwright.core.method import SiteMethod
 from modelwright.core.settings import count
+from modelwright.maths import grids
+from modelwright.maths.grids import Affine, Grid, Scaled
 
 SMALLEST_GROUP = 16  # a scale for fewer weights costs more than it saves
 
 
+class Kind(NamedTuple):
+    """What a grid of levels is made of."""
+
+    levels: str  # a name in `maths.levels`
+    scales: str  # how they are stored, of `maths.scales`
+    bits: int | None = None  # where there is no choice
+    group: int | None = None
+
+
+KINDS = {
+    "nf4": Kind("nf4", "float32", 4), "fp4": Kind("e2m1", "own", 4), "mxfp4": Kind("e2m1", "e8m0", 4, 32),
+    "nvfp4": Kind("e2m1", "e4m3", 4, 16), "k-means": Kind("k-means", "own"), "odd": Kind("odd", "own"),
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
-class IntegerQuantizer(SiteMethod):
-    """Stores each chosen weight as packed integers with a scale per group."""
+class Packer(SiteMethod):
+    """Stores each chosen matrix in fewer bits."""
 
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear")
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
     drops: ClassVar[frozenset[str]] = frozenset({"float"})
 
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return "" if len(shape) == 2 else f"has the shape {list(shape)}, and packed weights are for matrices"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(Packer):
+    """Stores each chosen weight as the codes of a grid's points, with a scale per group."""
+
+    grid: Literal["integer", "nf4", "fp4", "mxfp4", "nvfp4", "k-means", "odd"] = "integer"  # the points that weights can take
     bits: int = count(4, 2, 8, "bits")  # per weight
     group: int = count(128, low=0, unit="weights")  # of a row that share a scale; 0 for the whole row
-    symmetric: bool = True  # false adds zero points, and then modelwright is needed to load
+    symmetric: bool = True  # of integers; false adds zero points, and then modelwright is needed to load
     search: bool = False  # shrink each group's range to the one with the least error, as GPTQ's authors offer
+    nested: bool = False  # store the scales in 8 bits, with scales of their own
+
+    def problems(self) -> list[str]:
+        kind = KINDS.get(self.grid)
+        if kind is None:
+            return ["nested scales are for other grids than integer. Leave nested out."] if self.nested else []
+        found = []
+        if kind.bits and self.bits != kind.bits:
+            found.append(f"grid {self.grid} has {kind.bits} bits; got bits {self.bits}. Leave bits out.")
+        if kind.group and self.group != kind.group:
+            found.append(f"grid {self.grid} has groups of {kind.group} weights; got group {self.group}. Set group: {kind.group}.")
+        if self.nested and kind.scales.startswith("e"):
+            found.append(f"the scales of grid {self.grid} have 8 bits already. Leave nested out.")
+        if not self.symmetric:
+            found.append(f"zero points are for the grid integer; got {self.grid}. Leave symmetric out.")
+        return found
 
     def group_of(self, columns: int) -> int | None:
         """The group for rows of this many inputs: the largest divisor they share, or None, the whole row, where that is small."""
         group = math.gcd(self.group, columns) if self.group else columns
         return None if group == columns or group < min(self.group, SMALLEST_GROUP) else group
 
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        return "" if len(shape) == 2 else f"has the shape {list(shape)}, and packed integers are for matrices"
+    def fitted(self, weight: Tensor) -> Grid:
+        """The grid for a weight [out, in]."""
+        group, kind = self.group_of(weight.shape[1]), KINDS.get(self.grid)
+        if kind is None:
+            return grids.affine(weight, self.bits, group, symmetric=self.symmetric, search=self.search)
+        form = "nested" if self.nested else kind.scales
+        return grids.scaled(weight, kind.levels, group, form, search=self.search, doubling=form == "e8m0", bits=self.bits)
 
-    def packed(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> nn.Module:
-        """The layer that stores the codes [out, in]."""
-        return PackedLinear.from_codes(codes, scale, zero, bits=self.bits)
+    def stored(self, grid: Grid, codes: Tensor, weight: Tensor) -> nn.Module:
+        """The layer that stores the codes [out, in] of a weight."""
+        if isinstance(grid, Affine):
+            return PackedLinear.from_codes(codes, grid.scale, grid.zero, bits=grid.bits)
+        assert isinstance(grid, Scaled)
+        return LevelsLinear.from_codes(codes, grid, KINDS[self.grid].levels, weight.dtype)
 
     def planned(self, weight: Tensor) -> nn.Module:
-        return PackedLinear(out_features=weight.shape[0], in_features=weight.shape[1], bits=self.bits, group=self.group_of(weight.shape[1]),
-                            symmetric=self.symmetric, dtype=weight.dtype, device="meta")  # fmt: skip
+        sizes: dict[str, Any] = dict(out_features=weight.shape[0], in_features=weight.shape[1], bits=self.bits,
+                                     group=self.group_of(weight.shape[1]), dtype=weight.dtype, device="meta")  # fmt: skip
+        if (kind := KINDS.get(self.grid)) is None:
+            return PackedLinear(**sizes, symmetric=self.symmetric)
+        return LevelsLinear(**sizes, levels=kind.levels, scales="nested" if self.nested else kind.scales)
 
     def promise(self) -> dict[str, Any]:
         return {"bits": self.bits} if isinstance(self.bits, int) else {}

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from modelwright.core.method import LayerMethod
 from modelwright.core.settings import count, number
 from modelwright.core.statistics import Statistics
-from modelwright.maths import rounding, second_order
-from modelwright.methods.quantize._mechanism import IntegerQuantizer
+from modelwright.maths import second_order
+from modelwright.methods.quantize._mechanism import Quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gptq(IntegerQuantizer, LayerMethod):
-    """Store weights as `bits`-bit integers, chosen so that the layers' outputs on the text change least."""
+class Gptq(Quantizer, LayerMethod):
+    """Store weights in a few bits, as integers or on another grid, chosen so that the layers' outputs on the text change least."""
 
     status: ClassVar[str] = "checked"
     gathers: ClassVar[tuple[str, ...]] = ("moment",)
@@ -35,7 +35,7 @@ class Gptq(IntegerQuantizer, LayerMethod):
     columns: int = count(128, unit="columns")  # between updates of all later columns
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
-        scale, zero = rounding.scales(weight, self.bits, self.group_of(weight.shape[1]), symmetric=self.symmetric, mse=self.search)
+        grid = self.fitted(weight)
         places = None
         if self.order:
             moment = statistics.moment
@@ -45,9 +45,9 @@ class Gptq(IntegerQuantizer, LayerMethod):
         else:
             inverse, dead, _ = statistics.inverse_factor(self.damp)
         ordered = weight if places is None else weight[:, places]
-        pick = second_order.rounded(scale, zero, self.bits, places)
+        pick = second_order.rounded(grid, places)
         values, _ = second_order.sweep(ordered, inverse, pick, dead=dead, block=self.columns, dtype=torch.float32)
         del inverse
         if places is not None:
             values = values[:, places.argsort()]
-        return self.packed(rounding.encode(values, scale, zero, self.bits), scale, zero)
+        return self.stored(grid, grid.encode(values), weight)

@@ -13,17 +13,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from modelwright.core.method import TensorMethod
-from modelwright.maths import rounding
-from modelwright.methods.quantize._mechanism import IntegerQuantizer
+from modelwright.methods.quantize._mechanism import Quantizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rtn(IntegerQuantizer, TensorMethod):
-    """Store weights as `bits`-bit integers, each rounded by itself; needs no text."""
+class Rtn(Quantizer, TensorMethod):
+    """Store weights in a few bits, as integers or on another grid, each rounded by itself; needs no text."""
 
     status: ClassVar[str] = "checked"
     small = dict(group=32)
 
     def tensor(self, weight: Tensor) -> nn.Module:
-        scale, zero = rounding.scales(weight, self.bits, self.group_of(weight.shape[1]), symmetric=self.symmetric, mse=self.search)
-        return self.packed(rounding.encode(weight, scale, zero, self.bits), scale, zero)
+        grid = self.fitted(weight)
+        return self.stored(grid, grid.encode(weight), weight)
