@@ -109,7 +109,7 @@ def test_transformers_without_us_reads_the_same_weights(method, tmp_path):
 def test_inputs_that_a_checkpoint_wants_rounded_are_not_ignored():
     weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "channel"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": {"num_bits": 8}, "format": "float-quantized"}
-    with pytest.raises(ModelError, match="rounds inputs too cannot be opened"):
+    with pytest.raises(ModelError, match="rounds inputs otherwise than token by token"):
         translated({"config_groups": {"group_0": group}}, tiny("llama"))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._stored import Stored, parameter
-from modelwright.maths.rounding import decode, pack, packed_words, unpack
+from modelwright.maths.rounding import decode, pack, packed_words, rounded_rows, unpack
 
 
 class PackedLinear(Stored):
@@ -16,7 +16,9 @@ class PackedLinear(Stored):
 
     Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when
     asymmetric weight_zero_point int32 [ceil(out · bits / 32), groups], and bias [out]. Ŵ is made anew at each call.
-    group: columns that share a scale, a divisor of in_features; None is the whole row.
+    group: columns that share a scale, a divisor of in_features; None is the whole row. inputs: bits to which each row of the inputs is
+    rounded with a scale of its own; None leaves them. threshold: columns in which an input reaches this size are not rounded, but
+    multiplied as they are (LLM.int8()); 0 rounds all.
     """
 
     kind = "packed"
@@ -34,12 +36,15 @@ class PackedLinear(Stored):
         bits: int,
         group: int | None = None,
         symmetric: bool = True,
+        inputs: int | None = None,
+        threshold: float = 0.0,
         bias: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         self.out_features, self.in_features, self.bits, self.group = out_features, in_features, bits, group
+        self.inputs, self.threshold = inputs, threshold
         groups = in_features // (group or in_features)
         sizes = [(out_features, packed_words(in_features, bits)), (packed_words(out_features, bits), groups)]
         codes, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
@@ -50,7 +55,10 @@ class PackedLinear(Stored):
         self.bias = parameter(torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     @classmethod
-    def from_codes(cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None) -> Self:
+    def from_codes(
+        cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None,
+        inputs: int | None = None, threshold: float = 0.0,
+    ) -> Self:  # fmt: skip
         """Store codes int8 [out, in], scale [out, groups] and zero int8 [out, groups] or None.
 
         They are what `maths.rounding` makes: codes and zeros signed, columns in consecutive groups of equal size.
@@ -60,6 +68,8 @@ class PackedLinear(Stored):
             in_features=codes.shape[1],
             bits=bits,
             group=None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1],
+            inputs=inputs,
+            threshold=threshold,
             dtype=scale.dtype,
             device=codes.device,
         )
@@ -85,19 +95,36 @@ class PackedLinear(Stored):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype."""
-        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        if self.inputs is None:
+            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        found = self._of_rounded(inputs.reshape(-1, self.in_features)).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        return found if self.bias is None else found + self.bias
+
+    def _of_rounded(self, x: Tensor) -> Tensor:
+        """The products of rounded inputs [rows, in], and of those that are too large to round; float32 [rows, out]."""
+        assert self.inputs is not None
+        large = (x.abs() >= self.threshold).any(0).nonzero()[:, 0] if self.threshold else x.new_empty(0, dtype=torch.long)
+        codes, step = rounded_rows(x.masked_fill(x.abs() >= self.threshold, 0) if len(large) else x, self.inputs)
+        codes[:, large] = 0
+        if self.bits == 8 and self.group is None and self.weight_zero_point is None:
+            whole = torch._int_mm(codes, self.codes().T).float() * step * self.weight_scale.float().T
+        else:
+            whole = nn.functional.linear(codes.float() * step, self.dense().float())
+        return whole + nn.functional.linear(x[:, large].float(), self.dense()[:, large].float()) if len(large) else whole
 
     def scheme(self) -> dict[str, Any] | None:
-        if self.weight_zero_point is not None:
-            return None  # it has a name, but transformers cannot load it
+        if self.weight_zero_point is not None or self.threshold:
+            return None  # zero points have a name, but transformers cannot load them
         weights = {"num_bits": self.bits, "type": "int", "symmetric": True, "dynamic": False}
         weights |= {"strategy": "group", "group_size": self.group} if self.group else {"strategy": "channel"}
-        return {"format": "pack-quantized", "weights": weights}
+        inputs = {"num_bits": self.inputs, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+        return {"format": "pack-quantized", "weights": weights} | ({"input_activations": inputs} if self.inputs else {})
 
     def why_not(self, old: nn.Module) -> str:
         if not isinstance(old, nn.Embedding):
             return super().why_not(old)
-        return "" if self.weight_zero_point is None else "is an embedding, of whose packed forms there are symmetric packed integers alone"
+        plain = self.weight_zero_point is None and self.inputs is None
+        return "" if plain else "is an embedding, of whose packed forms there are symmetric packed integers alone"
 
     def standing_for(self, old: nn.Module) -> Stored:
         """The layer itself, or an embedding of its integers."""
@@ -117,4 +144,4 @@ class PackedLinear(Stored):
             "group": self.group,
             "symmetric": self.weight_zero_point is None,
             "bias": self.bias is not None,
-        }
+        } | ({"inputs": self.inputs, "threshold": self.threshold} if self.inputs else {})

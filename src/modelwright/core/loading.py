@@ -144,17 +144,20 @@ def translated(config: dict[str, Any], module: nn.Module) -> dict[str, dict[str,
 
     for scheme in config["config_groups"].values():
         form, weights = scheme.get("format") or config.get("format"), scheme["weights"]
-        if scheme.get("input_activations"):
+        inputs = scheme.get("input_activations") or {}
+        known = {"type": "int", "dynamic": True, "strategy": "token", "symmetric": True}
+        if inputs and (form != "pack-quantized" or known.items() - inputs.items()):
             raise ModelError(
-                f"A compressed-tensors checkpoint of format {form} that rounds inputs too cannot be opened yet. Load it with transformers "
-                "and pass the module instead."
+                f"A compressed-tensors checkpoint of format {form} that rounds inputs otherwise than token by token to integers cannot be "
+                "opened yet. Load it with transformers and pass the module instead."
             )
+        extra = {"inputs": inputs["num_bits"]} if inputs else {}
         for name, layer in module.named_modules():
             if not isinstance(layer, nn.Linear) or chosen(name, layer, config.get("ignore") or []):
                 continue
             if chosen(name, layer, scheme["targets"]):
                 sizes = {"out_features": layer.out_features, "in_features": layer.in_features, "bias": layer.bias is not None}
-                descriptions[name] = sizes | _of_scheme(form, weights)
+                descriptions[name] = sizes | _of_scheme(form, weights) | extra
     return descriptions
 
 

@@ -241,6 +241,18 @@ class LayerMethod(SiteMethod):
         """
         raise AssertionError(f"{self.name()} wants to move inputs and writes no arrange")
 
+    def rescales(self) -> bool:
+        """Whether `rescale` is asked for matrices whose inputs can be scaled for free; by default it is not."""
+        return False
+
+    def rescale(self, kind: str, weights: Sequence[Any], statistics: Any, harm: Callable[[Sequence[Any]], float]) -> Any:
+        """What to multiply the inputs of matrices by that share them, before the verb is called, [in] above 0; None to leave them.
+
+        kind: what makes the inputs: a "norm", or the matrix "value" or "up". weights: [out, in] each. harm: of weights in their place,
+        the mean square by which what the matrices are part of (the attention, the MLP, the matrix) then misses its outputs.
+        """
+        raise AssertionError(f"{self.name()} wants to scale inputs and writes no rescale")
+
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
         return ()

@@ -122,6 +122,14 @@ class Statistics:
             if held is not None:
                 setattr(self, name, held[taken.to(held.device)])
 
+    def rescale(self, factor: Tensor) -> None:
+        """The inputs are multiplied by `factor` [in] above 0 from now on, and so were those that came."""
+        for held, power in ((self._square, 2), (self._sum, 1), (self._spread, 2), (self._absolute, 1), (self._largest, 1)):
+            if held is not None:
+                held *= factor**power
+        if self._moment is not None:
+            self._moment.rescale(factor)
+
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
         held = (self._square, self._sum, self._spread, self._absolute, self._largest)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.anatomy import Site, anatomy_of, folding, matches, removal
 from modelwright.anatomy import reorder as reordering
 from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
@@ -422,6 +422,9 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
     if surveyed is not None:
         notes.append(f"{method.name()} found in the unchanged blocks, first to last: {', '.join(f'{found:.4g}' for found in surveyed)}")
     free = reordering.movable(skeleton) if method.arranges() else {}
+    foldable = folding.folds(skeleton) if method.rescales() else []
+    if method.rescales() and not foldable:
+        notes.append(f"{method.name()}: no inputs of {walk.model.name} can be scaled for free, so they stay as they are")
     walk.enter(batches)
     outside = [site for site in walk.anatomy.sites(walk.module) if site.depth is None and site.role == "head"]
     for depth in track(range(walk.depths), method.name()):
@@ -441,6 +444,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                             walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
                         )
                         _reorder(walk.module, now, statistics, free, notes)
+                        _rescale(walk, depth, now, statistics, [fold for fold in foldable if fold.depth == depth], notes)
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -550,6 +554,63 @@ def _reorder(
         else:
             why = f"runs of {where.inputs.shape[2]} inputs do not suit it" if dense else "what makes them is stored otherwise by now"
             notes.append(f"{local.name()} left the inputs of {site.module} where they are: {why}")
+
+
+def _rescale(
+    walk: Resident, depth: int, chosen: Chosen, statistics: dict[str, Statistics], folds: Sequence[folding.Fold], notes: list[str]
+) -> None:
+    """Let the method scale inputs whose makers can be divided by as much."""
+    local = {site.name: method for site, method in chosen}
+    for fold in folds:
+        own = [site for site in fold.readers if site.name in local]
+        if not own:
+            continue
+        dense, names = dict(walk.module.named_parameters()), [*(site.name for site in fold.readers), *(name for name, _, _ in fold.makers)]
+        if lacking := [name for name in names if name not in dense]:
+            notes.append(f"{local[own[0].name].name()} left the inputs of {own[0].module} as they are: {lacking[0]} is stored otherwise")
+            continue
+        seen = statistics[own[0].name]
+        if seen.tokens == 0 or not seen.finite():
+            continue  # said when it is worked on
+        weights = [weight_of(walk.module, site) for site in own]
+        factor = local[own[0].name].rescale(fold.kind, weights, seen, _harm(walk, depth, fold, own))
+        if factor is None:
+            continue
+        folding.apply_fold(walk.module, fold, factor)
+        for one in {id(statistics[site.name]): statistics[site.name] for site in own}.values():
+            one.rescale(1 / factor)
+
+
+def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site]) -> Callable[[Sequence[Tensor]], float]:
+    """How far the outputs of what matrices are part of are from what they were, with others in their place: a mean square."""
+    scope = walk.module.get_submodule(fold.scope)
+    calls: list[tuple[Any, Any, Tensor]] = []
+
+    def first(out: Any) -> Tensor:
+        return (out[0] if isinstance(out, tuple) else out).float()
+
+    def remember(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        calls.append((args, kwargs, first(out)))
+
+    def harm(weights: Sequence[Tensor]) -> float:
+        if not calls:
+            handle = scope.register_forward_hook(remember, with_kwargs=True)
+            for _ in walk.run_block(depth):
+                pass
+            handle.remove()
+        held = [tensor for site in sites if (tensor := weight_of(walk.module, site)) is not None]
+        before = [weight.clone() for weight in held]
+        for weight, other in zip(held, weights, strict=True):
+            weight.copy_(other)
+        total, count = 0.0, 0
+        for (args, kwargs, out), mask in zip(calls, walk.masks, strict=True):
+            apart = real(first(scope(*args, **kwargs)) - out, mask)
+            total, count = total + float(apart.square().sum(dtype=torch.float64)), count + apart.numel()
+        for weight, other in zip(held, before, strict=True):
+            weight.copy_(other)
+        return total / count
+
+    return harm
 
 
 def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statistics: dict[str, Statistics], given: Given) -> None:

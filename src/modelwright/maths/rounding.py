@@ -19,13 +19,14 @@ ROWS = 256  # whose codes are found together, so that no float copy of all of th
 
 
 def scales(
-    weight: Tensor, bits: int, group: int | None = None, *, symmetric: bool = True, mse: bool = False
+    weight: Tensor, bits: int, group: int | None = None, *, symmetric: bool = True, mse: bool = False, even: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Choose each group's scale, and its zero point when the grid is asymmetric.
 
     weight: [out, in]; `in` is a multiple of `group`. group: columns that share a scale; None is the whole row.
     symmetric: scale = max|w| / ((2^bits - 1) / 2), so that the grid's full range is used; else the range from the
         least to the greatest weight, with 0 in it, is cut into 2^bits - 1 steps.
+    even: of a symmetric grid, as many steps below zero as above: scale = max|w| / (2^(bits-1) - 1).
     mse: also try ranges shrunk by 1 to 79 percent, and keep the one with the least Σ|error|^2.4.
 
     Returns (scale [out, groups] in weight's dtype and always above 0, zero [out, groups] int8 or None).
@@ -37,13 +38,13 @@ def scales(
     if symmetric:
         high = torch.maximum(high, low.neg_())
         low = -high
-    scale, zero = _scale(low, high, bits, symmetric, weight.dtype)
+    scale, zero = _scale(low, high, bits, symmetric, weight.dtype, even)
     if not mse:
         return scale, zero
     least = _error(grouped, scale, zero, bits)
     for step in range(1, CLIPS):
         shrunk = 1 - step / 100
-        other, other_zero = _scale(low * shrunk, high * shrunk, bits, symmetric, weight.dtype)
+        other, other_zero = _scale(low * shrunk, high * shrunk, bits, symmetric, weight.dtype, even)
         error = _error(grouped, other, other_zero, bits)
         better = error < least
         least = torch.where(better, error, least)
@@ -74,6 +75,13 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torc
     if zero is not None:
         grouped -= zero.to(scale.dtype).unsqueeze(-1)
     return grouped.mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype or scale.dtype)
+
+
+def rounded_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Whole numbers for each row of inputs, with a scale max|x| / (2^(bits-1) - 1) of its own: (int8 [rows, in], float32 [rows, 1])."""
+    most = 2 ** (bits - 1) - 1
+    scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scale).round_().clamp_(-most, most).to(torch.int8), scale
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -137,8 +145,8 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(weight.shape[0], groups, -1)
 
 
-def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    steps = 2**bits - 1
+def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, even: bool) -> tuple[Tensor, Tensor | None]:
+    steps = 2**bits - (2 if even else 1)
     scale = ((high - low) / steps).to(dtype).clamp_(min=torch.finfo(dtype).tiny)
     if symmetric:
         return scale, None

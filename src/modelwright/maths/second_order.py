@@ -50,6 +50,11 @@ class Moment:
         for strip in self.strips:
             strip /= count
 
+    def rescale(self, factor: Tensor) -> None:
+        """Make it that of inputs that are multiplied by `factor` [in], in place."""
+        for start, strip in zip(range(0, self.inputs, STRIP), self.strips, strict=True):
+            strip.mul_(factor[start:]).mul_(factor[start : start + len(strip), None])
+
     def diagonal(self) -> Tensor:
         """[in]."""
         return torch.cat([strip.diagonal() for strip in self.strips])

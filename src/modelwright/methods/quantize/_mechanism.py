@@ -50,6 +50,29 @@ class Packer(SiteMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Both(Packer):
+    """Rounds weights to integers with a scale for each row, and inputs, as they come, with one for each token."""
+
+    bits: int = count(8, 2, 8, "bits")  # per weight
+    inputs: int = count(8, 2, 8, "bits")  # per input
+
+    def form(self) -> dict[str, Any]:
+        """The settings of the layer."""
+        return {"bits": self.bits, "inputs": self.inputs}
+
+    def packed(self, weight: Tensor) -> nn.Module:
+        """The layer that stores a weight [out, in]."""
+        grid = grids.affine(weight, self.bits, None, even=True)
+        return PackedLinear.from_codes(grid.encode(weight), grid.scale, None, **self.form())
+
+    def planned(self, weight: Tensor) -> nn.Module:
+        return PackedLinear(*weight.shape, **self.form(), dtype=weight.dtype, device="meta")
+
+    def promise(self) -> dict[str, Any]:
+        return {"bits": self.bits} if isinstance(self.bits, int) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Quantizer(Packer):
     """Stores each chosen weight as the codes of a grid's points, with a scale per group."""
 

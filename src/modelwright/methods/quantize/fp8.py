@@ -37,6 +37,3 @@ class Fp8(Packer, TensorMethod):
 
     def planned(self, weight: Tensor) -> nn.Module:
         return Float8Linear(*weight.shape, scope=self.scope, dtype=weight.dtype, device="meta")
-
-    def promise(self) -> dict[str, float]:
-        return {"bits": 8}

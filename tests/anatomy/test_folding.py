@@ -1,0 +1,36 @@
+import pytest
+import torch
+from tiny import CAUSAL, outputs, tiny
+
+from modelwright.anatomy.folding import apply_fold, folds
+
+EXPECTED = {"llama": ["norm", "up"], "qwen3": ["norm", "up"], "gemma2": ["norm", "up"], "phi3": ["norm", "up"], "phi": ["norm"],
+            "olmo2": ["up"], "gpt2": ["norm", "value"], "gpt_neox": ["norm", "value"], "opt": ["norm", "value"], "bert": ["value"],
+            "vit": ["norm", "value"], "qwen3_moe": ["norm"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "bert", "vit"])
+def test_a_factor_moves_between_matrices_and_no_output_changes(kind):
+    model = tiny(kind)
+    before, found = outputs(model), folds(model)
+    if kind in EXPECTED:
+        assert sorted({fold.kind for fold in found}) == EXPECTED[kind]
+    generator = torch.Generator().manual_seed(5)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    for fold in found:
+        apply_fold(model, fold, 0.3 + 2 * torch.rand(fold.makers[0][2].numel(), generator=generator))
+        changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+        assert {site.name for site in fold.readers} | {name for name, _, _ in fold.makers} <= changed
+    assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
+
+
+def test_heads_that_share_values_are_left_as_they_are():
+    assert "value" not in {fold.kind for fold in folds(tiny("llama"))}
+    assert "value" in {fold.kind for fold in folds(tiny("llama", num_key_value_heads=8))}
+
+
+def test_what_shows_the_harm_is_the_smallest_part_that_holds_all_readers():
+    scopes = {fold.kind + str(len(fold.readers)): fold.scope for fold in folds(tiny("llama")) if fold.depth == 1}
+    assert scopes == {"norm3": "model.layers.1.self_attn", "norm2": "model.layers.1.mlp", "up1": "model.layers.1.mlp.down_proj"}
+    parallel = [fold for fold in folds(tiny("phi")) if fold.depth == 1]
+    assert [fold.scope for fold in parallel] == ["model.layers.1"]
