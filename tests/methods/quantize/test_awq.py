@@ -66,7 +66,7 @@ def test_on_uneven_inputs_the_scaled_weights_lose_less_and_never_more_than_round
 
 
 def test_clipping_takes_for_each_group_the_range_with_the_least_error_of_its_outputs():
-    inputs, method = correlated(500, 128), Awq(bits=3, group=32, shrink=0.5)
+    inputs, method = correlated(500, 128), Awq(bits=3, group=32, narrow=0.5)
     statistics = seen(inputs)
     weight = WEIGHT.clone()
     weight[3, 40] = 9.0
@@ -90,14 +90,14 @@ def test_clipping_takes_for_each_group_the_range_with_the_least_error_of_its_out
 
 def test_without_scaling_and_clipping_it_is_rounding():
     statistics = seen(correlated(100, 128))
-    ours = Awq(bits=4, group=32, shrink=0.0).layer(WEIGHT, statistics)
+    ours = Awq(bits=4, group=32, narrow=0.0).layer(WEIGHT, statistics)
     assert torch.equal(ours.dense(), Rtn(bits=4, group=32, symmetric=False).tensor(WEIGHT).dense())
 
 
 def test_queries_and_keys_are_not_clipped():
-    assert Awq().at("attn.q", 0, 4).shrink == 0
-    assert Awq().at("attn.k", 3, 4).shrink == 0
-    assert Awq().at("attn.v", 0, 4).shrink == 0.5
+    assert Awq().at("attn.q", 0, 4).narrow == 0
+    assert Awq().at("attn.k", 3, 4).narrow == 0
+    assert Awq().at("attn.v", 0, 4).narrow == 0.5
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

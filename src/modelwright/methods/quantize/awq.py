@@ -37,7 +37,7 @@ class Awq(Quantizer, LayerMethod):
 
     symmetric: bool = False  # of integers; false adds zero points, and then modelwright is needed to load
     points: int = count(20)  # of the grid of exponents, from 0 on
-    shrink: float = fraction(ByRole({"attn.{q,k}": 0.0, "*": 0.5}))  # the most that a group's range shrinks by, in ten steps
+    narrow: float = fraction(ByRole({"attn.{q,k}": 0.0, "*": 0.5}))  # the most that a group's range shrinks by, in ten steps
 
     def rescales(self) -> bool:
         return True
@@ -55,7 +55,7 @@ class Awq(Quantizer, LayerMethod):
         return best
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
-        weight = self.clipped(weight, statistics.moment) if self.shrink else weight
+        weight = self.clipped(weight, statistics.moment) if self.narrow else weight
         grid = self.fitted(weight)
         return self.stored(grid, grid.encode(weight), weight)
 
@@ -68,7 +68,7 @@ class Awq(Quantizer, LayerMethod):
         largest = grouped.abs().amax(-1, keepdim=True)
         best, least = largest, torch.full_like(largest, torch.inf)
         for step in range(STEPS):
-            bound = largest * (1 - self.shrink * step / STEPS)
+            bound = largest * (1 - self.narrow * step / STEPS)
             tried = grouped.clamp(-bound, bound).view(weight.shape)
             apart = (nearest(tried, self.fitted(tried)).float() - weight.float()).view(grouped.shape)
             error = torch.einsum("ogi,gij,ogj->og", apart, own, apart)[..., None]
