@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from modelwright.maths.rounding import decode, pack, packed_words, rounded_rows,
 class PackedLinear(Stored):
     """y = x Ŵᵀ + b with Ŵ = (code - zero) · scale, the codes in a dense stream of 1 to 8 bits each.
 
-    Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when
-    asymmetric weight_zero_point int32 [ceil(out · bits / 32), groups], and bias [out]. Ŵ is made anew at each call.
+    Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when asymmetric
+    weight_zero_point int32 [ceil(out · bits / 32), groups], or floats [out, groups] with zeros "float", and bias [out]. Ŵ is made
+    anew at each call.
     group: columns that share a scale, a divisor of in_features; None is the whole row. inputs: bits to which each row of the inputs is
     rounded with a scale of its own; None leaves them. threshold: columns in which an input reaches this size are not rounded, but
     multiplied as they are (LLM.int8()); 0 rounds all.
@@ -36,6 +37,7 @@ class PackedLinear(Stored):
         bits: int,
         group: int | None = None,
         symmetric: bool = True,
+        zeros: Literal["packed", "float"] = "packed",
         inputs: int | None = None,
         threshold: float = 0.0,
         bias: bool = False,
@@ -44,13 +46,14 @@ class PackedLinear(Stored):
     ):
         super().__init__()
         self.out_features, self.in_features, self.bits, self.group = out_features, in_features, bits, group
-        self.inputs, self.threshold = inputs, threshold
+        self.inputs, self.threshold, self.zeros = inputs, threshold, zeros
         groups = in_features // (group or in_features)
         sizes = [(out_features, packed_words(in_features, bits)), (packed_words(out_features, bits), groups)]
-        codes, zeros = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
+        codes, whole = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
         self.register_buffer("weight_packed", codes)
         self.register_buffer("weight_scale", torch.empty(out_features, groups, dtype=dtype, device=device))
-        self.register_buffer("weight_zero_point", None if symmetric else zeros)
+        shifts = torch.empty(out_features, groups, dtype=dtype, device=device) if zeros == "float" else whole
+        self.register_buffer("weight_zero_point", None if symmetric else shifts)
         self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
         self.bias = parameter(torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
@@ -59,7 +62,7 @@ class PackedLinear(Stored):
         cls, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, bias: Tensor | None = None,
         inputs: int | None = None, threshold: float = 0.0,
     ) -> Self:  # fmt: skip
-        """Store codes int8 [out, in], scale [out, groups] and zero int8 [out, groups] or None.
+        """Store codes int8 [out, in], scale [out, groups] and zero [out, groups], int8 or float, or None.
 
         They are what `maths.rounding` makes: codes and zeros signed, columns in consecutive groups of equal size.
         """
@@ -68,6 +71,7 @@ class PackedLinear(Stored):
             in_features=codes.shape[1],
             bits=bits,
             group=None if scale.shape[1] == 1 else codes.shape[1] // scale.shape[1],
+            zeros="float" if zero is not None and zero.is_floating_point() else "packed",
             inputs=inputs,
             threshold=threshold,
             dtype=scale.dtype,
@@ -75,7 +79,9 @@ class PackedLinear(Stored):
         )
         layer.weight_packed = pack(codes, bits)
         layer.weight_scale = scale.detach().clone()
-        layer.weight_zero_point = None if zero is None else pack(zero.t().contiguous(), bits).t().contiguous()
+        if zero is not None:
+            whole = layer.zeros == "packed"
+            layer.weight_zero_point = pack(zero.t().contiguous(), bits).t().contiguous() if whole else zero.detach().clone()
         layer.bias = parameter(bias)
         return layer
 
@@ -84,9 +90,9 @@ class PackedLinear(Stored):
         return unpack(self.weight_packed, self.bits, self.in_features)
 
     def zero(self) -> Tensor | None:
-        """The signed zero points, int8 [out, groups], or None on a symmetric grid."""
-        if self.weight_zero_point is None:
-            return None
+        """The signed zero points, int8 or float [out, groups], or None on a symmetric grid."""
+        if self.weight_zero_point is None or self.zeros == "float":
+            return self.weight_zero_point
         return unpack(self.weight_zero_point.t(), self.bits, self.out_features).t()
 
     def dense(self) -> Tensor:
@@ -136,6 +142,8 @@ class PackedLinear(Stored):
 
     def describe(self) -> dict[str, Any]:
         """The kind, sizes and settings, as a JSON object."""
+        extra: dict[str, Any] = {"zeros": "float"} if self.zeros == "float" else {}
+        extra |= {"inputs": self.inputs, "threshold": self.threshold} if self.inputs else {}
         return {
             "kind": self.kind,
             "out_features": self.out_features,
@@ -144,4 +152,4 @@ class PackedLinear(Stored):
             "group": self.group,
             "symmetric": self.weight_zero_point is None,
             "bias": self.bias is not None,
-        } | ({"inputs": self.inputs, "threshold": self.threshold} if self.inputs else {})
+        } | extra

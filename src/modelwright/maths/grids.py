@@ -45,7 +45,7 @@ class Affine(Grid):
     """Whole numbers: (code - zero) · scale, of `maths.rounding`."""
 
     scale: Tensor  # [out, groups]
-    zero: Tensor | None  # int8 [out, groups]
+    zero: Tensor | None  # int8 [out, groups], or floats
     bits: int
 
     @property
@@ -62,6 +62,8 @@ class Affine(Grid):
         step = self.scale[:, group].float()
         shift = torch.zeros_like(step) if self.zero is None else self.zero[:, group].float()
         low, high = -(2.0 ** (self.bits - 1)) - shift, 2.0 ** (self.bits - 1) - 1 - shift
+        if self.zero is not None and self.zero.is_floating_point():
+            return lambda column: ((column / step + shift).round_() - shift).clamp_(low, high).mul_(step)
         return lambda column: (column / step).round_().clamp_(low, high).mul_(step)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
 NORM = 2.4  # the power of the error that it minimises
+LEAST_STEP = 1 / 2e4  # between the levels of a group of nearly equal weights, in half-quadratic splitting
 ROWS = 256  # whose codes are found together, so that no float copy of all of them is made
 
 
@@ -53,6 +54,40 @@ def scales(
     return scale, zero
 
 
+def half_quadratic(
+    weight: Tensor, bits: int, group: int | None = None, *,
+    power: float = 0.7, strength: float = 10.0, growth: float = 1.01, iterations: int = 20,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Scales of the groups' ranges, and float zero points for which Σ|w - ŵ|^power is small: half-quadratic splitting.
+
+    weight: [out, in]. strength: β, how closely what is left must be met, times `growth` after each of at most `iterations` steps.
+    Each group keeps the zero point with which its mean error was the least, whatever the steps after it did.
+
+    Returns (scale [out, groups], zero [out, groups]), both in weight's dtype, the zero points for signed codes.
+    Source: Badri, Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
+    """
+    grouped = _grouped(weight, weight.shape[1] // (group or weight.shape[1])).float()
+    low, high, half = grouped.amin(-1), grouped.amax(-1), 2 ** (bits - 1)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=LEAST_STEP).to(weight.dtype)
+    step = scale.float().unsqueeze(-1)
+    zero = -low / scale.float() - half
+    zero = (zero.round() if bits == 4 else zero).to(weight.dtype)
+    best, least, before = zero, torch.full_like(low, torch.inf), torch.inf
+    for _ in range(iterations + 1):
+        codes = (grouped / step + zero.float().unsqueeze(-1)).round_().clamp_(-half, half - 1)
+        apart = grouped - (codes - zero.float().unsqueeze(-1)) * step
+        error = apart.abs().mean(-1)
+        best, least = torch.where(error < least, zero, best), torch.minimum(error, least)
+        if (total := error.mean().item()) >= before:
+            break
+        before = total
+        size = apart.abs()
+        sparse = apart.sign() * (size - size.clamp(min=1e-30).pow(power - 1) / strength).clamp_(min=0)
+        zero = (codes - (grouped - sparse) / step).mean(-1).to(weight.dtype)
+        strength *= growth
+    return scale, best
+
+
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """The nearest codes, halves to even: round(weight / scale) + zero, clipped; int8 [out, in].
 
@@ -69,11 +104,13 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
     """The weights that codes stand for, (code - zero) · scale: [out, in] in `dtype`, by default scale's.
 
-    codes int8 [out, in], scale and zero [out, groups]. The product is rounded once, in scale's dtype.
+    codes int8 [out, in], scale and zero [out, groups]; zero is a whole number, or a float. The product is rounded once, to scale's
+    dtype.
     """
-    grouped = _grouped(codes, scale.shape[1]).to(scale.dtype)
+    whole = zero is None or not zero.is_floating_point()
+    grouped = _grouped(codes, scale.shape[1]).to(scale.dtype if whole else torch.float32)
     if zero is not None:
-        grouped -= zero.to(scale.dtype).unsqueeze(-1)
+        grouped -= zero.to(grouped.dtype).unsqueeze(-1)
     return grouped.mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype or scale.dtype)
 
 
@@ -156,8 +193,11 @@ def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.d
 
 def _codes(grouped: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
     """Codes as floats; both operands in float32, so that the scale in its stored dtype decides."""
-    codes = (grouped.float() / scale.float().unsqueeze(-1)).round_()
-    if zero is not None:
+    codes = grouped.float() / scale.float().unsqueeze(-1)
+    if zero is not None and zero.is_floating_point():
+        codes += zero.float().unsqueeze(-1)
+    codes.round_()
+    if zero is not None and not zero.is_floating_point():
         codes += zero.unsqueeze(-1)
     return codes.clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 

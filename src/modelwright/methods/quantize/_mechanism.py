@@ -73,12 +73,23 @@ class Both(Packer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Quantizer(Packer):
+class Grouped(Packer):
+    """Stores weights with a scale for each group of a row's."""
+
+    group: int = count(128, low=0, unit="weights")  # of a row that share a scale; 0 for the whole row
+
+    def group_of(self, columns: int) -> int | None:
+        """The group for rows of this many inputs: the largest divisor they share, or None, the whole row, where that is small."""
+        group = math.gcd(self.group, columns) if self.group else columns
+        return None if group == columns or group < min(self.group, SMALLEST_GROUP) else group
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantizer(Grouped):
     """Stores each chosen weight as the codes of a grid's points, with a scale per group."""
 
     grid: Literal["integer", "nf4", "fp4", "mxfp4", "nvfp4", "k-means", "odd"] = "integer"  # the points that weights can take
     bits: int = count(4, 2, 8, "bits")  # per weight
-    group: int = count(128, low=0, unit="weights")  # of a row that share a scale; 0 for the whole row
     symmetric: bool = True  # of integers; false adds zero points, and then modelwright is needed to load
     search: bool = False  # shrink each group's range to the one with the least error, as GPTQ's authors offer
     nested: bool = False  # store the scales in 8 bits, with scales of their own
@@ -97,11 +108,6 @@ class Quantizer(Packer):
         if not self.symmetric:
             found.append(f"zero points are for the grid integer; got {self.grid}. Leave symmetric out.")
         return found
-
-    def group_of(self, columns: int) -> int | None:
-        """The group for rows of this many inputs: the largest divisor they share, or None, the whole row, where that is small."""
-        group = math.gcd(self.group, columns) if self.group else columns
-        return None if group == columns or group < min(self.group, SMALLEST_GROUP) else group
 
     def fitted(self, weight: Tensor) -> Grid:
         """The grid for a weight [out, in]."""
