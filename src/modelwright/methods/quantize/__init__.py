@@ -4,8 +4,8 @@ Mechanism: observer → fold → grid → solver → codec. A grid has the point
 weights: whole numbers, or levels such as those of NF4; the solver chooses the codes; the codec packs them, as compressed-tensors
 does where it has a name for them, so that such models load in plain transformers.
 
-How to choose: without text, `quantize.rtn`; 8 bits lose next to nothing, and `grid: nf4` is better than integers at 4 bits, as is `quantize.hqq`. With text,
-`quantize.gptq` at 4 bits and fewer: its error on the layers' outputs is smaller at the same size; `quantize.awq` adapts less to the
-text. Where inputs are to be rounded too, `quantize.smoothquant` with text and `quantize.llm_int8` without. For accelerators that multiply
-4- or 8-bit floats, `quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`.
+How to choose: without text, `quantize.rtn`; 8 bits lose next to nothing, and at 4 bits `grid: nf4` and `quantize.hqq` are better than
+plain integers. With text, `quantize.gptq` at 4 bits and fewer: its error on the layers' outputs is smaller at the same size;
+`quantize.awq` adapts less to the text. Where inputs are to be rounded too, `quantize.smoothquant` with text and `quantize.llm_int8`
+without. For accelerators that multiply 4- or 8-bit floats, `quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`.
 """
