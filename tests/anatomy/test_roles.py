@@ -214,3 +214,24 @@ def test_roles_are_listed():
 def test_anatomy_loads_without_torch():
     code = "import sys, modelwright.anatomy as a; a.matches('attn.q', 0, 'attn'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("llama", [("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")]),
+        ("gpt2", [("ln_1", "attn"), ("ln_2", "mlp")]),
+        ("vit", [("layernorm_before", "attention"), ("layernorm_after", "mlp")]),
+        ("qwen3_moe", [("input_layernorm", "self_attn"), ("post_attention_layernorm", "mlp")]),
+    ],
+)
+def test_the_ways_of_a_block_are_its_parts_with_the_norm_before_each(name, found):
+    module = tiny(name)
+    assert anatomy_of(module).ways(module) == dict.fromkeys(range(4), found)
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "phi", "opt", "bert", "t5"])
+def test_blocks_that_are_no_sum_of_parts_behind_a_norm_have_no_ways(name):
+    module = tiny(name)
+    with pytest.raises(SiteError, match=r"laid out otherwise|no single row"):
+        anatomy_of(module).ways(module)

@@ -295,6 +295,19 @@ class Anatomy:
     def _owners(self, module: Any, roles: str) -> dict[str, list[Site]]:
         """The sites of a role's first word by the module that holds them all: an attention, an MLP."""
         found: dict[str, list[Site]] = {}
+    def ways(self, module: Any) -> dict[int, list[tuple[str, str]]]:
+        """By depth, of each attention and MLP the paths inside its block of the norm before it and of itself, in the order of use.
+
+        Raises: SiteError as `branches`, or where a block does not add part(norm(x)) to x.
+        """
+        path, found = self.blocks(module), dict[int, list[tuple[str, str]]]()
+        for branch in self.branches(module):
+            if self.norms_write or len(branch.norms) != 1:
+                raise SiteError(f"the {branch.kind} of block {branch.depth} is laid out otherwise than with one norm of its own before it")
+            inside = len(f"{path}.{branch.depth}.")
+            found.setdefault(branch.depth, []).append((branch.norms[0][inside:], branch.module[inside:]))
+        return found
+
         for site in self.sites(module):
             if site.role.startswith(roles):
                 found.setdefault(self.owner(site), []).append(site)

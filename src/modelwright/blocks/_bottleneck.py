@@ -1,6 +1,8 @@
-"""The layers of an adapter that goes through a narrow width."""
+"""The layers of an adapter or projection that goes through another width."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -8,13 +10,15 @@ from torch.nn import functional as F
 
 
 class Bottleneck(nn.Module):
-    """U relu(D norm(x) + b) + c.
+    """U f(D norm(x) + b) + c, with f the rectifier unless another is given.
 
     Stored: entry.weight and entry.bias [features], down.weight [inner, features], up.weight [features, inner], and their biases.
     """
 
-    def __init__(self, features: int, inner: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
+    def __init__(self, features: int, inner: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                 activation: Callable[[Tensor], Tensor] = F.relu):  # fmt: skip
         super().__init__()
+        self.activation = activation
         self.entry = nn.LayerNorm(features, dtype=dtype, device=device)
         self.down = nn.Linear(features, inner, dtype=dtype, device=device)
         self.up = nn.Linear(inner, features, dtype=dtype, device=device)
@@ -29,4 +33,4 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., features] → the same shape."""
-        return self.up(F.relu(self.down(self.entry(x))))
+        return self.up(self.activation(self.down(self.entry(x))))

@@ -150,3 +150,137 @@ def test_it_works_in_a_recipe_and_its_bytes_are_planned(small, text, tmp_path):
     made = open(tmp_path / "out")
     assert stored_bytes(made.module) == rows[-1].bytes < rows[1].bytes < rows[0].bytes
     assert sharing.shared(made.module)
+
+
+# What each use of a shared block has of its own
+
+OWN = {"residual_scales": True, "projection": 1.5}
+
+
+def test_parameters_do_not_grow_with_the_loops_but_for_what_each_use_has_of_its_own():
+    def parts(uses):
+        module = shared(tiny.tiny(num_hidden_layers=2 * uses), loops=uses, **OWN)
+        own = sum(v.numel() for n, v in module.named_parameters() if "recursion" in n)
+        return measure.count(module)[0] - own - 2 * uses * NORMS, own
+
+    (one, own), (other, more) = parts(2), parts(4)
+    assert one == other
+    each = 4 + 2 + 2 * 64 + 2 * 64 * 96 + 96 + 64  # four scalars, the projection's two, its norm, matrices and biases
+    assert (own, more) == (4 * each, 8 * each)
+    assert one == measure.count(tiny.tiny(num_hidden_layers=2))[0] - 2 * NORMS
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit", "qwen3_moe", "gemma", "gpt_neox"])
+def test_with_scalars_of_one_and_new_projections_it_is_the_model_that_shares(kind):
+    assert torch.equal(tiny.outputs(shared(tiny.tiny(kind), **OWN)), tiny.outputs(shared(tiny.tiny(kind))))
+
+
+def test_a_shared_model_is_that_of_copied_weights_with_the_formula_written_out():
+    module = shared(tiny.tiny("vit"), loops=2, **OWN)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if "recursion" in name:
+                value.add_(0.3 * torch.randn(value.shape, generator=generator))
+    inputs = tiny.tiny_inputs(module)
+    with torch.no_grad():
+        x = module.vit.embeddings(inputs["pixel_values"])
+        for block in module.vit.layers:
+            own = block.recursion
+            x = own.scales[0] * x + own.scales[1] * block.attention(block.layernorm_before(x))[0]
+            x = own.scales[2] * x + own.scales[3] * block.mlp(block.layernorm_after(x))
+            small = nn.functional.gelu(own.body.down(own.body.entry(x)))
+            x = own.projection_scales[0] * x + own.projection_scales[1] * own.body.up(small)
+        expected = module.classifier(module.vit.layernorm(x)[:, 0])
+    assert torch.allclose(tiny.outputs(module), expected, atol=1e-5)
+
+
+def test_each_use_learns_its_own_and_the_block_from_both(text):
+    from calibration import lettered
+
+    from modelwright.methods.train import Train
+
+    model = lettered()
+    mw.apply(model, Depth(spare_first=0, spare_last=0, **OWN))
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    mw.apply(model, Train(tokens=512, batch=2, length=16, learning_rate=0.01), data=text)
+    after = model.module.state_dict()
+    for leaf in ("recursion.scales", "recursion.projection_scales", "recursion.body.up.weight", "mlp.up_proj.weight"):
+        one, two = (f"model.layers.{depth}.{leaf}" for depth in (0, 1))
+        assert not torch.equal(after[one], before[one])
+        assert torch.equal(after[one], after[two]) == leaf.startswith("mlp")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("llama", OWN), ("llama", {"residual_scales": True}), ("gpt2", {"projection": 0.5}), ("vit", OWN | {"slices": 2, "slices_again": 4}),
+     ("vit", {"slices": 3}), ("qwen3_moe", OWN)],
+)  # fmt: skip
+def test_it_comes_back_from_disk_and_its_bytes_are_planned(kind, settings, tmp_path):
+    from modelwright.core import plan
+    from modelwright.core.given import Given
+    from modelwright.core.model import emptied
+
+    model, method = Model(name=kind, module=tiny.tiny(kind)), Depth(spare_last=0, **settings)
+    with torch.no_grad():
+        planned, _ = plan.predict(emptied(model.module), method, Given())
+    mw.apply(model, method)
+    assert stored_bytes(planned) == stored_bytes(model.module)
+    with torch.no_grad():
+        for name, value in model.module.named_parameters():
+            if "recursion" in name:
+                value.add_(0.1)
+    before = tiny.outputs(model.module)
+    model.save(tmp_path / "out")
+    loaded = open(tmp_path / "out")
+    assert torch.allclose(tiny.outputs(loaded.module), before, atol=1e-5)
+    again = type(model.module).from_pretrained(tmp_path / "out").eval()  # plain transformers, after `import modelwright`
+    assert torch.allclose(tiny.outputs(again), before, atol=1e-5)
+
+
+def test_the_first_use_attends_within_consecutive_tokens_and_further_ones_within_random_ones():
+    module = shared(tiny.tiny("vit"), loops=2, slices=4, slices_again=2)
+    guests = [block.attention.slices for block in module.vit.layers]
+    assert [guest.groups for guest in guests] == [4, 2, 4, 2]
+    assert [guest.seed is None for guest in guests] == [True, False, True, False]
+    assert guests[1].seed != guests[3].seed
+    same = shared(tiny.tiny("vit"), loops=2, slices=4, slices_again=2)
+    assert torch.equal(tiny.outputs(same), tiny.outputs(module))
+    assert not torch.allclose(tiny.outputs(shared(tiny.tiny("vit"))), tiny.outputs(module), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        ("llama", {"slices": 2}, "slices are for those that see all"),
+        ("olmo2", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
+        ("gemma2", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
+        ("phi", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
+        ("bert", {"slices_again": 2}, "laid out otherwise"),
+        ("opt", {"residual_scales": True}, "laid out otherwise"),
+    ],
+)
+def test_what_cannot_have_its_own_is_refused_and_stays_as_it_was(kind, settings, words):
+    module = tiny.tiny(kind)
+    before = tiny.outputs(module)
+    with pytest.raises(SiteError, match=words):
+        shared(module, **settings)
+    assert torch.equal(tiny.outputs(module), before)
+    assert sharing.shared(module) == {}
+
+
+def test_a_plain_model_has_nothing_of_its_own_and_twice_is_refused():
+    with pytest.raises(SettingError, match="store: dense writes a plain model"):
+        Depth(store="dense", projection=1.0)
+    module = shared(tiny.tiny(), residual_scales=True)
+    with pytest.raises(SiteError, match="is a Recursion"):
+        shared(module)
+
+
+def test_several_steps_slice_the_stages_of_a_model_each_in_its_way(tmp_path):
+    model = Model(name="vit", module=tiny.tiny("vit"))
+    mw.apply(model, [Depth(spare_first=0, spare_last=2, slices=8, slices_again=2), Depth(spare_first=2, spare_last=0, slices=4)])
+    held = [getattr(block.attention, "slices", None) for block in model.module.vit.layers]
+    assert [guest and guest.groups for guest in held] == [8, 2, 4, None]
+    model.save(tmp_path / "out")
+    assert torch.allclose(tiny.outputs(open(tmp_path / "out").module), tiny.outputs(model.module), atol=1e-6)

@@ -6,6 +6,7 @@ single weights, and `share.graphhash` one that picks whole rows of an embedding:
 
 How to choose: sharing saves bytes and no time, for every place still multiplies. It costs a trained model much at once, so that
 training (`distill.recover`, or `adapt.lora` at every place) belongs after it. `share.depth` suits deep models, whose middle
-blocks are alike; `share.foldgpt` where some may go altogether, which saves time too. `share.roast` takes any rate, and leaves a
+blocks are alike; each use of a block may have scalars and a small projection of its own, which learn in that training.
+`share.foldgpt` suits models where some blocks may go altogether, which saves time too. `share.roast` takes any rate, and leaves a
 trained model little of what it knew: it is for long training. `share.graphhash` is for large vocabularies whose head is not tied.
 """
