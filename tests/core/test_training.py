@@ -281,6 +281,17 @@ def test_the_learning_rate_warms_up_and_ends_at_the_floor():
     assert rates[10:] == sorted(rates[10:], reverse=True)
 
 
+def test_the_learning_rate_may_be_level_until_it_falls():
+    settings = Training(tokens=100 * 4 * 8, batch=4, length=8, learning_rate=2.0, warmup=0.1, floor=0.25, decay=0.2)
+    rates = [learning_rate(step, settings) for step in range(settings.steps)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10:81] == [2.0] * 71
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    assert rates[-1] == pytest.approx(0.5)
+    middle = 0.25 + 0.75 * 0.5 * (1 + math.cos(math.pi * 10 / 19))
+    assert rates[90] == pytest.approx(2 * middle)
+
+
 def test_a_loss_that_is_not_finite_names_its_step(ids):
     calls = []
 

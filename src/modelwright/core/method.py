@@ -356,6 +356,7 @@ class TrainMethod(Method):
     length: int = count(256, low=2, unit="tokens")  # in a sequence, at most what the model allows
     learning_rate: float = number(1e-3, low=0)  # the highest
     warmup: float = fraction(0.05)  # of the steps, linear from zero
+    decay: float = fraction(1.0)  # of the steps, the last, in which the learning rate falls; it is level before
     floor: float = fraction(0.1)  # of the learning rate, where the cosine ends
     weight_decay: float = number(0.1, low=0)  # of matrices only
     clip: float = number(1.0, low=0)  # the largest norm of the gradient; 0 for none

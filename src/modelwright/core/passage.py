@@ -256,31 +256,47 @@ def statistics_of(model: Model, sites: Sequence[Site], gathers: Sequence[str], b
         return gather(walk, sites, gathers, functools.partial(map, walk.forward, batches))
 
 
-def similarities_of_blocks(model: Model, batches: Sequence[Batch]) -> list[float]:
-    """For each block, the mean over tokens of the cosine of what enters and what leaves it; pad tokens do not count."""
-    walk, turn = Resident(model), dict[str, Any](mask=None)
-    sums, tokens = torch.zeros(2, walk.depths, dtype=torch.float64)
+class Similarities:
+    """For each block, the mean over tokens of the cosine of what enters and what leaves it, of all that runs until `remove`."""
 
-    def hook(depth: int) -> Callable[..., None]:
+    def __init__(self, blocks: Sequence[nn.Module]):
+        self._sums, self._tokens = torch.zeros(2, len(blocks), dtype=torch.float64)
+        self.mask: Tensor | None = None  # of the batch that runs, whose pad tokens do not count
+        self._handles = [block.register_forward_hook(self._counter(depth), with_kwargs=True) for depth, block in enumerate(blocks)]
+
+    def _counter(self, depth: int) -> Callable[..., None]:
+        @torch.no_grad()
         def count(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
             before, after = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
-            cosines, mask = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1), turn["mask"]
+            cosines, mask = nn.functional.cosine_similarity(before.float(), after.float(), dim=-1), self.mask
             cosines = cosines[mask.bool()] if mask is not None and mask.shape == cosines.shape else cosines
-            sums[depth] += cosines.double().sum().cpu()
-            tokens[depth] += cosines.numel()
+            self._sums[depth] += cosines.double().sum().cpu()
+            self._tokens[depth] += cosines.numel()
 
         return count
 
-    handles = [block.register_forward_hook(hook(depth), with_kwargs=True) for depth, block in enumerate(walk.stack)]
+    def means(self) -> list[float]:
+        """By depth."""
+        return (self._sums / self._tokens.clamp(min=1)).tolist()
+
+    def remove(self) -> None:
+        """Count no more."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def similarities_of_blocks(model: Model, batches: Sequence[Batch]) -> list[float]:
+    """`Similarities` of a model on batches."""
+    walk = Resident(model)
+    found = Similarities(list(walk.stack))
     try:
         with torch.no_grad():
             for batch in batches:
-                turn["mask"] = batch.get("attention_mask")
+                found.mask = batch.get("attention_mask")
                 walk.forward(batch)
     finally:
-        for handle in handles:
-            handle.remove()
-    return (sums / tokens.clamp(min=1)).tolist()
+        found.remove()
+    return found.means()
 
 
 def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: dict[str, Any]) -> Callable[..., None]:

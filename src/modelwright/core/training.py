@@ -39,6 +39,7 @@ class Training:
     length: int = 256  # tokens in a sequence
     learning_rate: float = 1e-3  # the highest
     warmup: float = 0.05  # of the steps, linear from zero
+    decay: float = 1.0  # of the steps, the last, in which the learning rate falls; it is level before
     floor: float = 0.1  # of the learning rate, where the cosine ends
     weight_decay: float = 0.1  # of matrices only
     betas: tuple[float, float] = (0.9, 0.95)
@@ -59,6 +60,7 @@ class Training:
                 ("length", self.length, "at least 2", self.length >= 2),
                 ("learning_rate", self.learning_rate, "above 0", self.learning_rate > 0),
                 ("warmup", self.warmup, "from 0 to 1", 0 <= self.warmup <= 1),
+                ("decay", self.decay, "from 0 to 1", 0 <= self.decay <= 1),
                 ("floor", self.floor, "from 0 to 1", 0 <= self.floor <= 1),
                 ("weight_decay", self.weight_decay, "at least 0", self.weight_decay >= 0),
                 ("betas", self.betas, "two numbers from 0 to below 1", _betas(self.betas)),
@@ -241,11 +243,12 @@ def _train(
 
 
 def learning_rate(step: int, settings: Training) -> float:
-    """The rate at `step` (from 0): linear warmup, then half a cosine down to `floor` of the highest."""
+    """The rate at `step` (from 0): linear warmup, level, and over the last `decay` half a cosine down to `floor` of the highest."""
     warm = round(settings.warmup * settings.steps)
     if step < warm:
         return settings.learning_rate * (step + 1) / warm
-    along = (step - warm) / max(1, settings.steps - 1 - warm)
+    fall = max(warm, settings.steps - round(settings.decay * settings.steps))
+    along = max(0, step - fall) / max(1, settings.steps - 1 - fall)
     return settings.learning_rate * (settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * along)))
 
 

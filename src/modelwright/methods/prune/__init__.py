@@ -17,10 +17,12 @@ What saves bytes, memory and time is to take units out: `prune.flap` heads and n
 `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many small steps,
 `prune.prunenet` neurons by the weights alone, `prune.shortgpt` whole blocks, `prune.blockpruner` single attentions and
 MLPs, `prune.das` the same with small adapters in their places, `prune.reap` experts, and `prune.slicegpt` directions of
-the stream between the blocks. Where a model is to be tuned to a text anyway, it can lose units on the way and learn to do
-without them: `prune.loraprune` heads and neurons beside low-rank updates, and `prune.pat` channels of the stream, which it
-mixes first. A model that bears an adapter already can lose weights under it, `prune.dsee`, or heads, `prune.dsee_heads`, and then
-have the adapter tuned on. `prune.efficientllm` takes out units little by little while all weights train, for long runs.
+the stream between the blocks, with one basis for a plain model, or closer with one for each norm and matrices between them.
+Where a model is to be tuned to a text anyway, it can lose units on the way and learn to do without them: `prune.loraprune`
+heads and neurons beside low-rank updates, and `prune.pat` channels of the stream, which it mixes first. A model that bears an
+adapter already can lose weights under it, `prune.dsee`, or heads, `prune.dsee_heads`, and then have the adapter tuned on.
+`prune.efficientllm` takes out units little by little while all weights train, for long runs, and `prune.adapt_accel` in rounds,
+fewer from blocks that do more.
 
 Of convolutional networks the channels inside blocks are units too (`units: [channels]`), and those of whole stages
 (`stages`), as far as torch.fx can follow what the network does: `prune.llm_pruner` takes them out by the loss of labelled images.

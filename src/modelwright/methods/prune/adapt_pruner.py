@@ -5,7 +5,7 @@ what leaves it, less the mean over blocks, over the largest size; its sparsity g
 neurons with the least effect on the loss (as in `prune.llm_pruner`) go until floor((1 - sparsity)·n) of the n at first
 are left. The steps end when the share is reached.
 Differs: importance is by the cosine alone; the authors' other distances have the wrong sign. The last step removes only what is
-still over. Training between the steps (Adapt-Accel) is several steps of this and of `train` in a recipe.
+still over. Training between the steps is `prune.adapt_accel`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from modelwright.anatomy._base import Units
 from modelwright.core.given import Batch
@@ -55,14 +55,12 @@ class AdaptPruner(LlmPruner):
             over = self.costs(module, found) - (1 - self.share) * total
             if over <= 0:
                 break
-            for depth, importance in importances(similarities_of_blocks(model, calibration), list(gone)).items():
-                gone[depth] = min(max(gone[depth] + 1 / self.steps - self.amplitude * importance, 0.0), MOST)
+            gone = grown(gone, similarities_of_blocks(model, calibration), 1 / self.steps, self.amplitude)
             with torch.no_grad():
                 scores = self.scores(module, found, self.look(model, found, calibration))
                 refuse_not_finite(found, scores)
-            for units, score in zip(found, scores, strict=True):
-                left = int(first[units.kind, units.scope] * (1 - gone[units.depth]))
-                score[score.argsort(stable=True)[units.count - left if left < units.count else 0 :]] = torch.inf
+            scores = [due(score, int(first[units.kind, units.scope] * (1 - gone[units.depth])))
+                      for units, score in zip(found, scores, strict=True)]  # fmt: skip
             kept = keep_highest_of_all(scores, [self.cost(module, units) for units in found], over / self.costs(module, found))
             why = take_out(module, found, kept)
         if why:
@@ -72,6 +70,17 @@ class AdaptPruner(LlmPruner):
     def costs(self, module: nn.Module, found: Sequence[Units]) -> float:
         """What all units cost."""
         return sum(self.cost(module, units) * units.count for units in found)
+
+
+def grown(gone: dict[int | None, float], similarities: Sequence[float], step: float, amplitude: float) -> dict[int | None, float]:
+    """The sparsities of blocks by depth, after one that grow by `step` on the mean, less where a block turns its input more."""
+    found = importances(similarities, list(gone))
+    return {depth: min(max(before + step - amplitude * found[depth], 0.0), MOST) for depth, before in gone.items()}
+
+
+def due(score: Tensor, left: int) -> Tensor:
+    """The scores [count] of a block's units with the `left` highest out of reach."""
+    return score.index_fill(0, score.argsort(stable=True)[max(len(score) - left, 0) :], torch.inf)
 
 
 def importances(similarities: Sequence[float], depths: Sequence[int | None]) -> dict[int | None, float]:

@@ -14,39 +14,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, anatomy_of
 from modelwright.anatomy._base import Span, Units, input_dim
-from modelwright.core.method import TrainMethod
 from modelwright.core.settings import count, fraction
-from modelwright.core.training import Training, Zeros, next_token
-from modelwright.maths.effects import effects
+from modelwright.core.training import Training
 from modelwright.maths.second_order import without_columns
-from modelwright.methods.prune._units import UnitChoice, per_member
+from modelwright.methods.prune._going import Going, Shrinker
 
 OLD = 0.9  # what a moment keeps of itself at each batch
 
 
 @dataclass(frozen=True, kw_only=True)
-class EfficientLlm(UnitChoice, TrainMethod):
+class EfficientLlm(Shrinker):
     """Pretrain on while heads, neurons or channels leave one after the other; for runs long enough to heal each cut."""
 
     status: ClassVar[str] = "checked"
     kinds: ClassVar[tuple[str, ...]] = ("mlp", "heads", "residual")
     small = dict(tokens=256, batch=2, length=16, every=1)
 
-    share: float = fraction(0.3)  # of the units that go, by what they cost
     end: float = fraction(0.5)  # of the run, until which units go; the rest lets the model settle
     every: int = count(10, unit="steps")  # between two times that units go
-    effect: Literal["first", "mix"] = "first"  # of the estimate of a weight's effect
     damp: float = fraction(0.01)  # of the mean diagonal, added to the diagonal of a moment before it is inverted
-
-    def loss(self, module: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return next_token(module, ids, mask)
 
     def updates(self, steps: int) -> dict[int, float]:
         """The share gone after each step (from 0) at whose end units go; none where `every` is beyond `end`."""
@@ -57,21 +50,18 @@ class EfficientLlm(UnitChoice, TrainMethod):
         return Shrinking(self, module, settings, notes)
 
 
-class Shrinking(Zeros):
+class Shrinking(Going):
     """Units that go while all weights train."""
 
     def __init__(self, method: EfficientLlm, module: nn.Module, settings: Training, notes: list[str]):
-        super().__init__(module.parameters())
-        self.method, self.module, self.notes = method, module, notes
-        self.times, self.found = method.updates(settings.steps), method.found(module, notes)
+        super().__init__(method, module, notes)
+        self.method, self.times = method, method.updates(settings.steps)
         if not self.times:
             notes.append(
                 f"{method.name()}: no unit goes, since `every` is {method.every} and `end` comes before that many of {settings.steps} steps"
             )
         self.step, self.last = 0, max(self.times, default=-1)
         device = next(module.parameters()).device
-        self.scores = [torch.zeros(units.count, device=device) for units in self.found]
-        self.stays = [torch.ones(units.count, dtype=torch.bool, device=device) for units in self.found]
         self.readers = [readers(module, units) for units in self.found]
         sizes = {site.name: module.get_parameter(site.name).shape[span.dim] for each in self.readers for site, span in each}
         self.moments = {name: torch.zeros(size, size, device=device) for name, size in sizes.items()}
@@ -92,38 +82,19 @@ class Shrinking(Zeros):
     @torch.no_grad()
     def gradient(self, step: int) -> None:
         super().gradient(step)
-        if step > self.last:
-            return
-        for units, score in zip(self.found, self.scores, strict=True):
-            parts = per_member(units, {span.name: self.effect(span.name) for span in units.spans})
-            score += torch.stack([part.sum((1, 2)) for part in parts]).sum(0)
-
-    def effect(self, name: str) -> Tensor:
-        """Of the weights of a parameter, in its shape; 0 where it has no gradient."""
-        value = self.module.get_parameter(name)
-        return torch.zeros_like(value) if value.grad is None else effects(self.method.effect, value, value.grad, value.grad.square())
+        if step <= self.last:
+            for score, now in zip(self.scores, self.saliency(), strict=True):
+                score += now
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        super().update(step)
-        self.silence()  # of what the optimizer's momentum did, nothing is to be made up for
+        super().update(step)  # of what the optimizer's momentum did to units that went, nothing is to be made up for
         if step in self.times:
-            scores = [score.masked_fill(~stays, -1) for score, stays in zip(self.scores, self.stays, strict=True)]
-            kept = self.method.kept(self.module, self.found, scores, self.times[step])
-            for number, rows in enumerate(kept):
-                before = int(self.stays[number].sum())
-                self.stays[number].fill_(False)[rows] = True
-                self.scores[number].zero_()
-                if len(rows) < before:
-                    self.make_up(number)
+            for number in self.go(self.method.kept(self.module, self.found, self.left(), self.times[step])):
+                self.make_up(number)
+            for score in self.scores:
+                score.zero_()
             self.silence()
-
-    def silence(self) -> None:
-        """Let all weights of units that went be 0."""
-        for units, stays in zip(self.found, self.stays, strict=True):
-            for span in units.spans:
-                part = self.module.get_parameter(span.name).narrow(span.dim, span.start, units.count * span.width)
-                part.movedim(span.dim, 0)[~stays.repeat_interleave(span.width)] = 0
 
     def make_up(self, number: int) -> None:
         """Change what stays of the matrices that read the units of an entry for what goes."""
@@ -134,21 +105,8 @@ class Shrinking(Zeros):
             made = without_columns(weight.T if site.transposed else weight, self.moments[site.name], gone, self.method.damp)
             weight.copy_(made.T if site.transposed else made)
 
-    def finish(self) -> None:
-        self.leave()
-        self.method.taken_out(self.module, self.found, [stays.nonzero()[:, 0].tolist() for stays in self.stays], self.notes)
-
-    def leave(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
     def state(self) -> dict[str, Tensor]:
-        kept = {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}
-        return kept | {f"moments.{name}": value for name, value in self.moments.items()}
-
-    def resume(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state().items():
-            value.copy_(state[name])
+        return super().state() | {f"moments.{name}": value for name, value in self.moments.items()}
 
 
 def readers(module: nn.Module, units: Units) -> list[tuple[Site, Span]]:
