@@ -234,6 +234,9 @@ class Anatomy:
             raise SiteError(f"{kind!r} is no kind of unit; kinds are {', '.join(KINDS)}")
         if kind in self.why_not:
             raise SiteError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
+        turned = next((path for path, child in module.named_modules() if getattr(child, "turns_stream", False)), None)
+        if kind == "residual" and turned:
+            raise SiteError(f"residual channels leave all places alike, and {turned} turns them: remove all that shall go at once")
         for first, *others in self.tied(module):
             depths = {(self.role(name) or ("", None))[1] for name in (first, *others)}
             if depths - {None}:
@@ -292,9 +295,6 @@ class Anatomy:
                     found.append(Branch(kind, depth, prefix + owners.pop(), tuple(halves[kind]) if len(norms) > 1 else ()))
         return found
 
-    def _owners(self, module: Any, roles: str) -> dict[str, list[Site]]:
-        """The sites of a role's first word by the module that holds them all: an attention, an MLP."""
-        found: dict[str, list[Site]] = {}
     def ways(self, module: Any) -> dict[int, list[tuple[str, str]]]:
         """By depth, of each attention and MLP the paths inside its block of the norm before it and of itself, in the order of use.
 
@@ -308,6 +308,9 @@ class Anatomy:
             found.setdefault(branch.depth, []).append((branch.norms[0][inside:], branch.module[inside:]))
         return found
 
+    def _owners(self, module: Any, roles: str) -> dict[str, list[Site]]:
+        """The sites of a role's first word by the module that holds them all: an attention, an MLP."""
+        found: dict[str, list[Site]] = {}
         for site in self.sites(module):
             if site.role.startswith(roles):
                 found.setdefault(self.owner(site), []).append(site)

@@ -1,11 +1,13 @@
 """Turn the stream between the blocks: the same function in another basis.
 
 With norms that only divide by the root mean square, an orthogonal Q [width, width] can be put into every matrix that reads the
-stream and its transpose into every one that writes to it (Ashkboos et al. 2024, arXiv:2401.15024, section 3.1).
+stream and its transpose into every one that writes to it (Ashkboos et al. 2024, arXiv:2401.15024, section 3.1). Each place
+between attentions and MLPs may have a Q of its own where what goes around them is turned from one to the next (section 3.2).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from modelwright.core.errors import SiteError
 
 from ._base import READS, Units, input_dim, is_residual_norm
 from ._find import anatomy_of
+from .removal import resizing
 
 
 def stream_of(module: Any) -> Units:
@@ -89,3 +92,29 @@ def rotate_stream(module: Any, rotation: Tensor) -> None:
             weight = tensors[span.name]
             turned = weight.double().movedim(span.dim, -1) @ rotation.to(weight.device, torch.float64)
             weight.copy_(turned.movedim(-1, span.dim))
+
+
+@torch.no_grad()
+def slice_stream(module: Any, bases: Sequence[Tensor]) -> None:
+    """Give the stream a basis of its own, with fewer channels, before each attention and MLP and behind the last.
+
+    bases: each [width, channels], of orthonormal columns; norms must be folded before. They average over the channels that
+    are left, so that their weights take √(width / channels) and their eps width / channels. What goes around attentions and
+    MLPs is as before, and must be turned in its turn.
+    """
+    anatomy, tensors = anatomy_of(module), dict(module.named_parameters())
+    branches, norms = anatomy.branches(module), dict(residual_norms(module))
+    owners = [(f"{path}.", number) for number, branch in enumerate(branches) for path in (branch.module, *branch.norms)]
+    with resizing(module):
+        for span in stream_of(module).spans:
+            own = next((number for path, number in owners if span.name.startswith(path)), None)
+            weight = tensors[span.name]
+            basis = bases[(0 if span.output else len(branches)) if own is None else own + span.output].to(weight.device, torch.float64)
+            ratio = basis.shape[0] / basis.shape[1]
+            if (norm := norms.get(span.name.rpartition(".")[0])) is None:
+                weight.data = (weight.double().movedim(span.dim, -1) @ basis).movedim(-1, span.dim).to(weight.dtype).contiguous()
+                continue
+            weight.data = torch.full_like(weight[: basis.shape[1]], ratio**0.5 - anatomy.norm_offset)
+            for name in ("variance_epsilon", "eps"):
+                if isinstance(getattr(norm, name, None), float):
+                    setattr(norm, name, getattr(norm, name) * ratio)

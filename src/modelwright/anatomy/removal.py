@@ -6,9 +6,10 @@ keep their values, except that with fewer channels the norms are scaled, because
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,31 +178,36 @@ def remove_units(
     if why_not:
         for attention in {attention for attentions, _ in heads for attention in attentions if hasattr(attention, "config")}:
             attention.config = copy.copy(attention.config)  # some read there how many heads they have
+    with resizing(module, mark=bool(why_not)):
+        with torch.no_grad():
+            for (name, dim), rows in selections(found, kept).items():
+                weight = tensors[name]
+                weight.data = weight.data.index_select(dim, torch.tensor(rows, device=weight.device))
+                weight.grad = None
+        for (attentions, repeat), count in zip(heads, after, strict=False):
+            _set_heads(attentions, count, repeat)
+            if why_not:
+                for attention in filter(lambda one: hasattr(one, "config"), attentions):
+                    _set_config(attention.config, {"num_attention_heads": count * repeat, "num_key_value_heads": count})
+        for config, keys in [(config, keys) for configs, keys in changes for config in configs]:
+            _set_config(config, keys)
+        if kind == "residual":
+            with torch.no_grad():
+                _scale_norms(module, anatomy, found[0], ratio)
+    return Removed(kind, before, after, why_not)
+
+
+@contextlib.contextmanager
+def resizing(module: nn.Module, *, mark: bool = True) -> Iterator[None]:
+    """Tensors take other shapes inside; then modules know their sizes, and with `mark` what of them the config does not say."""
     sizes = {child: _sizes(child) for child in module.modules()}
-    with torch.no_grad():
-        for (name, dim), rows in selections(found, kept).items():
-            weight = tensors[name]
-            weight.data = weight.data.index_select(dim, torch.tensor(rows, device=weight.device))
-            weight.grad = None
+    yield
     for child in module.modules():
         _set_sizes(child)
-    for (attentions, repeat), count in zip(heads, after, strict=False):
-        _set_heads(attentions, count, repeat)
-        if why_not:
-            for attention in filter(lambda one: hasattr(one, "config"), attentions):
-                _set_config(attention.config, {"num_attention_heads": count * repeat, "num_key_value_heads": count})
-    for config, keys in [(config, keys) for configs, keys in changes for config in configs]:
-        _set_config(config, keys)
-    if kind == "residual":
-        with torch.no_grad():
-            _scale_norms(module, anatomy, found[0], ratio)
-    if why_not:
-        for child, known in sizes.items():
-            now = _sizes(child)
-            changed = {name for name in now if now[name] != known.get(name)}
-            if changed:
-                child.resized = sorted(changed.union(getattr(child, "resized", ())))  # type: ignore[assignment]
-    return Removed(kind, before, after, why_not)
+    for child, known in sizes.items() if mark else ():
+        now = _sizes(child)
+        if changed := {name for name in now if now[name] != known.get(name)}:
+            child.resized = sorted(changed.union(getattr(child, "resized", ())))  # type: ignore[assignment]
 
 
 def lower_experts_per_token(module: Any, count: int) -> None:
