@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import CAUSAL, outputs, tiny
 
-from modelwright.anatomy.folding import apply_fold, folds
+from modelwright.anatomy._folding import apply_fold, folds
 
 EXPECTED = {"llama": ["norm", "up"], "qwen3": ["norm", "up"], "gemma2": ["norm", "up"], "phi3": ["norm", "up"], "phi": ["norm"],
             "olmo2": ["up"], "gpt2": ["norm", "value"], "gpt_neox": ["norm", "value"], "opt": ["norm", "value"], "bert": ["value"],

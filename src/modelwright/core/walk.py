@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy import Site, anatomy_of, folding, matches, removal
+from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.anatomy import _folding as folding
 from modelwright.anatomy import reorder as reordering
 from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
