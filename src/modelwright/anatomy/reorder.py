@@ -84,3 +84,20 @@ def reorder(module: Any, where: Movable, order: Tensor) -> Tensor:
             old = made.index_select(dim, places.gather(1, order.cpu()).flatten().to(made.device))
             made.index_copy_(dim, places.flatten().to(made.device), old)
     return taken
+
+
+def turn(module: Any, where: Movable, rotation: Tensor) -> None:
+    """Give the inputs of each run the basis of the columns of `rotation` [width, width], orthogonal, and what makes them, in place."""
+    with torch.no_grad():
+        weight, dim = module.get_parameter(where.site.name).data, input_dim(where.site)
+        _turned(weight, dim, where.inputs.reshape(-1, where.inputs.shape[2]), rotation)
+        for name, dim, places in where.makers:
+            _turned(module.get_parameter(name).data, dim, places, rotation)
+
+
+def _turned(tensor: Tensor, dim: int, places: Tensor, rotation: Tensor) -> None:
+    """Multiply each run of places [runs, width] along a dimension by a matrix [width, width] from the right, in place."""
+    flat = places.flatten().to(tensor.device)
+    runs = tensor.index_select(dim, flat).movedim(dim, -1).double().unflatten(-1, places.shape)
+    new = (runs @ rotation.to(tensor.device)).flatten(-2).movedim(-1, dim)
+    tensor.index_copy_(dim, flat, new.to(tensor.dtype))
