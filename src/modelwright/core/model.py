@@ -164,7 +164,7 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if kinds & {"packed", "embedding"}:
+            if kinds & {"packed", "embedding", "coded", "coded_embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
@@ -495,7 +495,7 @@ def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
     if not isinstance(planned, Stored):
         return ""
     old = module.get_submodule(site.module)
-    if isinstance(old, nn.Embedding) and any(site.name in names for names in anatomy_of(module).tied(module)):
+    if isinstance(old, nn.Embedding) and not planned.exact and any(site.name in names for names in anatomy_of(module).tied(module)):
         return "is an embedding that is tied to the head, so it stays as it is; leave it out with `skip: embed`"
     return planned.why_not(old)
 
@@ -507,11 +507,17 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
         return
     old = module.get_submodule(site.module)
     assert isinstance(result, Stored) and not result.why_not(old), result
-    result = result.standing_for(old)
-    paths = [name.rpartition(".")[0] for name in sharing.everywhere(module, [site.name])]
+    tied = next((names for names in anatomy_of(module).tied(module) if site.name in names), ()) if isinstance(old, nn.Embedding) else ()
+    names = tied or sharing.everywhere(module, [site.name])
+    paths = [name.rpartition(".")[0] for name in names]
     for path, layer in zip(paths, sharing.copies(result, len(paths)), strict=True):
-        layer.take_bias(getattr(module.get_submodule(path), "bias", None))
-        module.set_submodule(path, layer)
+        stood = module.get_submodule(path)
+        layer.take_bias(getattr(stood, "bias", None))
+        module.set_submodule(path, layer.standing_for(stood))
+        sharing.release(module, path)
+    if tied:
+        held: Any = module
+        held.shares = True
 
 
 def emptied(module: nn.Module) -> nn.Module:
