@@ -30,6 +30,8 @@ _HOMES = {
     "measure": "core.measure",
     "fit": "fit",
     "merge": "mergekit",
+    "compress": "compression",
+    "decompress": "compression",
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
     "export_c": "c_code",
@@ -40,6 +42,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .c_code import export_c
+    from .compression import compress, decompress
     from .core.contract import check
     from .core.data import corpus
     from .core.find import find

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "modelwright.json"
+COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -288,6 +289,8 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
         folder = Path(source)
     else:
         folder = Checkpoint(source).path
+    if (folder / COMPRESSED).is_file():
+        raise ModelError(f"{source} is compressed. Write the model that it was with `modelwright.decompress`, and open that.")
     model = Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if not (folder / "adapter_config.json").is_file():
         refuse_unknown(folder, trust_remote_code)

@@ -10,7 +10,8 @@ from numba import njit
 
 LONGEST, LANES, STEPS = 12, 64, 1 << 10  # those of `prefix_codes`, which compiled code takes as constants
 BLOCK = LANES * STEPS
-MASK = np.uint64((1 << LONGEST) - 1)
+MASK, BYTE, EIGHT = np.uint64((1 << LONGEST) - 1), np.uint64(255), np.uint64(8)
+FOUR = np.uint64(4)  # codes that a window of 64 bits holds, whatever their lengths
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -59,17 +60,26 @@ def write(symbols, codes, lengths, starts, words, first, last):  # type: ignore[
 
 
 @compiled
+def value(symbol, signs, rest, exponent, mantissa, at):  # type: ignore[no-untyped-def]
+    """`prefix_codes.merged` for the entry at one place; the symbol itself without `signs`."""
+    if signs is None:
+        return symbol
+    upper, sign = np.uint64(mantissa), np.uint64(signs[at])
+    found = (symbol << upper) | ((sign >> upper) << (upper + np.uint64(exponent))) | (sign & ((np.uint64(1) << upper) - np.uint64(1)))
+    if rest is None:
+        return found
+    return (found << np.uint64(8 * rest.itemsize)) | np.uint64(rest[at])
+
+
+@compiled
 def read(words, starts, bits, table, count, blocks, first, last, signs, rest, exponent, mantissa, out):  # type: ignore[no-untyped-def]
     """Decode the `first` to `last` of `blocks` into their places of `out`; returns how many lanes ended elsewhere than they should.
 
     All numbers are unsigned, so that no index is looked at for its sign; none reads outside of the words, whatever they say.
     """
     places = np.empty(LANES, np.uint64)
-    one, four, six, low = np.uint64(1), np.uint64(4), np.uint64(6), np.uint64(63)
+    one, six, low = np.uint64(1), np.uint64(6), np.uint64(63)
     spare = np.uint64(len(words) - 2)
-    up, upper = np.uint64(mantissa), np.uint64((1 << mantissa) - 1)
-    top, over = np.uint64(1 << mantissa), np.uint64(exponent)
-    width = np.uint64(0) if rest is None else np.uint64(8 * rest.itemsize)
     wrong = 0
     for number in range(first, last):
         block = blocks[number]
@@ -77,29 +87,30 @@ def read(words, starts, bits, table, count, blocks, first, last, signs, rest, ex
         lanes = np.uint64(min(LANES, (size + STEPS - 1) // STEPS))
         for lane in range(lanes):
             places[lane] = starts[block * LANES + lane]
-        base, end = np.uint64(number * BLOCK), np.uint64(number * BLOCK + size)
-        at = base
-        while at < end:
-            steps = min(four, max(one, (end - at) // lanes))  # with four, all lanes have so many left
-            for lane in range(min(lanes, end - at)):
+        at, end = np.uint64(number * BLOCK), np.uint64(number * BLOCK + size)
+        while at + FOUR * lanes <= end:
+            for lane in range(lanes):
                 place = places[lane]
                 word = min(place >> six, spare)
                 window = (words[word] >> (place & low)) | ((words[word + one] << one) << (low - (place & low)))
                 to = at + lane
-                for _ in range(steps):
+                for _ in range(4):  # unrolled
                     entry = np.uint64(table[window & MASK])
-                    symbol, length = entry & np.uint64(255), entry >> np.uint64(8)
-                    window >>= length
-                    place += length
-                    if signs is not None:
-                        sign = np.uint64(signs[to])
-                        symbol = (symbol << up) | ((sign & top) << over) | (sign & upper)
-                        if rest is not None:
-                            symbol = (symbol << width) | np.uint64(rest[to])
-                    out[to] = symbol
+                    out[to] = value(entry & BYTE, signs, rest, exponent, mantissa, to)
+                    window >>= entry >> EIGHT
+                    place += entry >> EIGHT
                     to += lanes
                 places[lane] = place
-            at += steps * lanes
+            at += FOUR * lanes
+        while at < end:
+            for lane in range(min(lanes, end - at)):
+                place = places[lane]
+                word = min(place >> six, spare)
+                window = (words[word] >> (place & low)) | ((words[word + one] << one) << (low - (place & low)))
+                entry = np.uint64(table[window & MASK])
+                out[at + lane] = value(entry & BYTE, signs, rest, exponent, mantissa, at + lane)
+                places[lane] = place + (entry >> EIGHT)
+            at += lanes
         for lane in range(lanes):
             wrong += places[lane] != np.uint64(starts[block * LANES + lane] + bits[block * LANES + lane])
     return wrong

@@ -176,7 +176,7 @@ class Reader:
             out.copy_(symbols if signs is None else merged(symbols, signs, rest, split, out.dtype))
             return
         words = np.require(self.coded.codes.numpy(), requirements="A").view(np.uint64)
-        lanes, starts, table = self.coded.bits.numpy(), self.starts.numpy(), self.table.numpy()
+        lanes, starts, table = self.coded.bits.numpy(), self.starts.numpy(), _unsigned(self.table)
         chosen, values = np.asarray(blocks, dtype=np.int64), _unsigned(out)
         parts = [None if part is None else _unsigned(part) for part in (signs, rest)]
 
