@@ -32,6 +32,8 @@ _HOMES = {
     "merge": "mergekit",
     "compress": "compression",
     "decompress": "compression",
+    "pack_delta": "deltas",
+    "unpack_delta": "deltas",
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
     "export_c": "c_code",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from .core.plan import plan
     from .core.recipe import Recipe, run
     from .core.walk import apply
+    from .deltas import pack_delta, unpack_delta
     from .fit import fit
     from .mergekit import merge
     from .starter import starter

@@ -321,6 +321,7 @@ def check_ties_survive(case: Case) -> None:
         raise NotApplicable("checked on one architecture")
     given = case.given()
     given.donors = case.donors(range(3, 3 + len(given.donors)), tie_word_embeddings=True)
+    given.base = given.base and case.model(seed=7, tie_word_embeddings=True)
     module = case.applied(model=case.model(tie_word_embeddings=True), given=given).module
     base: Any = unwrapped(module)
     head, embedding = (layer.state_dict(keep_vars=True) for layer in (base.lm_head, base.model.embed_tokens))

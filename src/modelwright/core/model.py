@@ -25,7 +25,7 @@ from modelwright.blocks._stored import Stored
 from . import hub, loading, sharing
 from .errors import ModelError, WeightsError, nearest
 from .files import read_json, restore, whole_folder, write_json
-from .weights import Checkpoint, check_finite, not_finite
+from .weights import Checkpoint, Writer, check_finite, not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -476,6 +476,21 @@ def unloaded(module: nn.Module) -> nn.Module:
 def tokenizer_files(folder: Path) -> list[Path]:
     """The tokenizer's and processor's files in a model folder."""
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def files_of(model: Model) -> Checkpoint:
+    """The files of a model that lies on disk as a whole. Raises ModelError for others."""
+    if model.checkpoint is None:
+        raise ModelError(f"{model.name} is in memory or an adapter. Save it as a whole model first.")
+    return model.checkpoint
+
+
+def copy_beside(out: Writer, source: Checkpoint) -> None:
+    """Write the config and the tokenizer of a checkpoint beside what is being written."""
+    out.write_json("config.json", source.config)
+    for file in [*tokenizer_files(source.path), source.path / "generation_config.json"]:
+        if file.is_file():
+            out.copy_file(file)
 
 
 def weight_of(module: nn.Module, site: Site) -> Tensor | None:
