@@ -67,11 +67,8 @@ def code_lengths(counts: Tensor, longest: int = LONGEST) -> Tensor:
 def codes_of(lengths: Tensor) -> Tensor:
     """The canonical codes by their lengths, int16 [alphabet], bits reversed: the first bit of a code is its lowest."""
     found = torch.zeros(len(lengths), dtype=torch.int16)
-    code = before = 0
-    for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths.tolist()) if length):
-        code <<= length - before
-        found[symbol] = int(f"{code:0{length}b}"[::-1], 2)
-        code, before = code + 1, length
+    order, widths = _canonical(lengths)
+    found[order] = _reversed()[widths.cumsum(0) - widths].to(torch.int16)
     return found
 
 
@@ -80,14 +77,25 @@ def decode_table(lengths: Tensor) -> Tensor:
 
     Raises WeightsError for lengths that no code has.
     """
-    table = torch.zeros(1 << LONGEST, dtype=torch.int16)
-    present = lengths[lengths > 0].long()
-    if len(present) and (present.max() > LONGEST or (2.0**-present).sum() > 1):
-        raise WeightsError(f"A prefix code cannot have these lengths: {sorted(present.tolist())}. The file is damaged; fetch it again.")
-    for symbol, (length, code) in enumerate(zip(lengths.tolist(), codes_of(lengths).tolist(), strict=True)):
-        if length:
-            table[code :: 1 << length] = symbol | length << 8
-    return table
+    order, widths = _canonical(lengths)
+    if len(order) and (lengths.max() > LONGEST or widths.sum() > 1 << LONGEST):
+        shown = sorted(lengths[order].tolist())
+        raise WeightsError(f"A prefix code cannot have these lengths: {shown}. The file is damaged; fetch it again.")
+    entries = (order | lengths[order].long() << 8).to(torch.int16).repeat_interleave(widths)
+    return torch.nn.functional.pad(entries, (0, (1 << LONGEST) - len(entries)))[_reversed()]
+
+
+def _canonical(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """The symbols that have codes, by their length and number, and how many of the numbers of LONGEST bits begin with the code of each."""
+    order = lengths.argsort(stable=True)[int((lengths == 0).sum()) :]
+    return order, (1 << LONGEST) >> lengths[order].long()
+
+
+@functools.cache
+def _reversed() -> Tensor:
+    """The numbers of LONGEST bits with their bits in reverse, int64 [4096]."""
+    numbers = torch.arange(1 << LONGEST)
+    return sum(((numbers >> bit) & 1) << (LONGEST - 1 - bit) for bit in range(LONGEST))  # type: ignore[return-value]
 
 
 def lanes_of(count: int) -> int:
