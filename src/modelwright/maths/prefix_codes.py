@@ -178,6 +178,9 @@ class Reader:
         With `signs`, uint8 like `out`, each symbol becomes the upper bits of a float, see `merged`, by `split`; with `rest` like
         it, the lower bits follow.
         """
+        if out.device.type == "cuda" and accelerated() is not None:
+            self.on_accelerator(blocks, out, signs, rest, split)
+            return
         kernels = compiled() if out.device.type == "cpu" else None
         if kernels is None:
             symbols = self._plainly(blocks)
@@ -192,6 +195,17 @@ class Reader:
             return kernels.read(words, starts, lanes, table, self.count, chosen, at.start, at.stop, *parts, *split, values)
 
         if sum(each(work, len(chosen), BATCH)):
+            raise _damaged()
+
+    def on_accelerator(self, blocks: Sequence[int], out: Tensor, signs: Tensor | None, rest: Tensor | None, split: tuple[int, int]) -> None:
+        """`read` by a kernel of triton."""
+        device = out.device
+        numbers, table = torch.tensor(blocks, device=device, dtype=torch.int64), self.table.to(device)
+        sizes = (LONGEST, LANES, STEPS)
+        ends = accelerated().read(self.coded.codes, self.starts, table, numbers, self.count, signs, rest, split, out, sizes)
+        lanes = numbers.unsqueeze(1) * LANES + torch.arange(LANES, device=device)
+        expected = (self.starts + self.coded.bits)[lanes.clamp(max=max(len(self.starts) - 1, 0))]
+        if not torch.equal(ends, torch.where(lanes < len(self.starts), expected, -1)):
             raise _damaged()
 
     def _plainly(self, blocks: Sequence[int]) -> Tensor:
@@ -272,6 +286,16 @@ def compiled() -> Any:
     except ImportError:
         return None
     return _prefix_kernels
+
+
+@functools.cache
+def accelerated() -> Any:
+    """The kernels for accelerators; None where triton is missing."""
+    try:
+        from modelwright.maths import _prefix_triton
+    except ImportError:
+        return None
+    return _prefix_triton
 
 
 def _unsigned(values: Tensor) -> np.ndarray[Any, Any]:
