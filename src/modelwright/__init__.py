@@ -30,6 +30,10 @@ _HOMES = {
     "measure": "core.measure",
     "fit": "fit",
     "merge": "mergekit",
+    "compress": "compression",
+    "decompress": "compression",
+    "pack_delta": "deltas",
+    "unpack_delta": "deltas",
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
     "export_c": "c_code",
@@ -40,6 +44,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .c_code import export_c
+    from .compression import compress, decompress
     from .core.contract import check
     from .core.data import corpus
     from .core.find import find
@@ -48,6 +53,7 @@ if TYPE_CHECKING:
     from .core.plan import plan
     from .core.recipe import Recipe, run
     from .core.walk import apply
+    from .deltas import pack_delta, unpack_delta
     from .fit import fit
     from .mergekit import merge
     from .starter import starter

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from .core import kinds, stream, walk
-from .core.errors import ModelError, SettingError, WeightsError, nearest
+from .core.errors import SettingError, WeightsError, nearest
 from .core.files import refuse_inputs, whole_folder, write_json
 from .core.given import Given
-from .core.model import Model, check_readable, open, tokenizer_files
+from .core.model import Model, check_readable, copy_beside, files_of, open
 from .core.progress import console, track
 from .core.weights import Checkpoint, Writer
 from .maths import slices
@@ -53,7 +53,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
         raise SettingError(f"pack_tasks takes two donors or more; got {len(ends)}. One model alone is smallest as it is.")
     walk.refuse_strangers(start, method, Given(donors=ends))
     kinds.refuse_stored([start, *ends])
-    files = [_files(one) for one in (start, *ends)]
+    files = [files_of(one) for one in (start, *ends)]
     shapes = [{name: one.shape(name) for name in one.names} for one in files]
     kinds.refuse_other_shapes(shapes[0], [(donor.name, found) for donor, found in zip(ends, shapes[1:], strict=True)])
     given = Given()
@@ -66,7 +66,7 @@ def pack_tasks(base: Any, donors: Sequence[Any], *, save: str | Path, method: Co
         with Writer(folder / "base", metadata=files[0].metadata or None) as out:
             for name in files[0].names:
                 out.copy(name, files[0])
-            _write_beside(out, files[0])
+            copy_beside(out, files[0])
 
         def parts(name: str, number: int) -> tuple[Values, Values]:
             return chosen[name].mask(files[0].on_disk(name), [one.on_disk(name) for one in files[1:]], number)
@@ -102,14 +102,8 @@ def unpack_task(folder: str | Path, task: int | str, *, save: str | Path, overwr
                 out.add(name, onto(base.on_disk(name), _masked(change.on_disk(name), mask.on_disk(name)), 1.0))
             else:
                 out.copy(name, base)
-        _write_beside(out, base)
+        copy_beside(out, base)
     return open(save)
-
-
-def _files(model: Model) -> Checkpoint:
-    if model.checkpoint is None:
-        raise ModelError(f"{model.name} is in memory or an adapter. Save it as a whole model first.")
-    return model.checkpoint
 
 
 def _bits(mask: Values, count: int) -> Sliced:
@@ -148,11 +142,3 @@ def _number(folder: Path, task: int | str) -> int:
     raise SettingError(
         f"{folder}: {task!r} {how}.{nearest(str(task), names)} The tasks are {', '.join(names)}, from 0 to {len(names) - 1}."
     )
-
-
-def _write_beside(out: Writer, base: Checkpoint) -> None:
-    """The base's config and tokenizer."""
-    out.write_json("config.json", base.config)
-    for file in [*tokenizer_files(base.path), base.path / "generation_config.json"]:
-        if file.is_file():
-            out.copy_file(file)

@@ -75,6 +75,7 @@ class Stored(Described):
     stands_for_dense: ClassVar[bool] = True  # counts as its dense weight; False when its parts are layers themselves
     dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
     exact: tuple[str, ...] = ()  # tensors whose dtype is part of the format: `to` another dtype leaves them as they are
+    lossless: ClassVar[bool] = False  # holds every bit of the weight, so that it also stands for an embedding and the head tied to it
     out_features: int
     in_features: int
 

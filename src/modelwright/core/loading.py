@@ -49,6 +49,7 @@ def install(module: nn.Module, descriptions: dict[str, dict[str, Any]]) -> None:
         layer = blocks.build(descriptions[name], dtype=dtype, device=device)
         layer.replaces = type(old).__name__
         module.set_submodule(name, layer)
+        sharing.release(module, name)
 
 
 def _seat(module: nn.Module, name: str, description: dict[str, Any]) -> None:

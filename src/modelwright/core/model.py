@@ -25,12 +25,13 @@ from modelwright.blocks._stored import Stored
 from . import hub, loading, sharing
 from .errors import ModelError, WeightsError, nearest
 from .files import read_json, restore, whole_folder, write_json
-from .weights import Checkpoint, check_finite, not_finite
+from .weights import Checkpoint, Writer, check_finite, not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RECORD = "modelwright.json"
+COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
@@ -164,7 +165,7 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if kinds & {"packed", "embedding"}:
+            if kinds & {"packed", "embedding", "coded", "coded_embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
@@ -288,6 +289,8 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
         folder = Path(source)
     else:
         folder = Checkpoint(source).path
+    if (folder / COMPRESSED).is_file():
+        raise ModelError(f"{source} is compressed. Write the model that it was with `modelwright.decompress`, and open that.")
     model = Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if not (folder / "adapter_config.json").is_file():
         refuse_unknown(folder, trust_remote_code)
@@ -475,6 +478,21 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
 
 
+def files_of(model: Model) -> Checkpoint:
+    """The files of a model that lies on disk as a whole. Raises ModelError for others."""
+    if model.checkpoint is None:
+        raise ModelError(f"{model.name} is in memory or an adapter. Save it as a whole model first.")
+    return model.checkpoint
+
+
+def copy_beside(out: Writer, source: Checkpoint) -> None:
+    """Write the config and the tokenizer of a checkpoint beside what is being written."""
+    out.write_json("config.json", source.config)
+    for file in [*tokenizer_files(source.path), source.path / "generation_config.json"]:
+        if file.is_file():
+            out.copy_file(file)
+
+
 def weight_of(module: nn.Module, site: Site) -> Tensor | None:
     """The dense weight of a site as [out, in] (experts: [n, out, in]); None where a stored layer stands instead."""
     if isinstance(module.get_submodule(site.module), Stored):
@@ -495,7 +513,7 @@ def why_not_stored(module: nn.Module, site: Site, planned: Any) -> str:
     if not isinstance(planned, Stored):
         return ""
     old = module.get_submodule(site.module)
-    if isinstance(old, nn.Embedding) and any(site.name in names for names in anatomy_of(module).tied(module)):
+    if isinstance(old, nn.Embedding) and not planned.lossless and any(site.name in names for names in anatomy_of(module).tied(module)):
         return "is an embedding that is tied to the head, so it stays as it is; leave it out with `skip: embed`"
     return planned.why_not(old)
 
@@ -507,11 +525,17 @@ def put(module: nn.Module, site: Site, result: Tensor | nn.Module) -> None:
         return
     old = module.get_submodule(site.module)
     assert isinstance(result, Stored) and not result.why_not(old), result
-    result = result.standing_for(old)
-    paths = [name.rpartition(".")[0] for name in sharing.everywhere(module, [site.name])]
+    tied = next((names for names in anatomy_of(module).tied(module) if site.name in names), ()) if isinstance(old, nn.Embedding) else ()
+    names = tied or sharing.everywhere(module, [site.name])
+    paths = [name.rpartition(".")[0] for name in names]
     for path, layer in zip(paths, sharing.copies(result, len(paths)), strict=True):
-        layer.take_bias(getattr(module.get_submodule(path), "bias", None))
-        module.set_submodule(path, layer)
+        stood = module.get_submodule(path)
+        layer.take_bias(getattr(stood, "bias", None))
+        module.set_submodule(path, layer.standing_for(stood))
+        sharing.release(module, path)
+    if tied:
+        held: Any = module
+        held.shares = True
 
 
 def emptied(module: nn.Module) -> nn.Module:

@@ -52,6 +52,16 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
         (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[leaf] = value
 
 
+def release(module: nn.Module, path: str) -> None:
+    """Have the architecture no longer tie the weight of the layer at `path`, which is stored in another form."""
+    for prefix, part in module.named_modules():
+        inside = f"{path}.weight".removeprefix(f"{prefix}.")
+        for record in ("_tied_weights_keys", "all_tied_weights_keys"):
+            ties = getattr(part, record, None)
+            if isinstance(ties, dict) and (inside in ties or inside in ties.values()):
+                setattr(part, record, {alias: source for alias, source in ties.items() if inside not in (alias, source)})
+
+
 def leave_out(module: nn.Module, ties: Mapping[str, str]) -> None:
     """Have nothing under the aliases until they are tied, so that whoever fills the model neither misses nor makes them."""
     for alias in ties:

@@ -20,7 +20,7 @@ from modelwright.blocks.experts import split_experts
 from . import kinds, loading, walk
 from .errors import ModelwrightError, WeightsError
 from .given import Given
-from .method import BlockMethod, LayerMethod, Method, TensorMethod
+from .method import BlockMethod, Chooses, LayerMethod, Method, TensorMethod
 from .model import RECORD, Model, empty_module, open, put, tensor_of, tokenizer_files
 from .passage import Resident, fill
 from .progress import track
@@ -198,7 +198,7 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
         _write_beside(out, model, method, given, checkpoint.config, stated)
 
 
-def _every_tensor(checkpoint: Checkpoint, method: TensorMethod, given: Given) -> walk.Chosen:
+def _every_tensor(checkpoint: Checkpoint, method: Chooses, given: Given) -> walk.Chosen:
     """Every float tensor of the files, with its role by its name; no module is built."""
     anatomy = anatomy_of(checkpoint.config)
     placed = {name: anatomy.role(name) or ("linear", None) for name in checkpoint.names if checkpoint.dtype(name).is_floating_point}
