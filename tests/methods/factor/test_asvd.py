@@ -129,8 +129,8 @@ def test_an_expert_that_no_token_reaches_counts_its_inputs_alike():
         for measure in ("mean", "fisher"):
             found = Asvd(measure=measure).metrics(model, sites, [{"input_ids": torch.tensor([[5, 9]])}])
             idle.append([bool((metric == metric[0]).all() and metric[0] > 0) for metric in found])
-        assert idle[0] == idle[1]
-        assert 0 < sum(idle[0]) < len(idle[0])
+        assert 0 < sum(idle[0]) <= sum(idle[1]) < len(sites)  # what only the last token reaches has no gradient
+        assert all(fisher for mean, fisher in zip(*idle, strict=True) if mean)
     mw.apply(module, Asvd(measure="fisher", allocate="uniform", where="experts"), data=[{"input_ids": torch.tensor([[5, 9]])}])
 
 
