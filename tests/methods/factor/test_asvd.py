@@ -199,13 +199,35 @@ def test_settings_that_cannot_be_met_are_refused():
         mw.apply(tiny(), Asvd(keep=0.3, keeps=(0.5,), where="mlp.down"), data=batches(tiny())[:1])
 
 
-def test_weights_and_inputs_that_are_not_finite_are_refused_unchanged():
+@pytest.mark.parametrize(("measure", "what"), [("mean", "inputs"), ("largest", "inputs"), ("fisher", "gradients")])
+def test_inputs_that_are_not_finite_are_refused_unchanged(measure, what):
     module = tiny()
-    module.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    keys = module.state_dict().keys()
-    with pytest.raises(SiteError, match=r"factor\.asvd: the inputs of model.layers.1.mlp.down_proj.weight are NaN or infinite"):
-        mw.apply(module, Asvd(allocate="uniform"), data=batches(tiny()))
-    assert module.state_dict().keys() == keys
+    module.model.layers[1].mlp.up_proj.weight.data *= 1e38
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(SiteError, match=rf"factor\.asvd: the {what} of model.layers.\d.* are NaN or infinite"):
+        mw.apply(module, Asvd(allocate="uniform", measure=measure), data=batches(tiny()))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weights_and_metrics_that_are_not_finite_have_no_factors():
     for weight, metric in ((WEIGHT * torch.nan, None), (WEIGHT, torch.full((40,), torch.inf))):
         with pytest.raises(SiteError, match="are NaN or infinite, so that it has no factors"):
             factor(weight, 4, metric)
+
+
+def test_a_search_that_is_broken_off_leaves_the_weights_as_they_were(monkeypatch):
+    module = tiny(num_hidden_layers=2)
+    data, before = batches(module), {name: value.clone() for name, value in module.state_dict().items()}
+    calls = []
+
+    def broken(*given):
+        calls.append(text_loss(*given))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr("modelwright.methods.factor.asvd.text_loss", broken)
+    with pytest.raises(KeyboardInterrupt):
+        mw.apply(module, Asvd(where="mlp", keeps=(0.4, 0.7)), data=data)
+    assert len(set(calls)) == 5
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
