@@ -124,7 +124,8 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
                         harm[row, place] = text_loss(model, calibration)
             finally:
                 put(module, site, before)
-            known[row] = tall.to(before.dtype), wide.to(before.dtype)
+            kind = before.dtype if self.store == "factors" else torch.promote_types(before.dtype, torch.float32)  # to round once
+            known[row] = tall.to(kind), wide.to(kind)
         places = keep_by_harm(harm, costs, whole, self.keep * sum(whole))
         kept = sum(size if place is None else float(row[place]) for size, place, row in zip(whole, places, costs, strict=True))
         shares = [1.0 if place is None else self.keeps[place] for place in places]
