@@ -91,7 +91,8 @@ def shown(column: str, row: dict[str, Any]) -> str:
     if column in ("bytes_disk", "bytes_memory", "peak_memory", "peak_bytes"):
         return size(value)
     if column == "perplexity":
-        return f"{value:.2f} ({row['perplexity_low']:.2f}–{row['perplexity_high']:.2f})"
+        low, high = row["perplexity_low"], row["perplexity_high"]
+        return f"{value:.2f} (one window)" if low is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
     if column in ("parameters", "zeros", "flops_per_token", "tokens"):
         return short(value)
     if column.endswith("_per_second"):
@@ -132,7 +133,7 @@ def table(rows: list[dict[str, Any]], title: str = "") -> Table:
     if rows and "model" in rows[0]:
         made.add_column("")
         for row in rows:
-            made.add_column(str(row["model"]), justify="right")
+            made.add_column(Text(str(row["model"])), justify="right", overflow="fold")
         for column in columns[1:]:
             made.add_row(COLUMNS[column], *(shown(column, row) for row in rows))
         return made

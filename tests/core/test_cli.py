@@ -285,6 +285,23 @@ def test_tables_of_steps_fit_80_columns_with_whole_headings():
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.parametrize("models", [2, 4])
+def test_long_names_of_models_stand_whole_above_their_columns(models):
+    row = {"parameters": 2_830_000, "perplexity": 12.3, "perplexity_low": 11.04, "perplexity_high": 13.87, "bytes_disk": 5_660_000}
+    names = [f"/experiments/2026/llama-3.2-1b-pruned-at-a-half-[{number}]-and-then-recovered" for number in range(models)]
+    lines = wide(report.table([{"model": name, **row} for name in names]))
+    assert max(map(len, lines)) <= 80
+    assert "…" not in " ".join(lines)
+    above = lines[: next(place for place, line in enumerate(lines) if "─" in line)]
+    assert sorted("".join("".join(above).split())) == sorted("".join(names))
+    assert sum("parameters" in line for line in lines) == 1
+
+
+def test_a_perplexity_of_one_window_has_no_interval():
+    row = {"model": "m", "perplexity": 12.3, "perplexity_low": None, "perplexity_high": None}
+    assert any(line.endswith("12.30 (one window)") for line in map(str.strip, wide(report.table([row]))))
+
+
 def test_summaries_in_the_help_are_whole_at_80_columns(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, printed, _ = call("--help")

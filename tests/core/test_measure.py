@@ -42,6 +42,22 @@ def test_uniform_model_has_the_vocabulary_as_perplexity_and_its_logarithm_as_bit
     assert found["bits_per_byte"] == pytest.approx((len(ids) - 1) * math.log2(97) / len(LETTERS * 10))
 
 
+def test_one_window_has_no_interval_and_two_have_that_of_their_means():
+    text, tokenizer = data.read([LETTERS]), letters()
+    ids = data.tokens(text, tokenizer)
+    model = Model(name="m", module=tiny("llama", max_position_embeddings=256), tokenizer=tokenizer)
+    whole = measure.quality(model, text, length=len(ids))
+    assert whole["perplexity"] > 1
+    assert (whole["perplexity_low"], whole["perplexity_high"]) == (None, None)
+    found = measure.quality(model, text, length=len(ids) // 2 + 1)
+    losses, counts = measure.window_losses(model.module, ids, len(ids) // 2 + 1)
+    assert len(counts) == 2
+    mean = losses.sum() / counts.sum()
+    spread = 1.96 * ((counts / counts.sum()) ** 2 * (losses / counts - mean) ** 2).sum().sqrt()
+    assert math.log(found["perplexity_low"]) == pytest.approx(float(mean - spread), rel=1e-4)
+    assert math.log(found["perplexity_high"]) == pytest.approx(float(mean + spread), rel=1e-4)
+
+
 def test_every_token_but_the_first_is_predicted_once_whatever_the_window():
     module = tiny("llama")
     ids = torch.randint(1, 96, (50,), generator=torch.Generator().manual_seed(0))

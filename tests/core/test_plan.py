@@ -12,7 +12,7 @@ import modelwright as mw
 from modelwright.core import find, recipe
 from modelwright.core.contract import letters
 from modelwright.core.data import Text
-from modelwright.core.errors import PlanError
+from modelwright.core.errors import ModelError, PlanError, WeightsError
 from modelwright.core.given import Given
 from modelwright.core.model import Model, empty_module
 from modelwright.core.plan import GATHERED, LOGITS, SOLVING, SURVEYED, TRAINED, peak, plan, seconds, time_class
@@ -81,6 +81,26 @@ def test_steps_out_of_order_are_all_said(small, text):
     made = recipe.read({"model": str(small), "data": str(text), "steps": ["quantize.rtn", "prune.wanda", "adapt.fold"]})
     with pytest.raises(PlanError, match=r"(?s)2 problems.*step 1: prune.wanda wants.*step 2: adapt.fold wants a model that is adapters"):
         plan(made)
+
+
+@pytest.mark.parametrize("name", ["distill.recover", "factor.pela"])
+def test_a_teacher_with_another_vocabulary_is_refused(name, small, text, tmp_path):
+    Model(name="other", module=tiny("llama", vocab_size=120), tokenizer=letters()).save(tmp_path / "other")
+    made = {"model": str(small), "data": str(text), "steps": ["prune.magnitude", {name: {"teacher": str(tmp_path / "other")}}]}
+    with pytest.raises(ModelError, match=rf"^step 1: {name}: the teacher's vocabulary has 120 tokens and the model's 97"):
+        plan(made)
+    Model(name="wide", module=tiny("gpt2"), tokenizer=letters()).save(tmp_path / "wide")
+    made["steps"][1] = {"distill.recover": {"teacher": str(tmp_path / "wide")}}
+    assert len(plan(made).rows) == 3
+    made["steps"][1] = {"distill.recover": {"teacher": str(tmp_path / "none")}}
+    with pytest.raises(WeightsError, match="teacher: A checkpoint at .* was asked for") as caught:
+        plan(made)
+    assert len(caught.value.reasons) == 1
+
+
+def test_channels_that_cannot_be_mixed_are_refused_before_work(small, text):
+    with pytest.raises(PlanError, match=r"^step 0: prune\.pat: no 200 rows of 64 are orthogonal"):
+        plan({"model": str(small), "data": str(text), "steps": ["prune.pat"]})
 
 
 def test_every_method_can_be_planned(small, text, tmp_path):

@@ -10,7 +10,7 @@ import torch
 
 import modelwright as mw
 from modelwright.core import find, recipe
-from modelwright.core.errors import RecipeError
+from modelwright.core.errors import DataError, PlanError, RecipeError
 from modelwright.core.files import claim
 from modelwright.core.recipe import Recipe, Step
 
@@ -169,3 +169,33 @@ def test_texts_of_donors_keep_their_place_and_count_in_what_is_resumed(small, tm
     (tmp_path / "b.txt").write_text("other words " * 60)
     recipe.run(made, keep_steps=True, overwrite=True)
     assert len(list((tmp_path / "out.steps").glob("00-merge.regmean-*.json"))) == 2
+
+
+def test_every_problem_of_a_recipe_names_its_step():
+    steps = [
+        {"prune.wanda": {"sparsity": 2, "sparcity": 1, "allocate": "all"}},
+        "prune.none",
+        {"prune.wanda": {"by_sum": True, "pattern": "2:4"}},
+    ]
+    with pytest.raises(RecipeError) as caught:
+        recipe.read({"steps": steps})
+    assert len(caught.value.reasons) == 5
+    assert [reason[:8] for reason in caught.value.reasons] == ["step 0: "] * 3 + ["step 1: ", "step 2: "]
+    assert "step 0: prune.wanda: sparsity must be a number from 0 to 1; got 2." in caught.value.reasons
+
+
+@pytest.mark.parametrize(
+    "step", [{"prune.gaprune": {"general": "nowhere.txt"}}, {"merge.regmean": {"donors": ["$input"], "texts": ["nowhere.txt"]}}]
+)
+def test_texts_of_a_step_that_cannot_be_read_are_said_before_work(step, small, text, tmp_path):
+    made = recipe.read({"model": str(small), "data": str(text), "steps": ["prune.magnitude", step], "save": str(tmp_path / "out")})
+    for call in (mw.plan, mw.run):
+        with pytest.raises(DataError, match=rf"step 1: {next(iter(step))}: The data 'nowhere.txt' was asked for"):
+            call(made)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_in_the_course_of_a_run_names_its_step(small, text, tmp_path):
+    step = {"factor.asvd": {"keep": 0.1, "keeps": [0.5], "where": "mlp.down"}}
+    with pytest.raises(PlanError, match=r"^step 1: factor\.asvd: keep=0\.1 was asked for"):
+        mw.run({"model": str(small), "data": str(text), "steps": ["prune.magnitude", step], "save": str(tmp_path / "out")})

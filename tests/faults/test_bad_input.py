@@ -176,11 +176,27 @@ def test_nan_weights_are_found_before_work(small, tmp_path) -> None:
         mw.run(str(folder), [Magnitude()], save=str(tmp_path / "out"))
 
 
-def test_nan_activations_are_named() -> None:
+@pytest.mark.parametrize("name", ["prune.magnitude", "prune.wanda", "prune.sparsegpt", "prune.armor", "prune.alps",
+                                  "quantize.rtn", "quantize.gptq", "factor.svd", "factor.svd_llm", "factor.asvd"])  # fmt: skip
+def test_a_matrix_that_is_nan_is_found_before_those_before_it_are_changed(name: str) -> None:
     module = tiny("llama")
-    module.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("inf")
-    with pytest.raises(SiteError, match="inputs are NaN or infinite"):
-        mw.apply(module, Gptq(group=32), data=[tiny_inputs(module)])
+    module.model.layers[3].mlp.down_proj.weight.data[5, 7] = float("nan")  # the last; its outputs are no matrix's inputs
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    method = find(name)
+    with pytest.raises(WeightsError, match=r"1 tensors hold NaN or infinity, first model\.layers\.3\.mlp\.down_proj\.weight"):
+        mw.apply(module, method(**method.small), data=[tiny_inputs(module)])
+    assert module.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) or value.isnan().any() for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["prune.wanda", "factor.asvd"])
+def test_infinite_activations_are_named_and_experts_stay_in_their_stacks(name: str) -> None:
+    module = tiny("qwen3_moe")
+    module.model.layers[1].self_attn.v_proj.weight.data *= 1e38
+    names = module.state_dict().keys()
+    with pytest.raises(SiteError, match=r"NaN or infinite on the (calibration data|text)"):
+        mw.apply(module, find(name)(**find(name).small), data=[tiny_inputs(module)])
+    assert module.state_dict().keys() == names
 
 
 @pytest.mark.parametrize("streamed", [True, False])

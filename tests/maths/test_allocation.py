@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.allocation import erk, even, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, standardised
+from modelwright.maths.allocation import erk, even, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, owl_counts, standardised
 
 
 def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
@@ -95,6 +95,34 @@ def test_owl_keeps_the_mean_exactly_and_stays_within_its_reach(keep, sizes):
 def test_owl_without_spread_or_with_blocks_alike_is_uniform():
     assert owl([1.0, 5.0, 2.0], [1, 1, 1], 0.3, 0.0) == pytest.approx([0.3] * 3)
     assert owl([2.0, 2.0, 2.0], [1, 1, 1], 0.3, 0.08) == pytest.approx([0.3] * 3)
+
+
+def test_owl_in_whole_numbers_by_hand():
+    # A range of four of eight about 5: 3, 4, 5, 6, 7 by D of 0, 1, 2, 3, 4.
+    assert owl_counts([0.0, 1.0, 2.0, 3.0, 4.0], [1] * 5, (5, 8), 0.25) == [3, 4, 5, 6, 7]
+    # The authors' range of two of eight: 4, 4.4, 5.6, 6 are 4, 4, 5, 6, and one more to the third, which lost most.
+    assert owl_counts([0.0, 1.0, 4.0, 5.0], [1] * 4, (5, 8), 0.125) == [4, 4, 6, 6]
+    # The first weighs three times: c + (3 · 0 + 2) / 4 = 2 gives 1.5 and 3.5. One more for it would be 9 of 8, for the other 7.
+    assert owl_counts([0.0, 1.0], [3, 1], (2, 4), 0.25) == [1, 4]
+    # Never none and never more than all: 0 and 4 of 4 about 2 would be 0 and 4.
+    assert owl_counts([0.0, 1.0], [1, 1], (2, 4), 0.5) == [1, 3]
+    assert owl_counts([0.0, 1.0], [1, 1], (4, 4), 0.5) == [4, 4]
+
+
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (5, 8), (7, 8), (8, 16)])
+@pytest.mark.parametrize("sizes", [[1] * 8, [5, 1, 1, 9, 2, 2, 3, 1]])
+def test_owl_in_whole_numbers_has_the_patterns_mean(pattern, sizes):
+    keep, of = pattern
+    found = (torch.rand(8, generator=torch.Generator().manual_seed(1)) ** 4).tolist()
+    counts = owl_counts(found, sizes, pattern, 0.2)
+    kept = sum(count * size for count, size in zip(counts, sizes, strict=True))
+    assert keep * sum(sizes) - max(sizes) < kept <= keep * sum(sizes)
+    if max(sizes) == 1:
+        assert kept == keep * 8
+        assert [counts[place] for place in sorted(range(8), key=found.__getitem__)] == sorted(counts)
+    assert all(1 <= count <= of and abs(count - keep) < 0.4 * of + 1 for count in counts)
+    assert owl_counts(found, sizes, pattern, 0.0) == [keep] * 8
+    assert owl_counts([3.0] * 8, sizes, pattern, 0.2) == [keep] * 8
 
 
 def test_evenly_each_keeps_as_many_and_the_small_are_whole():

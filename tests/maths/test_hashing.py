@@ -103,3 +103,10 @@ def test_divisors_by_hand():
     assert divisor(maps, 2, "mean").tolist() == pytest.approx([25 / 3] * 2)  # (3 + 1 + 1)² / 3
     assert divisor(maps, 2, "none").tolist() == [1, 1]
     assert 1.0 in divisor([Map("hashednet", 50, 0, 0, (1, 2), 3.0)], 50, "projection").tolist()
+
+
+def test_signs_have_nothing_to_do_with_places():
+    # With one hash for both, a value would be read with one sign alone, that of its place's parity.
+    places, factors = Map("hashednet", 64, 3, 0, (256, 256), 1.0).places(0, 256)
+    means = torch.zeros(64).index_add_(0, places, factors) / torch.bincount(places)
+    assert float(means.abs().max()) < 0.2

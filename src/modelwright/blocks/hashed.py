@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -9,6 +10,13 @@ from torch import Tensor, nn
 
 from modelwright.blocks._stored import Stored
 from modelwright.maths.hashing import Form, Map, Scaling, divisor
+
+
+class Readers(weakref.WeakSet):
+    """The layers that have read an array, as long as they live. A pickle has none: they are seen anew when they read."""
+
+    def __reduce__(self) -> Any:
+        return Readers, ()
 
 
 class HashedLinear(Stored):
@@ -52,17 +60,20 @@ class HashedLinear(Stored):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out]."""
-        readers: Any = self.memory
-        readers.readers = getattr(readers, "readers", {}) | {self.map.offset: self.map}
+        memory: Any = self.memory
+        if not hasattr(memory, "readers"):
+            memory.readers = Readers()
+        memory.readers.add(self)
         out = _Product.apply(inputs, self.memory, self)
         return out if self.bias is None else out + self.bias
 
     def divisor(self) -> Tensor:
-        """What the gradient of ψ is divided by [size], by all layers that have read it; kept until there are others."""
+        """What the gradient of ψ is divided by [size], by all layers that have read it and still do; kept until there are others."""
         memory: Any = self.memory
-        key = (frozenset(memory.readers.values()), self.scaling, memory.device)
+        maps = sorted({layer.map for layer in memory.readers if layer.memory is memory}, key=lambda one: one.offset)
+        key = (maps, self.scaling, memory.device)
         if getattr(memory, "divided_by", (None,))[0] != key:
-            memory.divided_by = key, divisor(memory.readers.values(), self.map.size, self.scaling, memory.device)
+            memory.divided_by = key, divisor(maps, self.map.size, self.scaling, memory.device)
         return memory.divided_by[1]
 
     def describe(self) -> dict[str, Any]:

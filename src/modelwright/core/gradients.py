@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modelwright.anatomy import Site
+
 from .errors import DataError, ModelError
 from .given import Batch
 from .model import Model, unwrapped
@@ -111,21 +113,36 @@ def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tens
     return sums
 
 
-def gradient_moments(model: Model, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The means over examples of ∂L/∂θ and of its square, float32, by parameter; an example is a row, L its `mean_gradients`' loss.
+def row_gradients(model: Model, batches: Sequence[Batch]) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """(1 / n, ∂L/∂θ in float32 by parameter) for each of the n rows of the batches; L is the loss of `mean_gradients`.
 
     Raises DataError when there is no row.
     """
-    sums: dict[str, Tensor] = {}
-    squares: dict[str, Tensor] = {}
     rows = list(_rows(batches))
     if not rows:
         raise DataError(f"{model.name} was given no example to take gradients of. Give it text of two tokens or more.")
     for row in track(rows, "gradients"):
-        for name, found in mean_gradients(model, [row]).items():
-            sums[name] = sums[name].add_(found) if name in sums else found.clone()
-            squares[name] = squares[name].addcmul_(found, found) if name in squares else found.square()
-    return {name: value / len(rows) for name, value in sums.items()}, {name: value / len(rows) for name, value in squares.items()}
+        yield 1 / len(rows), mean_gradients(model, [row])
+
+
+def gradient_moments(model: Model, batches: Sequence[Batch]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The means over `row_gradients` and over their squares, float32, by parameter."""
+    sums: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    for share, gradients in row_gradients(model, batches):
+        for name, found in gradients.items():
+            sums.setdefault(name, torch.zeros_like(found)).add_(found, alpha=share)
+            squares.setdefault(name, torch.zeros_like(found)).addcmul_(found, found, value=share)
+    return sums, squares
+
+
+def input_fisher(model: Model, sites: Sequence[Site], batches: Sequence[Batch]) -> list[Tensor]:
+    """For each site the root of the mean over `row_gradients` and outputs of (∂L/∂W)², [in] float32."""
+    squares: list[Any] = [0.0] * len(sites)
+    for share, gradients in row_gradients(model, batches):
+        for place, site in enumerate(sites):
+            squares[place] += share * gradients[site.name].square().mean(1 if site.transposed else 0)
+    return [each.sqrt() for each in squares]
 
 
 def floats(module: nn.Module) -> dict[str, nn.Parameter]:

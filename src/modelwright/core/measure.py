@@ -247,7 +247,7 @@ def window_losses(module: nn.Module, ids: Tensor, length: int, batch: int = 8) -
 
 
 def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int | None = None) -> dict[str, Any]:
-    """Perplexity per token and bits per byte on a text, with a 95 % interval over windows.
+    """Perplexity per token and bits per byte on a text, with a 95 % interval over windows; None for its ends where there is one window.
 
     Every byte of the text counts in bits per byte; the marks between documents cost bits but count no bytes. "text" says
     what was read.
@@ -269,11 +269,12 @@ def quality(model: Model, text: texts.Text, length: int = 512, most_tokens: int 
         raise DataError(f"{model.name}: its loss on the text is not finite; its weights are broken.")
     rates = losses / counts.clamp(min=1)
     weights = counts / counts.sum()
-    spread = float((weights.square() * (rates - mean).square()).sum().sqrt()) if len(rates) > 1 else math.inf
+    spread = float((weights.square() * (rates - mean).square()).sum().sqrt())
+    known = len(rates) > 1
     return {
         "perplexity": math.exp(min(mean, 700)),
-        "perplexity_low": math.exp(max(mean - 1.96 * spread, 0)),
-        "perplexity_high": math.exp(min(mean + 1.96 * spread, 700)),
+        "perplexity_low": math.exp(max(mean - 1.96 * spread, 0)) if known else None,
+        "perplexity_high": math.exp(min(mean + 1.96 * spread, 700)) if known else None,
         "bits_per_byte": float(losses.sum()) / math.log(2) / size,
         "tokens": tokens,
         "bytes": size,

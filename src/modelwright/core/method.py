@@ -143,7 +143,8 @@ class Method(ABC):
         try:
             made = cls(**{key: value for key, value in settings.items() if key in known})
         except SettingError as error:
-            raise SettingError("\n".join([*strange, str(error)])) from None
+            reasons = [*strange, *error.reasons]
+            raise SettingError("\n".join(reasons), reasons) from None
         refuse(SettingError, strange)
         return made
 

@@ -21,12 +21,13 @@ from modelwright.maths.slices import SLICE
 from . import loading, sharing, stream, walk
 from . import recipe as recipes
 from .data import Text
-from .errors import Faults, PlanError, SiteError
+from .errors import Faults, ModelError, PlanError, SiteError, WeightsError
 from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, emptied, put, quiet, stored_bytes, unwrapped, weight_of
+from .model import Model, emptied, open, put, quiet, stored_bytes, unwrapped, weight_of
 from .settings import ByRole
+from .training import refuse_other_vocabulary
 
 # Memory: what the drivers hold, in copies. A method's own working copies are its `holds`.
 PROGRAM = 380_000_000  # bytes of a process that has imported torch and transformers, where the system does not tell
@@ -111,6 +112,8 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
         lasts = seconds(skeleton, step.method, local, before.flops_per_token, rate)
         streaming = True  # every step writes a folder, from which the next one reads
         with torch.no_grad(), faults.collected(f"step {number}: {step.method.name()}: "):
+            if isinstance(step.method, TrainMethod) and "teacher" in named and (teacher := _opened(named["teacher"], model)):
+                refuse_other_teacher(step.method, skeleton, teacher)
             skeleton, zeros = predict(skeleton, step.method, replace(given, **named))
         row = _row(step.method.name(), skeleton, zeros if zeros is not None else rows[-1].zeros)
         row.peak_bytes = memory
@@ -122,6 +125,22 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
             row.notes.append(f"the result loads {form}")
         rows.append(row)
     return Plan(rows, warnings)
+
+
+def _opened(name: Any, model: Model) -> Model | None:
+    """The model that a step names; None where it cannot be opened, which is said where it is named."""
+    with contextlib.suppress(ModelError, WeightsError):
+        return model if name == recipes.INPUT else open(name)
+    return None
+
+
+def refuse_other_teacher(method: Method, module: nn.Module, teacher: Model) -> None:
+    """Raise ModelError where the configs of a teacher and of an empty module tell of other vocabularies."""
+    configs: list[Any] = [teacher.config, getattr(unwrapped(module), "config", None)]
+    told = [each.get_text_config() for each in configs if hasattr(each, "get_text_config")]
+    sizes = [each.vocab_size for each in told if hasattr(each, "vocab_size")]
+    if len(sizes) == 2:
+        refuse_other_vocabulary(method.name(), *sizes)
 
 
 def loads_with(module: nn.Module) -> str:

@@ -139,7 +139,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         try:
             made.append(_step(text))
         except ModelwrightError as error:
-            problems.append(f"step {number}: {error}")
+            problems += [f"step {number}: {reason}" for reason in error.reasons]
     for key in ("samples", "length", "seed"):
         if key in stated and (
             not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)
@@ -329,8 +329,10 @@ def _steps(
             local = replace(given, **step_models(step, source), work=unfinished, notes=[], details=[])
             started = time.perf_counter()
             whole = beside / f"{folder.name}.whole"
-            with peak_memory() as memory:
+            faults = Faults()
+            with peak_memory() as memory, faults.collected(f"step {number}: {step.method.name()}: "):
                 result = walk.write(model, step.method, local, whole, overwrite=True)
+            faults.refuse()
             row = {"step": step.method.name(), "seconds": time.perf_counter() - started, "peak_bytes": memory.bytes, **sizes(result)}
             row["notes"] = local.notes + _surprises(predicted[number + 1], row)
             write_json(beside / f"{folder.name}.json", row)
@@ -427,6 +429,12 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
                         opened[name] = open(name)
         with faults.collected(f"step {number}: "):
             replace(present, **named).refuse_lacking(step.method)
+        for source in (
+            *(getattr(step.method, "texts", None) or ()),
+            *(getattr(step.method, key) for key in getattr(step.method, "reads", ())),
+        ):
+            with faults.collected(f"step {number}: {step.method.name()}: "):
+                texts.read(source)
         donors = [opened[name] for name in named.get("donors", ()) if name in opened]
         doubled = walk.doubled(step.method, None if number else model, donors)
         faults += [PlanError(f"step {number}: {sentence}") for sentence in doubled]

@@ -80,6 +80,13 @@ class Training:
         return math.ceil(self.tokens / (self.batch * self.length))
 
 
+def refuse_other_vocabulary(name: str, teacher: int, own: int) -> None:
+    """Raise ModelError where a method of this name compares predictions over so many tokens with others over another number."""
+    if teacher != own:
+        sizes = f"the teacher's vocabulary has {teacher:,} tokens and the model's {own:,}"
+        raise ModelError(f"{name}: {sizes}. Give a teacher with the model's own tokenizer.")
+
+
 def next_token(model: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, Parts]:
     """The usual objective: mean cross-entropy in nats of each token that follows another.
 

@@ -118,6 +118,8 @@ def change(model: Model, method: Method, given: Given) -> Model:
     given.refuse_lacking(method)
     refuse_marks(model, method, given.donors)
     refuse_strangers(model, method, given)
+    if isinstance(method, SiteMethod) and model.loaded:
+        check_readable(model)  # or a matrix that is refused would leave those before it changed
     if isinstance(method, ModelMethod) and any(donor.loaded and model.loaded and donor.module is model.module for donor in given.donors):
         raise ModelError(f"{method.name()}: a donor is the model itself, which changes on the way. Open the donor separately.")
     with torch.no_grad() if method.level in ("tensor", "layer", "block") else contextlib.nullcontext():
@@ -395,12 +397,14 @@ def _left_out(method: Method, module: nn.Module, site: Site) -> str:
 def split_experts(module: nn.Module, inside: str = "") -> Iterator[None]:
     """Give every expert matrices of its own; afterwards, put those that are still dense back into their stacks."""
     names = experts.split_experts(module, inside)
-    yield
-    for name in names:
-        layer = module.get_submodule(name)
-        assert isinstance(layer, experts.SplitExperts)
-        if not any(isinstance(part, Stored) for part in layer.modules()):
-            module.set_submodule(name, layer.to_fused())
+    try:
+        yield
+    finally:
+        for name in names:
+            layer = module.get_submodule(name)
+            assert isinstance(layer, experts.SplitExperts)
+            if not any(isinstance(part, Stored) for part in layer.modules()):
+                module.set_submodule(name, layer.to_fused())
 
 
 # Layer and block level

@@ -126,6 +126,26 @@ def owl(found: Sequence[float], sizes: Sequence[int], keep: float, spread: float
     return moved_to_mean(raised, torch.tensor(sizes, dtype=torch.float64), keep).tolist()
 
 
+def owl_counts(found: Sequence[float], sizes: Sequence[int], pattern: tuple[int, int], spread: float) -> list[int]:
+    """How many of every m entries each block keeps, 1 to m: the shares of `owl` in whole numbers, for a pattern (n, m).
+
+    All are rounded down; then those that lost most by that go up, as long as the mean, weighted by `sizes`, is not above n. Of
+    blocks of one size it is n exactly.
+    """
+    keep, of = pattern
+    if keep == of:
+        return [of] * len(found)
+    shares = owl(found, sizes, (keep - 1) / (of - 1), spread * of / (of - 1))  # of what may go
+    wanted = [1 + (of - 1) * share for share in shares]
+    counts = [int(value + 1e-9) for value in wanted]
+    left = keep * sum(sizes) - sum(count * size for count, size in zip(counts, sizes, strict=True))
+    for place in sorted(range(len(sizes)), key=lambda place: counts[place] - wanted[place]):
+        if counts[place] < wanted[place] - 1e-9 and sizes[place] <= left:
+            counts[place] += 1
+            left -= sizes[place]
+    return counts
+
+
 def moved_to_mean(values: Tensor, sizes: Tensor, mean: float) -> Tensor:
     """values [n] + c, cut to 0 and 1, with the c for which their mean, weighted by `sizes` [n], is `mean`; float64."""
     low, high = -float(values.max()), 1 - float(values.min())  # all 0, all 1

@@ -10,6 +10,7 @@ from modelwright.core.errors import PlanError, SettingError, SiteError
 from modelwright.core.gradients import text_loss
 from modelwright.core.model import Model, put, weight_of
 from modelwright.core.passage import statistics_of
+from modelwright.core.walk import split_experts
 from modelwright.maths.low_rank import factor
 from modelwright.methods.factor.asvd import Asvd
 from modelwright.methods.factor.svd import Svd
@@ -83,6 +84,80 @@ def test_the_metric_in_a_model_is_that_of_the_unchanged_models_inputs():
     assert torch.allclose(module.get_submodule(site.module).dense(), b @ a, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+def test_the_fisher_metric_is_the_root_mean_square_of_the_gradients_of_each_column_over_sequences(kind):
+    module = tiny(kind)
+    model, data = Model(name="", module=module), batches(module, 2)
+    sites = [site for site in model.sites() if site.role in ("attn.o", "mlp.down")]
+    squares = {site.name: [] for site in sites}
+    for batch in data:
+        for row in range(len(batch["input_ids"])):
+            module.zero_grad()
+            one = {name: value[row : row + 1] for name, value in batch.items()}
+            ids = one["input_ids"].masked_fill(one["attention_mask"] == 0, -100)
+            torch.nn.functional.cross_entropy(module(**one).logits[0, :-1], ids[0, 1:]).backward()
+            for site in sites:
+                gradient = module.get_parameter(site.name).grad
+                squares[site.name].append((gradient.T if site.transposed else gradient).square().mean(0))
+    module.zero_grad()
+    found = Asvd(measure="fisher", power=0.5).metrics(model, sites, data)
+    for site, metric in zip(sites, found, strict=True):
+        assert torch.allclose(metric, torch.stack(squares[site.name]).mean(0).double() ** 0.25, rtol=1e-3), site.name
+        assert metric.std() > 0
+    assert all(value.grad is None for value in module.parameters())
+
+
+def test_the_fisher_metric_decides_what_is_kept():
+    module = tiny()
+    data, model = batches(module), Model(name="", module=tiny())
+    site = next(site for site in model.sites() if site.role == "mlp.down" and site.depth == 1)
+    (metric,) = Asvd(measure="fisher").metrics(model, [site], data)
+    b, a = factor(weight_of(model.module, site), 11, metric)
+    mw.apply(module, Asvd(rank=11, allocate="uniform", measure="fisher"), data=data)
+    assert torch.allclose(module.get_submodule(site.module).dense(), b @ a, atol=1e-5)
+    mean, largest = (factor(weight_of(model.module, site), 11, *Asvd(measure=measure).metrics(model, [site], data))
+                     for measure in ("mean", "largest"))  # fmt: skip
+    assert not torch.allclose(b @ a, mean[0] @ mean[1], atol=1e-3)
+    assert not torch.allclose(b @ a, largest[0] @ largest[1], atol=1e-3)
+
+
+def test_an_expert_that_no_token_reaches_counts_its_inputs_alike():
+    module, model = tiny("mixtral"), Model(name="", module=tiny("mixtral"))
+    with split_experts(model.module):
+        sites = [site for site in model.sites() if site.role == "experts.down"]
+        idle = []
+        for measure in ("mean", "fisher"):
+            found = Asvd(measure=measure).metrics(model, sites, [{"input_ids": torch.tensor([[5, 9]])}])
+            idle.append([bool((metric == metric[0]).all() and metric[0] > 0) for metric in found])
+        assert 0 < sum(idle[0]) <= sum(idle[1]) < len(sites)  # what only the last token reaches has no gradient
+        assert all(fisher for mean, fisher in zip(*idle, strict=True) if mean)
+    mw.apply(module, Asvd(measure="fisher", allocate="uniform", where="experts"), data=[{"input_ids": torch.tensor([[5, 9]])}])
+
+
+@pytest.mark.parametrize("store", ["factors", "dense"])
+def test_what_is_cut_in_the_end_is_what_was_tried(store):
+    """Under the metric: another one in the search would find other perplexities, and other factors."""
+    method = Asvd(keep=0.6, keeps=(0.4, 0.7), where="attn.o", store=store, power=2.0)
+    module = tiny(num_hidden_layers=3)
+    with torch.no_grad():
+        for block in module.model.layers:
+            block.self_attn.v_proj.weight *= torch.logspace(-2, 1, 32)[:, None]  # inputs of very different sizes
+    data, model = batches(module), Model(name="", module=module)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    sites = [site for site in model.sites() if site.role == "attn.o"]
+    metrics = method.metrics(model, sites, data)
+    mw.apply(module, method, data=data)
+    for place, (site, metric) in enumerate(zip(sites, metrics, strict=True)):
+        weight = before[site.name]
+        layer = module.get_submodule(site.module)
+        if store == "factors" and isinstance(layer, torch.nn.Linear):
+            assert torch.equal(layer.weight, weight)
+            continue
+        result = layer.weight if store == "dense" else layer.dense()
+        options = [weight, *(b @ a for b, a in (factor(weight, int(keep * 64 * 64 / 128), metric) for keep in method.keeps))]
+        assert any(torch.allclose(result, option, atol=1e-5) for option in options), place
+
+
 @pytest.mark.parametrize("keep", [0.5, 0.8])
 def test_the_search_takes_the_cuts_of_least_perplexity_until_the_budget_is_met(keep):
     method = Asvd(keep=keep, keeps=(0.45, 0.7), where="mlp")
@@ -124,13 +199,35 @@ def test_settings_that_cannot_be_met_are_refused():
         mw.apply(tiny(), Asvd(keep=0.3, keeps=(0.5,), where="mlp.down"), data=batches(tiny())[:1])
 
 
-def test_weights_and_inputs_that_are_not_finite_are_refused_unchanged():
+@pytest.mark.parametrize(("measure", "what"), [("mean", "inputs"), ("largest", "inputs"), ("fisher", "gradients")])
+def test_inputs_that_are_not_finite_are_refused_unchanged(measure, what):
     module = tiny()
-    module.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
-    keys = module.state_dict().keys()
-    with pytest.raises(SiteError, match=r"factor\.asvd: the inputs of model.layers.1.mlp.down_proj.weight are NaN or infinite"):
-        mw.apply(module, Asvd(allocate="uniform"), data=batches(tiny()))
-    assert module.state_dict().keys() == keys
+    module.model.layers[1].mlp.up_proj.weight.data *= 1e38
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(SiteError, match=rf"factor\.asvd: the {what} of model.layers.\d.* are NaN or infinite"):
+        mw.apply(module, Asvd(allocate="uniform", measure=measure), data=batches(tiny()))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weights_and_metrics_that_are_not_finite_have_no_factors():
     for weight, metric in ((WEIGHT * torch.nan, None), (WEIGHT, torch.full((40,), torch.inf))):
         with pytest.raises(SiteError, match="are NaN or infinite, so that it has no factors"):
             factor(weight, 4, metric)
+
+
+def test_a_search_that_is_broken_off_leaves_the_weights_as_they_were(monkeypatch):
+    module = tiny(num_hidden_layers=2)
+    data, before = batches(module), {name: value.clone() for name, value in module.state_dict().items()}
+    calls = []
+
+    def broken(*given):
+        calls.append(text_loss(*given))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr("modelwright.methods.factor.asvd.text_loss", broken)
+    with pytest.raises(KeyboardInterrupt):
+        mw.apply(module, Asvd(where="mlp", keeps=(0.4, 0.7)), data=data)
+    assert len(set(calls)) == 5
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())

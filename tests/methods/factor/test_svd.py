@@ -91,3 +91,10 @@ def test_a_model_in_either_form_gives_the_same_outputs():
 def test_a_rank_that_a_matrix_does_not_have_is_refused():
     with pytest.raises(SiteError, match=r"k_proj.weight is 32 × 64, so its rank is at most 32; asked for 40"):
         mw.apply(tiny(), Svd(rank=40))
+
+
+def test_ranks_are_rounded_down_to_a_multiple_but_never_to_0():
+    # Half of 48 × 80 is a rank of 15.
+    assert [Svd(multiple=multiple).rank_of((48, 80)) for multiple in (1, 4, 8, 15, 16)] == [15, 12, 8, 15, 15]
+    assert Svd(rank=10, multiple=4).rank_of((48, 80)) == 8
+    assert Svd(multiple=8).tensor(normal(48, 80)).rank == 8

@@ -13,6 +13,7 @@ from modelwright.core.model import Model, emptied
 from modelwright.core.plan import predict
 from modelwright.maths import allocation
 from modelwright.methods.prune.magnitude import Magnitude
+from modelwright.methods.prune.ria import Ria
 from modelwright.methods.prune.sparsegpt import SparseGpt
 from modelwright.methods.prune.wanda import Wanda
 
@@ -56,6 +57,29 @@ def test_owl_without_spread_is_uniform_bit_by_bit():
     one = mw.apply(uneven(), Wanda(allocate="owl", spread=0.0, sparsity=0.3), data=data)
     other = mw.apply(uneven(), Wanda(sparsity=0.3), data=data)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", [Wanda, SparseGpt, Ria])
+def test_owl_gives_every_block_a_pattern_of_its_own_whose_mean_is_the_one_that_was_asked_for(method):
+    data = batches(uneven())
+    module = mw.apply(uneven(), method(allocate="owl", pattern="4:8", spread=0.125), data=data)
+    counts = []
+    for depth in range(4):
+        weights = [weight for name, weight in blocks_of(mw.open(module)) if f"layers.{depth}." in name]
+        kept = {int(count) for weight in weights for count in (weight != 0).unflatten(1, (-1, 8)).sum(-1).unique()}
+        assert len(kept) == 1
+        counts += kept
+    assert sum(counts) == 4 * 4
+    assert max(counts) - min(counts) == 2
+    assert max(counts) == counts[1]
+
+
+def test_a_pattern_of_each_block_goes_with_inputs_that_trade_places():
+    module = uneven()
+    mw.apply(module, Ria(allocate="owl", pattern="4:8", spread=0.125, permute=True, store="sparse"), data=batches(uneven()))
+    zeros = [(block.mlp.down_proj.dense() == 0).unflatten(1, (-1, 8)).sum(-1) for block in module.model.layers]
+    assert all((own == own[0, 0]).all() for own in zeros)
+    assert len({int(own[0, 0]) for own in zeros}) == 3
 
 
 @pytest.mark.parametrize("allocate", ["owl", "erk"])
@@ -109,8 +133,8 @@ def test_the_plan_knows_what_erk_leaves():
 
 
 def test_what_cannot_be_divided_is_refused():
-    with pytest.raises(SettingError, match="divides one sparsity, and the pattern 2:4 leaves none"):
-        Wanda(allocate="owl", pattern="2:4")
+    with pytest.raises(SettingError, match="erk divides one sparsity, and the pattern 2:4 leaves none"):
+        Wanda(allocate="erk", pattern="2:4")
     with pytest.raises(SettingError, match="several were given. Give one number, or use allocate: uniform"):
         SparseGpt(allocate="erk", sparsity={"mlp": 0.5})
     with pytest.raises(SettingError, match="allocate must be one of 'uniform', 'erk', 'even'; got 'owl'"):

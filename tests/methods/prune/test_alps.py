@@ -37,6 +37,14 @@ def test_it_loses_no_more_than_sparsegpt(sparsity, seed):
     assert cost(weight, ours, full) <= cost(weight, theirs, full)
 
 
+def test_inputs_that_are_always_0_need_no_damping():
+    inputs = correlated(300, 64)
+    inputs[:, 5] = 0
+    result = Alps(sparsity=0.5, damp=0).layer(WEIGHT, gathered(inputs))
+    assert result.isfinite().all()
+    assert int((result == 0).sum()) == WEIGHT.numel() // 2
+
+
 def test_a_pattern_loses_no_more_than_sparsegpts():
     for seed in range(4):
         weight, statistics = normal(24, 64, seed=seed), seen(seed + 1)

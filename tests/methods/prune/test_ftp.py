@@ -219,6 +219,26 @@ def test_what_a_router_sees_by_hand():
     assert torch.allclose(router.seen["logit"], torch.tensor([[0.55, -0.05]]))
 
 
+@torch.no_grad()
+def test_a_router_sees_the_attention_of_the_last_block_before_it_that_computed_the_token():
+    module, routers = routed()
+    shifted(Model(name="", module=module), routers, rows())
+    weights, ids = [], rows()[0]["input_ids"]
+    for block in module.model.layers:
+        block.self_attn.register_forward_hook(lambda _, args, out: weights.append(out[1]))
+    module(ids)
+    known = scores_of(weights[0])
+    for depth in (1, 2, 3):
+        router = routers[depth]
+        own, rank, _, place = known
+        inputs = torch.stack([place / router.longest, own, rank, torch.full_like(own, router.skipped)], -1)
+        assert torch.allclose(router.seen["logit"], router.second(router.first(inputs).relu()).squeeze(-1), atol=1e-5)
+        assert torch.equal(router.seen["static"], router.static(known[2], place == 0))
+        keep = router.seen["keep"].bool()
+        assert 0 < keep.float().mean() < 1
+        known = torch.where(keep, scores_of(weights[depth]), known)
+
+
 def test_the_first_and_the_last_of_few_tokens_are_computed_whatever_the_share():
     router = TokenRouter(attention="", hidden=1, skipped=0.95, longest=8)
     assert router.static(torch.tensor([[0.3, 0.2]]), torch.tensor([[True, False]])).all()

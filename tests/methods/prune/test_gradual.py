@@ -130,6 +130,20 @@ def test_every_matrix_of_the_blocks_ends_with_its_share(sparsity, tmp_path):
     assert "the mean over steps of the parameters that are not zero is" in model.history[-1]["notes"][0]
 
 
+@pytest.mark.parametrize("returning", [False, True])
+def test_every_expert_of_a_stack_ends_with_its_share(returning, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT[0])
+    model = lettered("qwen3_moe")
+    experts = [block.mlp.experts for block in model.module.model.layers]
+    for one in experts:
+        one.down_proj.data *= torch.linspace(0.2, 2, 8)[:, None, None]  # all together, the first would lose most
+    mw.apply(model, Gradual(**SHORT, sparsity=0.5, every=3, returning=returning), data=text)
+    for one in experts:
+        for stack in (one.down_proj, one.gate_up_proj):
+            assert ((stack == 0).flatten(1).sum(1) == stack[0].numel() // 2).all()
+
+
 def test_a_run_that_was_broken_off_ends_with_the_same_bits(tmp_path):
     ids = torch.randint(1, 90, (600,), generator=torch.Generator().manual_seed(0))
     settings = Training(tokens=640, batch=4, length=16, save_every=4)

@@ -78,6 +78,20 @@ def test_the_narrow_model_is_the_masked_one(name, tied, tmp_path):
     assert torch.equal(outputs(again), outputs(module))
 
 
+@pytest.mark.parametrize(("alpha", "rank"), [(4.0, 20), (10.0, 4)])
+def test_updates_are_scaled_by_alpha_over_rank(alpha, rank):
+    module = tiny()
+    course = narrowing(module, alpha=alpha, rank=rank)
+    layer = module.model.layers[1].mlp.down_proj
+    update, x = course.beside.updates["model.layers.1.mlp.down_proj.weight"], normal(3, 160)
+    update.up.data = normal(64, rank)
+    change = alpha / rank * update.up @ update.down
+    assert torch.allclose(layer(x), x @ (layer.weight + change).T, atol=1e-4)
+    before = layer.weight.detach().clone()
+    course.beside.fold()
+    assert torch.allclose(layer.weight, before + change, atol=1e-5)
+
+
 def test_channels_that_are_masked_are_0_wherever_the_stream_goes():
     module = tiny()
     course = trained_by_chance(narrowing(module))

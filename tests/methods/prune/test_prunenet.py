@@ -84,6 +84,20 @@ def test_entropy_keeps_probabilities_near_one_half():
     assert sizes[1] < sizes[0]
 
 
+def test_a_blocks_reward_counts_by_the_discount_to_the_power_of_its_place():
+    first, second, third = matrices(3)
+
+    def learnt(discount, *chosen):
+        return PruneNet(share=0.3, discount=discount, episodes=1, learning_rate=1e-2).learnt(chosen, spectra(chosen), seeded())
+
+    # With 0 only the first block is learnt from, whose power is 0.
+    same = [learnt(0.0, first, other) for other in (second, third)]
+    assert all(torch.equal(one, two) for one, two in zip(*same, strict=True))
+    assert not torch.equal(learnt(0.0, second, first)[0], same[0][0])
+    others = [learnt(0.5, first, other) for other in (second, third)]
+    assert not torch.equal(others[0][0], others[1][0])
+
+
 def test_of_more_draws_the_nearest_is_nearer():
     found = matrices(1)[0]
     spectrum = torch.linalg.svdvals(found)

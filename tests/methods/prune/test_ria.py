@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_permuted_weights_keep_more_of_the_score_and_the_pattern_holds():
     for module in (plain, permuted):
         module.model.layers[0].mlp.down_proj.weight.data[:, :40] *= 5  # strong neurons that stand together
     mw.apply(plain, Ria(pattern="2:4"), data=data)
-    mw.apply(permuted, Ria(pattern="2:4", permute=True), data=data)
+    mw.apply(permuted, Ria(pattern="2:4", permute=True, assign=False), data=data)
     for block in permuted.model.layers:
         for layer in (block.mlp.down_proj, block.self_attn.o_proj, block.mlp.up_proj, block.self_attn.q_proj):
             assert ((layer.weight == 0).view(layer.out_features, -1, 4).sum(-1) == 2).all()
@@ -68,6 +69,16 @@ def test_permuted_weights_keep_more_of_the_score_and_the_pattern_holds():
     assert not torch.equal(permuted.model.layers[0].mlp.up_proj.weight, plain.model.layers[0].mlp.up_proj.weight)
     row = permuted.model.layers[0].mlp.up_proj.weight[0]
     assert any(torch.equal(row, other) for other in plain.model.layers[0].mlp.up_proj.weight)
+
+
+def test_an_assignment_keeps_more_of_the_score_than_dealing_alone():
+    method, module = Ria(pattern="1:4"), tiny("llama")
+    statistics = gathered(correlated(60, 160))
+    weight = module.model.layers[0].mlp.down_proj.weight.detach()
+    score, inputs = method.score(weight, statistics), torch.arange(160).view(1, 1, 160)
+    found = [replace(method, permute=True, assign=assign).arrange(weight, statistics, inputs)[0] for assign in (False, True)]
+    dealt, assigned = (float(score[:, order].unflatten(1, (-1, 4)).amax(-1).sum()) for order in found)
+    assert assigned > 1.01 * dealt
 
 
 @pytest.mark.parametrize("settings", [{"stages": True}, {"store": "sparse"}, {"stages": True, "store": "sparse"}])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import modelwright as mw
+from modelwright.anatomy.removal import remove_blocks
 from modelwright.blocks.hashed import HashedLinear
 from modelwright.core import measure, sharing, tiny
 from modelwright.core.errors import ModelwrightError, PlanError, SettingError, SiteError
@@ -153,6 +156,38 @@ def test_a_loaded_model_divides_gradients_as_before(tmp_path):
         module(**tiny.tiny_inputs(module)).logits.square().mean().backward()
         grads.append(layers(module)[0].memory.grad)
     assert torch.allclose(*grads, atol=1e-6)
+
+
+def test_layers_that_are_gone_do_not_count_in_the_divisor():
+    def gradient(module):
+        module.zero_grad()
+        module(**tiny.tiny_inputs(module)).logits.square().mean().backward()
+        return layers(module)[0].memory.grad
+
+    module = mw.apply(tiny.tiny(), Roast(keep=0.3))
+    gradient(module)
+    remove_blocks(module, [1])
+    replaced = module.model.layers[0].mlp.up_proj
+    plain = torch.nn.Linear(replaced.in_features, replaced.out_features, bias=False)
+    plain.weight.data = replaced.dense().detach()
+    module.model.layers[0].mlp.up_proj = plain
+    untied = module.model.layers[2].self_attn.o_proj
+    untied.memory = torch.nn.Parameter(untied.memory.detach().clone())
+    del replaced
+    fresh = copy.deepcopy(module)
+    assert torch.equal(gradient(module), gradient(fresh))
+    read = torch.cat([layer.map.places(0, layer.map.shape[0])[0] for layer in layers(module) if layer is not untied])
+    squares = torch.cat([torch.full((layer.map.shape[0] * layer.map.shape[1],), layer.map.scale**2)
+                         for layer in layers(module) if layer is not untied])  # fmt: skip
+    expected = torch.zeros(layers(module)[0].map.size).index_add_(0, read, squares)
+    assert torch.allclose(layers(module)[0].divisor(), torch.where(expected > 0, expected, 1.0), rtol=1e-4)
+
+
+def test_a_layer_that_has_read_can_be_pickled():
+    module = mw.apply(tiny.tiny(), Roast(keep=0.3))
+    expected = tiny.outputs(module)
+    again = pickle.loads(pickle.dumps(module))
+    assert torch.equal(tiny.outputs(again), expected)
 
 
 def test_the_seed_decides_the_map():

@@ -14,10 +14,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from modelwright.core.errors import ModelError
 from modelwright.core.method import TrainMethod
 from modelwright.core.settings import fraction, number
-from modelwright.core.training import cross_entropy
+from modelwright.core.training import cross_entropy, refuse_other_vocabulary
 from modelwright.maths.divergence import mixed_kl
 
 
@@ -38,9 +37,7 @@ class Recover(TrainMethod):
         with torch.no_grad():
             wanted = teacher(input_ids=ids).logits
         found = module(input_ids=ids).logits
-        if wanted.shape != found.shape:
-            sizes = f"the teacher's vocabulary has {wanted.shape[-1]:,} tokens and the model's {found.shape[-1]:,}"
-            raise ModelError(f"{self.name()}: {sizes}. Give a teacher with the model's own tokenizer.")
+        refuse_other_vocabulary(self.name(), wanted.shape[-1], found.shape[-1])
         first, second = (wanted, found) if self.direction == "forward" else (found, wanted)
         divergence = mixed_kl(first[:, :-1], second[:, :-1], self.skew, self.temperature, mask[:, 1:])
         if not self.text:

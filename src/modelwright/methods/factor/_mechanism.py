@@ -48,15 +48,16 @@ class Factoriser(SiteMethod):
             return f"is {shape[0]} × {shape[1]}, so its rank is at most {min(shape)}; asked for {self.rank}"
         return ""
 
-    def factored(self, weight: Tensor, metric: Tensor | None) -> Tensor | nn.Module:
-        """The weight [out, in] at its rank, under the metric S."""
+    def factored(self, weight: Tensor, metric: Tensor | None, known: tuple[Tensor, Tensor] | None = None) -> Tensor | nn.Module:
+        """The weight [out, in] at its rank, under the metric S; `known`: its factors under S at this rank or a higher one."""
         rank = self.rank_of(tuple(weight.shape))
         if rank is None:
             return weight
+        b, a = known or low_rank.factor(weight.double(), rank, metric)
+        b, a = b[:, :rank], a[:rank]
         if self.store == "dense":
-            b, a = low_rank.factor(weight.double(), rank, metric)
-            return (b @ a).to(weight.dtype)
-        return LowRankLinear.from_factors(*low_rank.factor(weight, rank, metric))
+            return (b.double() @ a.double()).to(weight.dtype)
+        return LowRankLinear.from_factors(b.to(weight.dtype).contiguous(), a.to(weight.dtype).contiguous())
 
     def planned(self, weight: Tensor) -> Tensor | nn.Module:
         rank = self.rank_of(tuple(weight.shape))

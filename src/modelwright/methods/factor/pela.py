@@ -21,7 +21,7 @@ from modelwright.blocks.low_rank import LowRankLinear
 from modelwright.core.errors import ModelError
 from modelwright.core.method import Places, TrainMethod
 from modelwright.core.settings import fraction, number
-from modelwright.core.training import cross_entropy
+from modelwright.core.training import cross_entropy, refuse_other_vocabulary
 from modelwright.methods.factor.svd import Svd
 
 
@@ -56,6 +56,7 @@ class Pela(TrainMethod):
         found = module(input_ids=ids, output_hidden_states=True)
         if [state.shape for state in found.hidden_states] != [state.shape for state in wanted.hidden_states]:
             raise ModelError(f"{self.name()}: the teacher has other blocks or another width than the model. Give the model's original.")
+        refuse_other_vocabulary(self.name(), wanted.logits.shape[-1], found.logits.shape[-1])
         parts = {
             "text": self.text * cross_entropy(found.logits, ids, mask),
             "features": self.features * self.apart(found.hidden_states[1:], wanted.hidden_states[1:], mask),

@@ -7,11 +7,11 @@ How to choose: without text, `prune.magnitude`. With text, `prune.alps` and `pru
 weight pruners, the first closer to each layer's outputs and slower. `prune.wanda` and `prune.ria` are faster and need
 less memory; `prune.gaprune` keeps what a domain's text needs more than general text does. For n:m patterns `prune.ria`
 may permute inputs first, which keeps more of its score. Any weight pruner may take more from some matrices than from
-others: `allocate: owl` less from blocks whose scores have outliers, for high sparsity; `allocate: erk` less from small
-and thin matrices, without text, and `allocate: even` leaves as many weights in each. Zeros save bytes on disk only when
-they are stored sparse (`store: sparse`), and no time. Where there is time to train, `prune.gradual` zeroes little by
-little while the rest learns. `prune.armor` stores a 2:4 core between two block-diagonal matrices, which its paper found
-closer to the matrix than a pattern alone.
+others: `allocate: owl` less from blocks whose scores have outliers, for high sparsity, and of a pattern too; `allocate: erk`
+less from small and thin matrices, without text, and `allocate: even` leaves as many weights in each. Zeros save bytes on
+disk only when they are stored sparse (`store: sparse`), and no time. Where there is time to train, `prune.gradual` zeroes
+little by little while the rest learns. `prune.armor` stores a 2:4 core between two block-diagonal matrices, which its paper
+found closer to the matrix than a pattern alone.
 
 What saves bytes, memory and time is to take units out: `prune.flap` heads and neurons without training,
 `prune.llm_pruner` the same by gradients before some training, `prune.adapt_pruner` in many small steps,

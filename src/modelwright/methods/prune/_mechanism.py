@@ -3,7 +3,8 @@
 A method fills in a score (`prune.magnitude`, `prune.wanda`) or does removal and compensation together
 (`prune.sparsegpt`). How many are removed of which matrix (`allocate`), in which competition, and how zeros are stored is
 written here. Allocation by outliers is OWL (Yin et al. 2023, arXiv:2310.05175), by sizes ERK (arXiv:1911.11134) or
-evenly (arXiv:2203.02549).
+evenly (arXiv:2203.02549). Under a pattern n:m OWL gives each block an n of its own.
+Differs: those n have the pattern's own as their mean, where the authors round each; their range, two of eight, is `spread: 0.125`.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ class Pruner(SiteMethod):
         if self.allocate == "uniform":
             return super().problems()
         found = super().problems()
-        if self.pattern:
+        if self.pattern and self.allocate != "owl":
             found.append(f"{self.allocate} divides one sparsity, and the pattern {self.pattern} leaves none. Use allocate: uniform.")
-        if not isinstance(self.sparsity, float):
+        if not self.pattern and not isinstance(self.sparsity, float):
             found.append(f"{self.allocate} divides one sparsity, and several were given. Give one number, or use allocate: uniform.")
         return found
 
@@ -70,11 +71,17 @@ class Pruner(SiteMethod):
             )
             return {place: {"sparsity": round(1 - keep, 12)} for place, keep in zip(places, kept, strict=True)}
         if self.allocate == "owl" and surveyed is not None:
-            sizes = [sum(math.prod(place.shape) for place in places if place.depth == depth) for depth in range(len(surveyed))]
-            chosen = [depth for depth, size in enumerate(sizes) if size]
-            shares = allocation.owl([surveyed[d] for d in chosen], [sizes[d] for d in chosen], 1 - self.sparsity, self.reach())
-            kept_of = dict(zip(chosen, shares, strict=True))
-            return {place: {"sparsity": round(1 - kept_of[place.depth], 12)} for place in places if place.depth is not None}
+            every = [sum(math.prod(place.shape) for place in places if place.depth == depth) for depth in range(len(surveyed))]
+            chosen = [depth for depth, size in enumerate(every) if size]
+            found, sizes = [surveyed[depth] for depth in chosen], [every[depth] for depth in chosen]
+            own: list[dict[str, Any]]
+            if self.pattern:
+                keep, of = self.pattern.keep, self.pattern.of
+                own = [{"pattern": Pattern(count, of)} for count in allocation.owl_counts(found, sizes, (keep, of), self.reach())]
+            else:
+                own = [{"sparsity": round(1 - keep, 12)} for keep in allocation.owl(found, sizes, 1 - self.sparsity, self.reach())]
+            of_depth = dict(zip(chosen, own, strict=True))
+            return {place: of_depth[place.depth] for place in places if place.depth is not None}
         return {}
 
     def reach(self) -> float:

@@ -64,6 +64,12 @@ class Pat(Narrower, TrainMethod):
     def course(self, module: nn.Module, settings: Training, notes: list[str]) -> Narrowing:
         return Narrowing(self, module, settings, notes)
 
+    def width(self, module: nn.Module) -> tuple[int, int]:
+        before, after = super().width(module)
+        if self.mixing > before:
+            raise PlanError(f"{self.name()}: no {self.mixing} rows of {before} are orthogonal. Let mixing be {before // 4} or less.")
+        return before, after
+
     def planned(self, module: Any, donors: int) -> Any:
         untie(module)
         _, after = self.width(module)
@@ -76,9 +82,7 @@ class Narrowing(Course):
 
     def __init__(self, method: Pat, module: nn.Module, settings: Training, notes: list[str]):
         self.method, self.module, self.notes = method, module, notes
-        before, after = method.width(module)
-        if method.mixing > before:
-            raise PlanError(f"{method.name()}: no {method.mixing} rows of {before} are orthogonal. Let mixing be {before // 4} or less.")
+        _, after = method.width(module)
         sites = [site for site in anatomy_of(module).sites(module) if site.role.startswith(("attn.", "mlp."))]
         self.mixing = Mixing(module, method.mixing, after, settings.steps, method.settled, settings.seed)
         untie(module)

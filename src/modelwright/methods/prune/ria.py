@@ -2,8 +2,10 @@
 
 Zhang, Bai, Lin, Cao, Zheng, Ma, Ren, Cannistraci 2024, Plug-and-play: an efficient post-training pruning method for large
 language models, ICLR, sections 4.1 and 4.2: (|Wᵢⱼ| / Σᵢ|Wᵢⱼ| + |Wᵢⱼ| / Σⱼ|Wᵢⱼ|) · ‖Xⱼ‖^a.
-Differs: inputs trade places (`permute`) only where that is free: neurons of an MLP, and channels inside a head. An order
-that would keep less of the score is not taken, and their refinement by linear assignment is left out.
+With `permute`, strong and weak inputs are first dealt evenly to the runs of a pattern, and then, with `assign`, given from run to
+run by linear assignment, place by place.
+Differs: inputs trade places only where that is free: neurons of an MLP, and channels inside a head. An order that would keep less
+of the score is not taken. Assignments are over all runs at once, not over parts of them.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ class Ria(LayerPruner):
     power: float = number(0.5, low=0)  # of the input norm; 0 looks at weights alone
     scope: Literal["tensor", "row"] = "tensor"  # all weights of a matrix compete, or those of each row
     permute: bool = False  # first mix strong and weak inputs in each run of a pattern, where that is free
+    assign: bool = True  # when inputs are mixed, go on by linear assignment; for wide MLPs this takes longest
 
     def competing(self) -> Literal["tensor", "row"]:
         return self.scope
@@ -48,7 +51,7 @@ class Ria(LayerPruner):
         assert self.pattern is not None
         if inputs.shape[2] % self.pattern.of:
             return None
-        return best_order(self.score(weight, statistics), inputs, (self.pattern.keep, self.pattern.of))
+        return best_order(self.score(weight, statistics), inputs, (self.pattern.keep, self.pattern.of), assign=self.assign)
 
     def problems(self) -> list[str]:
         lacking = ["permute mixes the inputs of a pattern's runs, and there is no pattern. Give one, such as 2:4."]
