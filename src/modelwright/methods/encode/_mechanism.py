@@ -23,6 +23,7 @@ from modelwright.maths.levels import Code, Levels
 from modelwright.maths.slices import Entries, Sliced
 from modelwright.maths.task_vectors import delta, onto, wide
 
+NUMBA = 120_000_000  # bytes that the compiler and the loops of `maths.prefix_codes` take
 Scope = Literal["model", "tensor"]
 
 
