@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 
 import pytest
 from tiny import tiny
@@ -17,6 +18,7 @@ from modelwright.core.given import Given
 from modelwright.core.model import Model, empty_module
 from modelwright.core.plan import GATHERED, LOGITS, SOLVING, SURVEYED, TRAINED, peak, plan, seconds, time_class
 from modelwright.core.weights import Checkpoint
+from modelwright.methods.encode._mechanism import NUMBA
 
 STEPS = [
     [{"prune.shortgpt": {"blocks": 1}}, {"quantize.gptq": {"bits": 3, "group": 32}}],
@@ -178,3 +180,10 @@ def test_time_grows_with_the_text_and_falls_with_the_rate():
 @pytest.mark.parametrize(("lasts", "words"), [(0.1, "a second"), (5, "seconds"), (60, "a minute"), (600, "minutes"), (1e6, "days")])
 def test_classes_of_time(lasts, words):
     assert time_class(lasts) == words
+
+
+def test_a_library_that_a_step_imports_counts_until_it_is_loaded(monkeypatch):
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    before = peak_of("encode.dfloat11", module_of())
+    monkeypatch.setitem(sys.modules, "numba", sys)
+    assert before - peak_of("encode.dfloat11", module_of()) == NUMBA

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "transformers", "numpy", "matplotlib", "optuna", "peft")
+HEAVY = ("torch", "transformers", "numpy", "numba", "matplotlib", "optuna", "peft")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["list"], ["list", "prune"], ["fit", "--help"]], ids=" ".join)

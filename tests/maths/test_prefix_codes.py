@@ -127,6 +127,27 @@ def test_any_number_of_symbols_comes_back_and_both_ways_agree(count, monkeypatch
     assert torch.equal(encode(symbols).codes, coded.codes)
 
 
+def test_the_compiled_loops_have_the_same_layout():
+    kernels = prefix_codes.compiled()
+    for name in ("LONGEST", "LANES", "STEPS", "BLOCK"):
+        assert getattr(kernels, name) == getattr(prefix_codes, name)
+    assert int(kernels.FOUR) * LONGEST <= 64
+
+
+def test_threads_change_no_bit():
+    known = torch.get_num_threads()
+    symbols = exponents(11 * BLOCK + 5)
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(encode(symbols))
+            assert torch.equal(decode(found[-1], len(symbols)), symbols)
+    finally:
+        torch.set_num_threads(known)
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
 def test_all_symbols_alike_often_take_eight_bits_and_come_back():
     symbols = torch.arange(256).repeat(700).to(torch.uint8)
     coded = encode(symbols)

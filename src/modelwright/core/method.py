@@ -75,6 +75,7 @@ class Method(ABC):
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
+    loads: ClassVar[Mapping[str, int]] = {}  # library that the verb imports when it is first called -> its bytes in memory, for the plan
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
     _outside_name: ClassVar[str] = ""  # of one that is not among the package's files
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -265,6 +266,7 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
     streams = streaming and isinstance(method, (TensorMethod, LayerMethod, BlockMethod)) and not hasattr(module, "peft_config")
     if isinstance(method, LayerMethod) and any(site.depth is None for site, _ in places):
         streams = False
+    program += sum(nbytes for library, nbytes in method.loads.items() if library not in sys.modules)
     held = program + (0 if streams else shape.size)
     largest = max((value.numel() for _, value in places), default=0)
     if isinstance(method, TensorMethod):

@@ -5,7 +5,7 @@ from tiny import tiny
 
 import modelwright as mw
 from modelwright.maths.slices import Sliced
-from modelwright.maths.task_vectors import elect
+from modelwright.maths.task_vectors import added
 from modelwright.methods.encode.compeft import Compeft
 
 
@@ -72,10 +72,12 @@ def test_each_tensor_by_itself_has_its_own_cut_and_size():
         assert torch.allclose(found[name].abs().max(), value.std(), rtol=1e-5)
 
 
-def test_signs_are_elected_as_of_the_changes_they_came_from():
-    # TIES elects by sums; of changes of one size these are sums of signs, so that electing before and after the size is the same.
+def test_merging_by_signs_and_then_giving_them_their_size_is_merging_the_coded_changes():
+    # TIES of changes of one size: trimmed already, elected by sums of signs, the mean of those that agree.
     parts = [torch.randn(1, 900, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    made = [coded({"a": part}, keep=0.3)["a"].view(-1) for part in parts]
-    sizes = [one.abs().max() for one in made]
-    same = [one.sign() * max(sizes) for one in made]
-    assert torch.equal(elect([one.sign() for one in made]), elect(same))
+    signs = [coded({"a": part}, keep=0.3)["a"].sign() for part in parts]
+    base, whole = torch.zeros(1, 900), slice(0, 900)
+    by_signs = added(base, [base + one for one in signs], [1.0] * 3)(whole)
+    by_size = added(base, [base + 0.25 * one for one in signs], [1.0] * 3)(whole)
+    assert by_signs.unique().tolist() == [-1, 0, 1]
+    assert torch.equal(0.25 * by_signs, by_size)

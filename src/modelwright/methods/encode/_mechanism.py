@@ -23,6 +23,9 @@ from modelwright.maths.few_values import Code, FewValues
 from modelwright.maths.slices import Entries, Sliced
 from modelwright.maths.task_vectors import delta, onto, wide
 
+NUMBA = 120_000_000  # bytes that the compiler and the loops of `maths.prefix_codes` take
+Scope = Literal["model", "tensor"]
+
 
 def change_of(base: Entries, end: Entries) -> Sliced:
     """What a model has beyond its base, as a tensor that is computed by slices."""
@@ -64,9 +67,6 @@ class DeltaCodec(ModelMethod):
             f"{8 * nbytes / max(entries, 1):.3f} bits an entry, {whole / max(nbytes, 1):.1f} times fewer than the tensors themselves"
         )
         return model
-
-
-Scope = Literal["model", "tensor"]
 
 
 class Tally(str):

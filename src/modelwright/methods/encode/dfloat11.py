@@ -7,6 +7,7 @@ has a code of its own, where the authors give one to a block; float32 and float1
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from modelwright.blocks.coded import CodedLinear
 from modelwright.core.method import TensorMethod
 from modelwright.maths.coded_floats import SPLITS, least_bytes
 from modelwright.maths.prefix_codes import planned_bytes
-from modelwright.methods.encode._mechanism import Tally
+from modelwright.methods.encode._mechanism import NUMBA, Tally
 
 TYPICAL = 2.65  # bits of a coded exponent, of weights with a normal distribution
 
@@ -29,6 +30,7 @@ class Dfloat11(TensorMethod):
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "embed", "head")
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
     drops: ClassVar[frozenset[str]] = frozenset({"float"})
+    loads: ClassVar[Mapping[str, int]] = {"numba": NUMBA}
     whole: ClassVar[bool] = True
     neutral = dict()
     fails = {"neutral_settings_change_no_output [qwen3_moe]": "experts with matrices of their own are summed in another order than a stack"}

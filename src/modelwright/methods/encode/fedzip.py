@@ -16,7 +16,7 @@ from typing import ClassVar
 from modelwright.core.settings import count, fraction
 from modelwright.maths.few_values import Code, FewValues, Largest, clustered
 from modelwright.maths.slices import Sliced
-from modelwright.methods.encode._mechanism import DeltaCodec
+from modelwright.methods.encode._mechanism import NUMBA, DeltaCodec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class Fedzip(DeltaCodec):
     """Reduce a fine-tuned model's change of its base to three values in each tensor, which k-means finds."""
 
     status: ClassVar[str] = "checked"
+    loads: ClassVar[Mapping[str, int]] = {"numba": NUMBA}
 
     keep: float = fraction(0.2)  # of the entries of each tensor's change, the largest, 1 - z; the others become 0
     code: Code = "huffman"  # of the bytes: huffman all entries, rice gaps between entries that are not 0, masks a bit for each and value
