@@ -306,7 +306,8 @@ def check_readable(model: Model) -> None:
     if model.checkpoint is not None:
         check_finite(model.checkpoint)
     else:
-        bad = [name for name, value in model.module.named_parameters() if value.is_floating_point() and not_finite(value.detach())]
+        floats = [(name, value.detach()) for name, value in model.module.named_parameters() if value.is_floating_point()]
+        bad = [name for name, value in floats if not value.is_meta and not_finite(value)]
         if bad:
             raise WeightsError(f"{model.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
 
