@@ -75,6 +75,14 @@ def test_the_threshold_of_a_neuron_is_that_of_contributions_over_the_size_of_its
         assert ratio == pytest.approx(float((after.abs() > layer.dropping.thresholds).float().mean()), abs=1e-4)
 
 
+def test_zeros_count_as_dropped_by_every_rule_and_one_neuron_stays():
+    module = tiny("llama", hidden_act="relu")
+    nonzero = [float((x != 0).double().mean()) for x in real_inputs(mw.open(module), batches(module))]
+    assert dropped(tiny("llama", hidden_act="relu"), rule="top", limit=0.0)[1] == pytest.approx(nonzero, abs=5e-5)
+    assert max(dropped(tiny("llama", hidden_act="relu"), rule="fat", limit=0.0)[1]) < 0.7
+    assert dropped(tiny("llama", hidden_act="relu"), rule="top", limit=1.0)[1] == pytest.approx([1 / 160] * 4, abs=5e-5)
+
+
 def test_of_a_relu_model_only_zeros_drop_where_the_perplexity_may_not_rise():
     module = tiny("llama", hidden_act="relu")
     data = batches(module)

@@ -52,6 +52,13 @@ def test_owl_takes_the_outliers_of_the_unchanged_model():
     assert max(expected) - min(expected) == pytest.approx(0.16)
 
 
+def test_an_outlier_is_as_many_times_the_mean_as_the_setting_says():
+    weight, statistics = uneven().model.layers[1].mlp.gate_proj.weight.detach(), gathered(torch.randn(50, 64) * torch.logspace(-1, 1, 64))
+    found = [Wanda(allocate="owl", outlier=times).survey([(weight, statistics)]) for times in (2.0, 5.0)]
+    assert found == [allocation.outliers([weight.abs() * statistics.norm], times) for times in (2.0, 5.0)]
+    assert found[0] > found[1] > 0
+
+
 def test_owl_without_spread_is_uniform_bit_by_bit():
     data = batches(tiny("llama"))
     one = mw.apply(uneven(), Wanda(allocate="owl", spread=0.0, sparsity=0.3), data=data)

@@ -172,7 +172,7 @@ def test_heads_by_hand():
         one.lora_B["default"].weight.data.zero_()
         one.lora_A["default"].weight.data.fill_(1.0)
         for head, (weight, update) in enumerate(((4.0, 0.0), (0.0, 1.0), (3.0, 0.5), (2.0, 2.0))):
-            one.base_layer.weight.data[16 * head] = weight / 64
+            one.base_layer.weight.data[16 * head] = weight / 64 * (-1) ** torch.arange(64)
             one.lora_B["default"].weight.data[16 * head] = update / 64 / 6
     seen = {}
     for measure in ("weight", "update", "both"):
@@ -183,6 +183,23 @@ def test_heads_by_hand():
     assert torch.allclose(seen["weight"], torch.tensor([8.0, 0, 6, 4]))
     assert torch.allclose(seen["update"], torch.tensor([0.0, 2, 1, 4]))
     assert torch.allclose(seen["both"], torch.tensor([8.0, 2, 7, 8]))
+
+
+@pytest.mark.parametrize(("kind", "rows"), [("gpt2", slice(64, 128)), ("llama", None)])
+def test_keys_do_not_count_fused_with_queries_and_values_or_alone(kind, rows):
+    model = adapted(kind, "attn.qkv" if rows else "attn")
+    base = unwrapped(model.module)
+    updates, _ = read(model)
+    with plain_layers(base) as bearers:
+        found = anatomy_of(base).units(base, "heads")
+        before = DseeHeads().scores(base, found, (updates, bearers))
+        key = base.get_parameter("transformer.h.1.attn.c_attn.weight" if rows else "model.layers.1.self_attn.k_proj.weight").data
+        (key[:, rows] if rows else key).mul_(9)
+        after = DseeHeads().scores(base, found, (updates, bearers))
+    if rows:  # the update's own rows of keys
+        update = updates["transformer.h.1.attn.c_attn"]
+        assert (update.up[rows] @ update.down).any()
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "opt", "bert", "vit"])
