@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import _encoder
+import _frontier
 import _run
 
 SHARES = (0.25, 0.5, 0.7)
@@ -124,49 +125,21 @@ def main() -> None:
                 continue
             rows.append(row)
             print(rows[-1], file=sys.stderr, flush=True)
-    for key, column in ((PLAIN, "dominated by"), (AFTER, "recovered, dominated by")):
-        for one in rows:
-            others = [other for other in rows if other[key] is not None and other is not one and one[key] is not None]
-            better = [other for other in others if other["bytes"] <= one["bytes"] and other[key] <= one[key]]
-            one[column] = min(better, key=lambda other: other[key])["method"] if better else ""
+    _frontier.mark_dominated(rows, "bytes", PLAIN, "dominated by")
+    _frontier.mark_dominated(rows, "bytes", AFTER, "recovered, dominated by")
     if not asked.recover or encoder:
         rows = [{key: value for key, value in row.items() if AFTER not in key} for row in rows]
-    text = "corpus" if asked.data == "corpus" else f"DATA/text/{Path(asked.data).name}"
-    model = asked.model if asked.model in ("starter", "encoder") else f"DATA/models/{Path(asked.model).name}"
+    model, text = _frontier.source(asked.model, "models"), _frontier.source(asked.data, "text")
     command = f"python benchmarks/prune_frontier.py --model {model} --data {text} --name {asked.name}"
     if asked.recover:
         command += f" --recover {asked.recover}"
     if asked.methods:
         command += f" --methods {' '.join(asked.methods)}"
     _run.save(f"prune-{asked.name}", f"{asked.name}, pruned, factored and shared", command, rows)
-    (_run.RESULTS / f"prune-{asked.name}.svg").write_text(plot(rows), "utf-8")
-
-
-def plot(rows: list[dict[str, Any]]) -> str:
-    """Bytes against perplexity, a line for each method; what was trained afterwards beside it."""
-    from modelwright import report
-
-    keys = [key for key in (PLAIN, AFTER) if any(row.get(key) is not None for row in rows[1:])]
-    figure, _ = report.figure_of(7.6 * len(keys), 5.4)
-    figure.clear()
-    names = list(dict.fromkeys(one["method"] for one in rows[1:]))
-    highest = 40 * rows[0][PLAIN]
-    for place, key in enumerate(keys, 1):
-        axes = figure.add_subplot(1, len(keys), place)
-        for number, name in enumerate(names):
-            own = [one for one in rows if one["method"] == name and one[key] is not None]
-            points = [(one["bytes"] / 1e6, one[key]) for one in own]
-            if points:
-                points = [(rows[0]["bytes"] / 1e6, rows[0][PLAIN]), *points]
-                axes.plot(*zip(*points, strict=True), marker="osD^v"[number % 5], ms=4, lw=1, label=name, color=f"C{number % 10}",
-                          ls=("-", "--", ":")[number // 10 % 3])  # fmt: skip
-        axes.set_yscale("log")
-        axes.set_ylim(rows[0][PLAIN] * 0.9, highest)
-        axes.set_xlabel("bytes stored, MB")
-        axes.set_ylabel("perplexity" if key == PLAIN else "perplexity after training")
-        axes.set_xlim(left=0)
-        axes.legend(frameon=False, fontsize=7, ncols=2)
-    return report.svg_of(figure)
+    titles = {PLAIN: "perplexity", AFTER: "perplexity after training"}
+    panels = {key: title for key, title in titles.items() if any(row.get(key) is not None for row in rows[1:])}
+    image = _frontier.plot(rows, "bytes", panels, "bytes stored, MB", divided=1e6, begins=True)
+    (_run.RESULTS / f"prune-{asked.name}.svg").write_text(image, "utf-8")
 
 
 if __name__ == "__main__":
