@@ -25,7 +25,7 @@ def settings(width: int) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
     """The line of a plot -> its points: the steps that make each."""
     group = 64 if width % 64 == 0 else 32
 
-    def line(name: str, key: str, values: tuple[int, ...], **others: Any) -> tuple[str, list[Any]]:
+    def line(name: str, key: str, values: tuple[float, ...], **others: Any) -> tuple[str, list[Any]]:
         return name, [[(name.partition(",")[0].partition(" after")[0], {key: value, **others})] for value in values]
 
     def turned(name: str, method: str, **others: Any) -> tuple[str, list[Any]]:
@@ -44,6 +44,7 @@ def settings(width: int) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
         line("quantize.gptq, zero points, order, search", "bits", (2, 3, 4), symmetric=False, order=True, search=True, **whole),
         ("quantize.gptq, nf4", [[("quantize.gptq", {"grid": "nf4", "group": group, "nested": True})]]),
         line("quantize.awq", "bits", (2, 3, 4), **whole),
+        line("quantize.mixed", "bits", (2.25, 2.5, 3, 3.5, 4), **whole),
         turned("quantize.rtn after rotate", "quantize.rtn"),
         turned("quantize.gptq after rotate", "quantize.gptq"),
         line("quantize.smoothquant, few bits", "bits", (4, 6), inputs=8),

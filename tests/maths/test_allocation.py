@@ -1,7 +1,18 @@
 import pytest
 import torch
 
-from modelwright.maths.allocation import erk, even, keep_by_harm, keep_highest, keep_highest_of_all, outliers, owl, owl_counts, standardised
+from modelwright.maths.allocation import (
+    erk,
+    even,
+    keep_by_harm,
+    keep_highest,
+    keep_highest_of_all,
+    least_harm,
+    outliers,
+    owl,
+    owl_counts,
+    standardised,
+)
 
 
 def test_a_share_of_the_lowest_goes_and_of_equals_the_first():
@@ -149,3 +160,30 @@ def test_evenly_meets_the_budget_and_is_the_best_logarithm(keep):
         other = other * keep * sum(sizes) / (other @ torch.tensor(sizes, dtype=torch.float64))
         if other.max() <= 1:
             assert other.log().sum() <= torch.tensor(dense, dtype=torch.float64).log().sum() + 1e-9
+
+
+def test_options_with_the_least_harm_by_hand():
+    # At a price of 0.2 to 3 the first takes its second option (harm falls by 3 for 1, then by 0.2), the other stays or follows at 1.
+    harm, costs = torch.tensor([[4.0, 1.0, 0.8], [2.0, 1.0, 0.0]]), torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]])
+    assert [least_harm(harm, costs, budget) for budget in (2, 3, 4, 5, 6)] == [[0, 0], [1, 0], [1, 1], [1, 2], [2, 2]]
+    with pytest.raises(ValueError, match="cheapest options cost 2, above the budget of 1"):
+        least_harm(harm, costs, 1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_options_of_convex_harm_are_nearly_the_best_of_all(seed):
+    generator = torch.Generator().manual_seed(seed)
+    slopes = torch.rand(6, 3, generator=generator).sort(1, descending=True).values
+    sizes = torch.randint(1, 5, (6, 1), generator=generator).double()
+    costs = sizes * torch.tensor([2.0, 3.0, 4.0, 5.0])
+    harm = 10 - torch.cat([torch.zeros(6, 1), (slopes * sizes).cumsum(1)], 1)
+    budget = float(sizes.sum() * 3.4)
+    chosen = torch.tensor(least_harm(harm, costs, budget))
+    items = torch.arange(6)
+    assert costs[items, chosen].sum() <= budget
+    every = torch.cartesian_prod(*[torch.arange(4)] * 6)
+    spent = sum(costs[item, every[:, item]] for item in range(6))
+    lost = sum(harm[item, every[:, item]] for item in range(6))
+    best = float(lost[spent <= budget].min())
+    assert float(harm[items, chosen].sum()) <= best + float((slopes * sizes).max())
+    assert float(harm[items, chosen].sum()) < float(harm[:, 1].sum())

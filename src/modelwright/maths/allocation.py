@@ -68,6 +68,43 @@ def keep_by_harm(harm: Tensor, costs: Tensor, whole: Sequence[float], budget: fl
     return chosen(low)
 
 
+def least_harm(harm: Tensor, costs: Tensor, budget: float) -> list[int]:
+    """For each item the place of its option, so that the options' costs together are at most the budget and their harm is small.
+
+    harm, costs: [items, options]. Options that minimise harm + λ · cost, with the least λ that meets the budget; then, while it
+    lasts, one after another the change that takes away most harm for what it costs.
+
+    Raises ValueError when the cheapest options cost more than the budget.
+    """
+    harm, costs, items = harm.double(), costs.double(), torch.arange(len(harm))
+
+    def spent(chosen: Tensor) -> float:
+        return float(costs[items, chosen].sum())
+
+    cheapest = costs.argmin(1)
+    if spent(cheapest) > budget:
+        raise ValueError(f"the cheapest options cost {spent(cheapest):g}, above the budget of {budget:g}")
+    slopes = (harm[:, :, None] - harm[:, None, :]) / (costs[:, None, :] - costs[:, :, None])  # at which two options are equally good
+    at = slopes[slopes.isfinite() & (slopes > 0)].unique()  # rising
+    low, high, best = 0, len(at), cheapest
+    while low <= high:
+        middle = (low + high) // 2
+        price = 0.0 if middle == 0 else float(at[middle - 1]) * (1 + 1e-9)
+        chosen = (harm + price * costs).argmin(1)
+        if spent(chosen) <= budget:
+            best, high = chosen, middle - 1
+        else:
+            low = middle + 1
+    while True:
+        gain = harm[items, best][:, None] - harm
+        more = costs - costs[items, best][:, None]
+        open_ = (gain > 0) & (more > 0) & (more <= budget - spent(best))
+        if not open_.any():
+            return best.tolist()
+        item, option = divmod(int(torch.where(open_, gain / more.clamp(min=1e-300), 0).argmax()), harm.shape[1])
+        best[item] = option
+
+
 def standardised(score: Tensor) -> Tensor:
     """Scores of any shape with mean 0 and variance 1, so that groups of other sizes compete; 0 where all are equal."""
     centred = score.double() - score.double().mean()
