@@ -109,7 +109,7 @@ def test_gptq_keeps_every_weight_in_float16(bits, zero, version):
     layout = Gptq(version)
     stored = layout.tensors(given)
     assert torch.equal(of_gptq(stored, bits, version), given.dense())
-    config = layout.config(given, ["lm_head"])
+    config = layout.config(given, False, ["lm_head"])
     assert (config["checkpoint_format"], config["sym"]) == ("gptq" if version == 1 else "gptq_v2", not zero)
     back = layout.layer(stored, config, torch.float16)
     assert torch.equal(back.dense(), given.dense())
@@ -131,7 +131,7 @@ def test_from_awq_to_gptq_and_back_keeps_every_weight_in_float16(zero):
 @pytest.mark.parametrize(
     ("form", "method"),
     [
-        ("gptq", Rtn(group=32)), ("gptq", Rtn(group=0, bits=8)), ("gptq", Rtn(group=64, bits=3)),
+        ("gptq", Rtn(group=32)), ("gptq", Rtn(group=0, bits=8)), ("gptq", Rtn(group=128, bits=3)),
         ("gptq_v2", Rtn(group=32, symmetric=False)), ("awq", Rtn(group=64, symmetric=False)), ("awq", Rtn(group=32)),
     ],
     ids=str,
@@ -216,7 +216,7 @@ def test_what_no_layer_can_be_is_refused_when_it_is_opened(form, stated, words, 
         ("awq", Rtn(group=32, bits=8), "has bits 8, and there are 4"),
         ("awq", Rtn(group=32, grid="nf4"), "is a LevelsLinear"),
         ("gptq", Rtn(group=32, bits={"attn": 4, "mlp": 8}), r"one setting for all layers.*self_attn\.q_proj: bits 4.*gate_proj: bits 8"),
-        ("gptq", Rtn(group=128), "group the whole row.*group 128"),
+        ("gptq", Rtn(group={"attn": 32, "mlp": 64}), "group 32.*group 64"),
         ("awq", Rtn(group=32, where=["attn", "embed"]), "embed_tokens is a PackedEmbedding in the place of a"),
     ],
     ids=str,

@@ -28,15 +28,15 @@ class Layout(ABC):
         """Why a layer cannot be stored so, as the end of a sentence; "" if it can."""
 
     @abstractmethod
-    def same(self, layer: Any) -> tuple[Any, ...]:
-        """What all layers of a folder must have in common, as values that a user would know."""
+    def same(self, layer: Any, rows: bool) -> tuple[Any, ...]:
+        """What all layers of a folder must have in common, as values that a user would know; rows: groups are whole rows in all of them."""
 
     @abstractmethod
     def tensors(self, layer: Any) -> dict[str, Tensor]:
         """What is stored of a layer, but for its bias."""
 
     @abstractmethod
-    def config(self, layer: Any, plain: list[str]) -> dict[str, Any]:
+    def config(self, layer: Any, rows: bool, plain: list[str]) -> dict[str, Any]:
         """The `quantization_config` of a model with layers like this one, and with linears of these names that are stored as they are."""
 
     @abstractmethod
@@ -67,12 +67,12 @@ class Folder:
         self.model, self.layout = model, layout
         self.module = unwrapped(model.module)
         self.layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, Described)}
-        self._refuse()
-        packed = set(self.layers)
-        plain = [name for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear) and name not in packed]
-        self.stated = layout.config(next(iter(self.layers.values())), plain)
+        rows = all(getattr(layer, "group", None) is None for layer in self.layers.values())
+        self._refuse(rows)
+        plain = [name for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear)]
+        self.stated = layout.config(next(iter(self.layers.values())), rows, plain)
 
-    def _refuse(self) -> None:
+    def _refuse(self, rows: bool) -> None:
         name, own = self.model.name, self.layout
         if not hasattr(self.module, "config") or "adapters" in self.model.marks:
             raise ModelError(f"{name}: {own.name} stores models of transformers without an adapter, and this is none. Fold the adapter.")
@@ -91,7 +91,7 @@ class Folder:
         refuse(ModelError, [f"{own.name} cannot hold it: {reason}." for reason in reasons])
         alike: dict[tuple[Any, ...], str] = {}
         for path, layer in self.layers.items():
-            alike.setdefault(own.same(layer), path)
+            alike.setdefault(own.same(layer, rows), path)
         if len(alike) > 1:
             found = "; ".join(f"{path}: {', '.join(map(str, same))}" for same, path in alike.items())
             raise ModelError(f"{name}: {own.name} has one setting for all layers, and found are {found}. Quantise all alike.")

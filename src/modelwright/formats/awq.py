@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modelwright.blocks.packed import PackedLinear
 from modelwright.core.model import Model
 from modelwright.formats._layout import Folder, Layout, Unfit
-from modelwright.formats.gptq import unfit_integers, zeros_of
+from modelwright.formats.gptq import group_size, unfit_integers, zeros_of
 from modelwright.maths import rounding
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each four bits of a word, from the lowest
@@ -43,17 +43,16 @@ class Awq(Layout):
         assert isinstance(layer, PackedLinear)
         return f"has {layer.out_features} outputs, which are no multiple of 8" if layer.out_features % 8 else ""
 
-    def same(self, layer: PackedLinear) -> tuple[Any, ...]:
-        return (f"group {layer.group or 'the whole row'}",)
+    def same(self, layer: PackedLinear, rows: bool) -> tuple[Any, ...]:
+        return (f"group {group_size(layer, rows)}",)
 
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
         scales = layer.weight_scale.t().to(torch.float16)
         return {"qweight": pack(layer.codes().t()), "qzeros": pack(zeros_of(layer).t()), "scales": scales}
 
-    def config(self, layer: PackedLinear, plain: list[str]) -> dict[str, Any]:
-        group = layer.group or -1
+    def config(self, layer: PackedLinear, rows: bool, plain: list[str]) -> dict[str, Any]:
         left = [name for name in plain if name != "lm_head"] or None
-        return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm",
+        return {"quant_method": "awq", "bits": 4, "group_size": group_size(layer, rows), "zero_point": True, "version": "gemm",
                 "modules_to_not_convert": left}  # fmt: skip
 
     def refused(self, config: Mapping[str, Any]) -> str:

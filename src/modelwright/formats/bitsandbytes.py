@@ -55,9 +55,9 @@ class Bitsandbytes(Layout):
         what = f"{layer.levels} levels" if isinstance(layer, LevelsLinear) else f"a {type(layer).__name__}"
         return f"has {what}, and there are NF4 and whole numbers of 8 bits. Use quantize.nf4 or quantize.llm_int8"
 
-    def same(self, layer: Any) -> tuple[Any, ...]:
-        if isinstance(layer, LevelsLinear):
-            return "nf4", f"group {layer.group or layer.in_features}", f"nested {layer.scales == 'nested'}"
+    def same(self, layer: Any, rows: bool) -> tuple[Any, ...]:
+        if isinstance(layer, LevelsLinear):  # each layer has its group beside it
+            return "nf4", f"nested {layer.scales == 'nested'}"
         return "bits 8", f"threshold {layer.threshold}"
 
     def tensors(self, layer: Any) -> dict[str, Tensor]:
@@ -72,7 +72,7 @@ class Bitsandbytes(Layout):
             state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": layer.nested_offset.item()}
         return found | {STATE: torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)}
 
-    def config(self, layer: Any, plain: list[str]) -> dict[str, Any]:
+    def config(self, layer: Any, rows: bool, plain: list[str]) -> dict[str, Any]:
         eight = isinstance(layer, PackedLinear)
         stated = {"quant_method": "bitsandbytes", "load_in_4bit": not eight, "load_in_8bit": eight, "llm_int8_skip_modules": plain or None}
         if eight:

@@ -61,6 +61,11 @@ def zeros_of(layer: PackedLinear) -> Tensor:
     return torch.zeros_like(layer.weight_scale, dtype=torch.int8) if zero is None else zero
 
 
+def group_size(layer: PackedLinear, rows: bool) -> int:
+    """How many inputs share a scale; -1 where they are whole rows in all layers."""
+    return -1 if rows else layer.group or layer.in_features
+
+
 class Gptq(Layout):
     """GPTQ's, in version 1 or 2."""
 
@@ -81,20 +86,20 @@ class Gptq(Layout):
             return "has zero points at the lowest code, which readers of version 1 read in two ways; write gptq_v2"
         return ""
 
-    def same(self, layer: PackedLinear) -> tuple[Any, ...]:
-        return f"bits {layer.bits}", f"group {layer.group or 'the whole row'}", f"symmetric {layer.weight_zero_point is None}"
+    def same(self, layer: PackedLinear, rows: bool) -> tuple[Any, ...]:
+        return f"bits {layer.bits}", f"group {group_size(layer, rows)}", f"symmetric {layer.weight_zero_point is None}"
 
     def tensors(self, layer: PackedLinear) -> dict[str, Tensor]:
         weight, zeros = pack(layer.codes(), zeros_of(layer), layer.bits, self.version)
         place = torch.arange(layer.in_features, dtype=torch.int32) // (layer.group or layer.in_features)
         return {"qweight": weight, "qzeros": zeros, "scales": layer.weight_scale.t().to(torch.float16), "g_idx": place}
 
-    def config(self, layer: PackedLinear, plain: list[str]) -> dict[str, Any]:
+    def config(self, layer: PackedLinear, rows: bool, plain: list[str]) -> dict[str, Any]:
         inside = [name for name in plain if name != "lm_head"]
         return {
             "quant_method": "gptq",
             "bits": layer.bits,
-            "group_size": layer.group or -1,
+            "group_size": group_size(layer, rows),
             "desc_act": False,
             "sym": layer.weight_zero_point is None,
             "lm_head": "lm_head" not in plain,
