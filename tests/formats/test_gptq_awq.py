@@ -212,12 +212,12 @@ def test_what_no_layer_can_be_is_refused_when_it_is_opened(form, stated, words, 
 @pytest.mark.parametrize(
     ("form", "method", "words"),
     [
-        ("gptq", Rtn(group=32, bits=5), r"GPTQ cannot hold it: model\.layers\.0\.self_attn\.q_proj has bits 5"),
+        ("gptq", Rtn(group=32, bits=5), r"cannot hold 14 layers, first .*0\.self_attn\.q_proj, which has bits 5, and there are 2, 3"),
         ("awq", Rtn(group=32, bits=8), "has bits 8, and there are 4"),
         ("awq", Rtn(group=32, grid="nf4"), "is a LevelsLinear"),
         ("gptq", Rtn(group=32, bits={"attn": 4, "mlp": 8}), r"one setting for all layers.*self_attn\.q_proj: bits 4.*gate_proj: bits 8"),
         ("gptq", Rtn(group={"attn": 32, "mlp": 64}), "group 32.*group 64"),
-        ("awq", Rtn(group=32, where=["attn", "embed"]), "embed_tokens is a PackedEmbedding in the place of a"),
+        ("awq", Rtn(group=32, where=["attn", "embed"]), "first model.embed_tokens, which is a PackedEmbedding, in the place of Embedding"),
     ],
     ids=str,
 )

@@ -36,7 +36,7 @@ def export(model: Any, save: str | Path, form: str, *, overwrite: bool = False) 
     any model of Llama's layout. The tokenizer's files go along.
 
     Returns the folder.
-    Raises ModelError, before anything is written, naming every layer and setting that the format cannot hold.
+    Raises ModelError, before anything is written, naming the layers and settings that the format cannot hold.
     """
     if form not in FORMS:
         raise SettingError(f"form is one of {', '.join(FORMS)}; got {form!r}.{nearest(str(form), FORMS)}")

@@ -82,13 +82,13 @@ class Folder:
             raise ModelError(f"{name}: {own.name} is written here for models without experts. Save the model as it is.")
         if sharing.shared(self.module):
             raise ModelError(f"{name}: blocks share weights, which {own.name} cannot say. Save the model as it is.")
-        reasons = []
+        reasons: dict[str, list[str]] = {}
         for path, layer in self.layers.items():
-            if not isinstance(layer, Stored) or layer.replaces != "Linear":
-                reasons.append(f"{path} is a {type(layer).__name__} in the place of a {getattr(layer, 'replaces', 'part')}")
-            elif why := own.unfit(layer):
-                reasons.append(f"{path} {why}")
-        refuse(ModelError, [f"{own.name} cannot hold it: {reason}." for reason in reasons])
+            other = "" if isinstance(layer, Stored) and layer.replaces == "Linear" else getattr(layer, "replaces", "part")
+            why = f"is a {type(layer).__name__}, in the place of {other}" if other else own.unfit(layer)
+            if why:
+                reasons.setdefault(why, []).append(path)
+        refuse(ModelError, [f"{own.name} cannot hold {len(at)} layers, first {at[0]}, which {why}." for why, at in reasons.items()])
         alike: dict[tuple[Any, ...], str] = {}
         for path, layer in self.layers.items():
             alike.setdefault(own.same(layer, rows), path)
