@@ -14,8 +14,9 @@ import modelwright as mw
 from modelwright.blocks.dropping import Dropping
 from modelwright.blocks.packed import PackedLinear
 from modelwright.core.errors import ModelError
-from modelwright.core.model import Model
+from modelwright.core.model import Model, emptied
 from modelwright.core.plan import plan
+from modelwright.methods.encode.dfloat11 import Dfloat11
 from modelwright.methods.prune.magnitude import Magnitude
 from modelwright.methods.quantize.dequantize import Dequantize
 from modelwright.methods.quantize.fp8 import Fp8
@@ -102,3 +103,14 @@ def test_guests_are_refused():
     guest.join(model.module.model.layers[0].mlp.up_proj, "dropping")
     with pytest.raises(ModelError, match="no step may change afterwards"):
         mw.apply(model, Dequantize())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text"])
+def test_coded_floats_are_decoded_bit_by_bit(kind):
+    module = tiny(kind).bfloat16()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    coded = mw.apply(Model(name=kind, module=module), Dfloat11())
+    planned = Dequantize().planned(emptied(coded.module), 0)
+    done = mw.apply(coded, Dequantize()).module
+    assert all(torch.equal(value, done.state_dict()[name]) for name, value in before.items())
+    assert {name: value.shape for name, value in planned.state_dict().items()} == {name: value.shape for name, value in before.items()}

@@ -8,5 +8,5 @@ How to choose: without text, `quantize.rtn`; 8 bits lose next to nothing, and at
 plain integers. With text, `quantize.gptq` at 4 bits and fewer: its error on the layers' outputs is smaller at the same size;
 `quantize.awq` adapts less to the text. Where inputs are to be rounded too, `quantize.smoothquant` with text and `quantize.llm_int8`
 without; `quantize.rotate` before them spreads what is far out. For accelerators that multiply 4- or 8-bit floats,
-`quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`.
+`quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`. `quantize.dequantize` makes what is packed dense again.
 """
