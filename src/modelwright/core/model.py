@@ -308,7 +308,8 @@ class Translated(Made):
 def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust_remote_code: bool = False) -> Model:
     """Open a model: a folder, a hub name, "starter", or a module that is already in memory. Nothing large is read.
 
-    "model+adapter" is the model with the peft adapter in that folder put into its weights.
+    "model+adapter" is the model with the peft adapter in that folder put into its weights. Layers that GPTQ, AWQ or bitsandbytes
+    stored become ours (see `formats`).
 
     Raises:
         WeightsError: no checkpoint there, or one that is damaged.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._stored import Described, Stored
+from modelwright.blocks.experts import SplitExperts
 from modelwright.core import loading, sharing
 from modelwright.core.errors import ModelError, refuse
 from modelwright.core.model import RECORD, Model, stated_config, tokenizer_files, unwrapped, write_pretrained
@@ -66,7 +67,7 @@ class Folder:
     def __init__(self, model: Model, layout: Layout):
         self.model, self.layout = model, layout
         self.module = unwrapped(model.module)
-        self.layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, Described)}
+        self.layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, Stored)}
         rows = all(getattr(layer, "group", None) is None for layer in self.layers.values())
         self._refuse(rows)
         plain = [name for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear)]
@@ -78,15 +79,11 @@ class Folder:
             raise ModelError(f"{name}: {own.name} stores models of transformers without an adapter, and this is none. Fold the adapter.")
         if not self.layers:
             raise ModelError(f"{name} has no layer that is stored in fewer bits, as {own.name} does. Quantise it first: quantize.*.")
-        if loading.EXPERTS in {text["kind"] for text in loading.described(self.module).values()}:
-            raise ModelError(f"{name}: {own.name} is written here for models without experts. Save the model as it is.")
         if sharing.shared(self.module):
             raise ModelError(f"{name}: blocks share weights, which {own.name} cannot say. Save the model as it is.")
         reasons: dict[str, list[str]] = {}
-        for path, layer in self.layers.items():
-            other = "" if isinstance(layer, Stored) and layer.replaces == "Linear" else getattr(layer, "replaces", "part")
-            why = f"is a {type(layer).__name__}, in the place of {other}" if other else own.unfit(layer)
-            if why:
+        for path in loading.described(self.module):
+            if why := self._unfit(self.module.get_submodule(path)):
                 reasons.setdefault(why, []).append(path)
         refuse(ModelError, [f"{own.name} cannot hold {len(at)} layers, first {at[0]}, which {why}." for why, at in reasons.items()])
         alike: dict[tuple[Any, ...], str] = {}
@@ -95,6 +92,15 @@ class Folder:
         if len(alike) > 1:
             found = "; ".join(f"{path}: {', '.join(map(str, same))}" for same, path in alike.items())
             raise ModelError(f"{name}: {own.name} has one setting for all layers, and found are {found}. Quantise all alike.")
+
+    def _unfit(self, layer: nn.Module) -> str:
+        if isinstance(layer, Stored) and layer.replaces == "Linear":
+            return self.layout.unfit(layer)
+        if isinstance(layer, SplitExperts):
+            return "holds experts one by one, and it is written here of models without"
+        if isinstance(layer, Stored):
+            return f"is a {type(layer).__name__}, in the place of {layer.replaces}"
+        return f"is a {type(layer).__name__} that the architecture has not" + ("" if isinstance(layer, Described) else ", by its sizes")
 
     def write(self, folder: Path) -> None:
         """Write weights and config into an existing folder."""

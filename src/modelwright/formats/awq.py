@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from modelwright.blocks.packed import PackedLinear
 from modelwright.core.model import Model
-from modelwright.formats._layout import Folder, Layout, Unfit
-from modelwright.formats.gptq import group_size, unfit_integers, zeros_of
+from modelwright.formats._layout import Folder, Unfit
+from modelwright.formats.gptq import Integers, group_size, unfit_integers, zeros_of
 from modelwright.maths import rounding
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the output in each four bits of a word, from the lowest
@@ -31,11 +31,10 @@ def unpack(packed: Tensor) -> Tensor:
     return rounding.unpack(packed, 4, 8 * packed.shape[1]).unflatten(1, (-1, 8))[..., list(BACK)].flatten(1)
 
 
-class Awq(Layout):
+class Awq(Integers):
     """AWQ's."""
 
     name = "AWQ"
-    markers = (".qweight",)
 
     def unfit(self, layer: nn.Module) -> str:
         if why := unfit_integers(layer, self.name, (4,)):
@@ -65,10 +64,6 @@ class Awq(Layout):
             raise Unfit(f"its {codes.shape[1]} inputs are no whole groups of {config.get('group_size')}")
         zero = unpack(stored["qzeros"]).t().contiguous()
         return PackedLinear.from_codes(codes, scale.to(dtype), zero if zero.any() else None, 4)
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Float16 for bfloat16, which cannot hold the scales."""
-        return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 LAYOUT = Awq()

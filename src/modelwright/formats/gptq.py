@@ -66,11 +66,20 @@ def group_size(layer: PackedLinear, rows: bool) -> int:
     return -1 if rows else layer.group or layer.in_features
 
 
-class Gptq(Layout):
+class Integers(Layout):
+    """Layouts of whole numbers with float16 scales."""
+
+    markers = (".qweight",)
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Float16 for bfloat16, which cannot hold the scales."""
+        return torch.float16 if dtype == torch.bfloat16 else dtype
+
+
+class Gptq(Integers):
     """GPTQ's, in version 1 or 2."""
 
     name = "GPTQ"
-    markers = (".qweight",)
 
     def __init__(self, version: int = 1):
         self.version = version
@@ -127,10 +136,6 @@ class Gptq(Layout):
         if "g_idx" in stored and not torch.equal(stored["g_idx"].long(), torch.arange(columns) // (columns // groups)):
             raise Unfit("its inputs belong to groups in an order of their own (desc_act)")
         return PackedLinear.from_codes(codes, scale.to(dtype), zero if zero.any() else None, config["bits"])
-
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """Float16 for bfloat16, which cannot hold the scales."""
-        return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 LAYOUT = Gptq()
