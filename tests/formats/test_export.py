@@ -10,6 +10,7 @@ from tiny import outputs, tiny
 from torch import nn
 
 import modelwright as mw
+from modelwright.anatomy.removal import remove_units
 from modelwright.core.errors import ModelError, RecipeError
 from modelwright.core.model import Model
 from modelwright.core.plan import plan
@@ -68,6 +69,12 @@ def test_an_opened_folder_is_planned_run_and_measured_as_any_model(form, method,
     assert torch.equal(weight[kept], model.module.model.layers[0].mlp.up_proj.dense()[kept])
 
 
+def uneven():
+    module = tiny("llama")
+    remove_units(module, "mlp", {1: range(128)}, plain=False)
+    return Model(name="x", module=module)
+
+
 @pytest.mark.parametrize(
     ("made", "words"),
     [
@@ -78,8 +85,9 @@ def test_an_opened_folder_is_planned_run_and_measured_as_any_model(form, method,
         (lambda: mw.apply(Model(name="x", module=tiny("qwen3_moe")), Rtn(group=32)), "which holds experts one by one"),
         (lambda: mw.apply(mw.apply(Model(name="x", module=tiny("llama")), Depth(loops=2)), Rtn(group=32)), "blocks share weights"),
         (lambda: mw.apply(Model(name="x", module=tiny("llama")), Lora(rank=2)), "without an adapter"),
+        (lambda: mw.apply(uneven(), Rtn(group=32)), r"3 tensors, first model\.layers\.1\.mlp\.gate_proj\.weight, are not"),
     ],
-    ids=["dense", "no transformers", "factors", "Conv1D", "experts", "shared", "adapter"],
+    ids=["dense", "no transformers", "factors", "Conv1D", "experts", "shared", "adapter", "sizes"],
 )
 @pytest.mark.parametrize("form", ["gptq", "awq", "bitsandbytes"])
 def test_models_that_no_folder_can_hold_are_refused_by_name(made, words, form, tmp_path):
@@ -95,3 +103,11 @@ def test_other_quantised_folders_are_refused_as_before(small, tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match="A checkpoint in the hqq format cannot be opened yet"):
         _ = mw.open(folder).module
+
+
+def test_gguf_refuses_other_sizes_too(tmp_path):
+    pytest.importorskip("gguf")
+    with pytest.raises(ModelError, match="GGUF cannot hold it|of other sizes than the config says"):
+        mw.export(uneven(), tmp_path / "out", "gguf-q8_0")
+    with pytest.raises(ModelError, match="of other sizes than the config says"):
+        mw.export(mw.apply(uneven(), Rtn(group=32)), tmp_path / "out", "gguf-q8_0")

@@ -423,10 +423,15 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     return causal.get(type(config), None) or plain[type(config)]
 
 
+def plain_module(config: Any) -> PreTrainedModel:
+    """The model that a config makes, with meta tensors and the architecture's own layers."""
+    with torch.device("meta"), quiet():
+        return class_of(config)._from_config(config)
+
+
 def empty_module(config: Any) -> PreTrainedModel:
     """The model with meta tensors, and with the layers that its checkpoint describes in place."""
-    with torch.device("meta"), quiet():
-        module = class_of(config)._from_config(config)
+    module = plain_module(config)
     loading.install(module, stated_descriptions(config, module))
     sharing.tie(module, sharing.stated_ties(config))
     return module
@@ -441,10 +446,7 @@ def stated_descriptions(config: Any, module: nn.Module | None = None) -> dict[st
     if stated["quant_method"] == loading.METHOD:
         return stated["modules"]
     if stated["quant_method"] == "compressed-tensors":
-        if module is None:
-            with torch.device("meta"), quiet():
-                module = class_of(config)._from_config(config)
-        return loading.translated(stated, module)
+        return loading.translated(stated, module or plain_module(config))
     raise ModelError(f"A checkpoint in the {stated['quant_method']} format cannot be opened yet. Open the unquantised model.")
 
 

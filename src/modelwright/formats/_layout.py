@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modelwright.blocks._stored import Described, Stored
+from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import SplitExperts
 from modelwright.core import loading, sharing
 from modelwright.core.errors import ModelError, refuse
-from modelwright.core.model import RECORD, Model, stated_config, tokenizer_files, unwrapped, write_pretrained
+from modelwright.core.model import RECORD, Model, plain_module, stated_config, tokenizer_files, unwrapped, write_pretrained
 from modelwright.core.weights import Checkpoint, Writer
 
 
@@ -57,6 +57,21 @@ class Layout(ABC):
         return dtype
 
 
+def refuse_other_sizes(name: str, module: Any) -> None:
+    """Raise ModelError where a module's tensors are not those that its config speaks of, so that no other tool could read them."""
+    expected = {path: value.shape for path, value in plain_module(module.config).state_dict().items()}
+    found = {path: value.shape for path, value in module.state_dict().items()}
+    for path, layer in module.named_modules():
+        if isinstance(layer, Stored):
+            turned = layer.replaces == "Conv1D"
+            found[f"{path}.weight"] = torch.Size((layer.in_features, layer.out_features)[:: 1 if turned else -1])
+    if other := [path for path, shape in expected.items() if found.get(path) != shape]:
+        raise ModelError(
+            f"{name}: {len(other)} tensors, first {other[0]}, are not there, or of other sizes than the config says, and only Modelwright "
+            "reads that. Save the model as it is."
+        )
+
+
 class Unfit(Exception):
     """A stored layer is none of ours; the text is the end of a sentence."""
 
@@ -86,6 +101,7 @@ class Folder:
             if why := self._unfit(self.module.get_submodule(path)):
                 reasons.setdefault(why, []).append(path)
         refuse(ModelError, [f"{own.name} cannot hold {len(at)} layers, first {at[0]}, which {why}." for why, at in reasons.items()])
+        refuse_other_sizes(name, self.module)
         alike: dict[tuple[Any, ...], str] = {}
         for path, layer in self.layers.items():
             alike.setdefault(own.same(layer, rows), path)
@@ -100,7 +116,7 @@ class Folder:
             return "holds experts one by one, and it is written here of models without"
         if isinstance(layer, Stored):
             return f"is a {type(layer).__name__}, in the place of {layer.replaces}"
-        return f"is a {type(layer).__name__} that the architecture has not" + ("" if isinstance(layer, Described) else ", by its sizes")
+        return f"is a {type(layer).__name__}, which the architecture does not have"
 
     def write(self, folder: Path) -> None:
         """Write weights and config into an existing folder."""

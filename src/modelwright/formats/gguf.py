@@ -26,6 +26,7 @@ from modelwright.core import loading
 from modelwright.core.errors import ModelError, NeedError, refuse
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.progress import console, track
+from modelwright.formats._layout import refuse_other_sizes
 from modelwright.maths import gguf_blocks
 
 FILE = "model.gguf"
@@ -105,6 +106,7 @@ class File:
         reasons += [f"positions are rotated as {rotation}"] if rotation != "default" else []
         reasons += [f"the activation is {config.hidden_act}"] if config.hidden_act != "silu" else []
         refuse(ModelError, [f"{name}: GGUF cannot hold it: {reason}. Save the model as it is." for reason in reasons])
+        refuse_other_sizes(name, self.module)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor | Stored]]:
         """Name -> tensor, or the layer that stands for it; tied ones once."""

@@ -17,7 +17,7 @@ from modelwright.blocks.experts import SplitExperts
 from modelwright.core.errors import ModelError
 from modelwright.core.loading import described
 from modelwright.core.method import ModelMethod
-from modelwright.core.model import GUESTS, PACKED, Model, class_of, quiet, unwrapped
+from modelwright.core.model import GUESTS, PACKED, Model, plain_module, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,12 @@ class Dequantize(ModelMethod):
 def _dense(module: nn.Module) -> None:
     """Replace every layer that stores codes by a dense one; places that share codes share the weight."""
     packed = {path: layer for path, layer in module.named_modules() if isinstance(layer, Stored) and layer.kind in PACKED}
-    plain, made = _architecture(module), dict[int, nn.Parameter]()
+    config: Any = getattr(module, "config", None)
+    plain = dict(plain_module(config).named_modules()) if config is not None else {}
+    made: dict[int, nn.Parameter] = {}
     for path, layer in packed.items():
         weight = made.setdefault(id(next(layer.buffers())), nn.Parameter(layer.dense()))
-        old = plain.get(path)
+        old: Any = plain.get(path)
         transposed = layer.replaces == "Conv1D"
         if old is None:  # one of an expert that was split, or of two factors
             old = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -64,11 +66,3 @@ def _dense(module: nn.Module) -> None:
     for path, child in list(module.named_modules()):
         if isinstance(child, SplitExperts) and not any(isinstance(inner, Described) for inner in child.modules()):
             module.set_submodule(path, child.to_fused())
-
-
-def _architecture(module: Any) -> dict[str, Any]:
-    """Path -> empty layer of what the config makes; {} without one."""
-    if not hasattr(module, "config"):
-        return {}
-    with torch.device("meta"), quiet():
-        return dict(class_of(module.config)._from_config(module.config).named_modules())
