@@ -97,9 +97,10 @@ def test_a_tied_embedding_is_written_once_as_the_head_it_is(tmp_path):
     assert load(tmp_path / "out").config.tie_word_embeddings
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
 @pytest.mark.parametrize("method", [Nf4(), Rtn(group=32, where=["attn", "embed"]), Svd(rank=8)], ids=str)
-def test_stored_layers_are_made_dense(method, tmp_path):
-    model = mw.apply(Model(name="x", module=tiny("llama")), method)
+def test_stored_layers_are_made_dense(method, kind, tmp_path):
+    model = mw.apply(Model(name="x", module=tiny(kind)), method)
     write(model, tmp_path / "out", "gguf-f32")
     loaded = load(tmp_path / "out")
     own = model.module.get_submodule("model.layers.1.self_attn.q_proj").dense()

@@ -65,6 +65,8 @@ def refuse_other_sizes(name: str, module: Any) -> None:
         if isinstance(layer, Stored):
             turned = layer.replaces == "Conv1D"
             found[f"{path}.weight"] = torch.Size((layer.in_features, layer.out_features)[:: 1 if turned else -1])
+            if (bias := getattr(layer, "bias", None)) is not None:
+                found[f"{path}.bias"] = bias.shape
     if other := [path for path, shape in expected.items() if found.get(path) != shape]:
         raise ModelError(
             f"{name}: {len(other)} tensors, first {other[0]}, are not there, or of other sizes than the config says, and only Modelwright "
