@@ -37,6 +37,7 @@ _HOMES = {
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
     "export_c": "c_code",
+    "export": "formats",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .core.walk import apply
     from .deltas import pack_delta, unpack_delta
     from .fit import fit
+    from .formats import export
     from .mergekit import merge
     from .starter import starter
     from .tasks import pack_tasks, unpack_task

@@ -51,6 +51,8 @@ class CodedWeight(Stored):
 
     def values(self, blocks: list[int] | None = None) -> Tensor:
         """The stored entries in their order; with `blocks`, those of these blocks alone."""
+        if self.weight_codes.is_meta:
+            return torch.empty(self.weights(), dtype=self.stored, device="meta")
         return coded_floats.decode(self.parts(), self.stored, self.weights(), blocks)
 
     def describe_parts(self) -> dict[str, Any]:

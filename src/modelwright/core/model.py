@@ -30,9 +30,12 @@ from .weights import Checkpoint, Writer, check_finite, not_finite
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from modelwright.formats._layout import Layout
+
 RECORD = "modelwright.json"
 COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
+PACKED = {"packed", "embedding", "levels", "float8", "coded", "coded_embedding"}  # kinds of layers that store codes of their weights
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -61,7 +64,12 @@ class Model:
         self._lent: Model | None = None  # whose tokenizer it has, in the place of its folder's
         self._config: Any = getattr(module, "config", None)
         self._marks: set[str] | None = None
-        if folder is not None and (folder / RECORD).is_file():
+        if folder is not None:
+            self._recorded(folder)
+
+    def _recorded(self, folder: Path) -> None:
+        """Take the steps and marks from the record in a folder, where there is one."""
+        if (folder / RECORD).is_file():
             record = json.loads((folder / RECORD).read_text("utf-8"))
             self.history = record["steps"]
             self._marks = set(record["marks"])
@@ -165,7 +173,7 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if kinds & {"packed", "embedding", "coded", "coded_embedding"}:
+            if kinds & PACKED:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
@@ -203,43 +211,55 @@ class Model:
         write_json(folder / RECORD, {"steps": self.history, "marks": sorted(self.marks)})
 
 
-class Folded(Model):
-    """A model with a peft adapter put into its weights: "folder+adapter".
+class Made(Model):
+    """A model whose folder is written to a temporary place when it is first asked for, and goes with the object."""
 
-    When its folder is first asked for, the result is written to a temporary one, which goes with the object.
-    Raises ModelError when the adapter is not stored as safetensors.
-    """
+    _made: Path | None = None
 
-    def __init__(self, base: Model, adapter: Path):
-        refuse_pickled(adapter)
-        self.base, self.adapter = base, adapter
-        self._made: Path | None = None
-        super().__init__(name=f"{base.name}+{adapter}", tokenizer=base._tokenizer, trust_remote_code=base.trust_remote_code)
+    def write(self, folder: Path) -> None:
+        """Write it into a folder that is not there yet, or empty."""
+        raise NotImplementedError
 
     @property
     def folder(self) -> Path:  # type: ignore[override]
         """Where the result lies.
 
         Raises:
-            ModelError: the base is no dense model, or the adapter is not one of it.
+            ModelError: there is no such result.
         """
         if self._made is None:
             made = Path(tempfile.mkdtemp(prefix="modelwright-"))
             weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
-            base = (
-                open(self.base)
-                if isinstance(self.base, Folded)
-                else open(self.base.folder or self.base, trust_remote_code=self.trust_remote_code)
-            )
-            base.marks -= {"sparse"}  # an update fills zeros in
-            save_module(self._folded(base), made)
-            base.save_beside(made)
+            self.write(made)
             self._made = made
         return self._made
 
     @folder.setter
     def folder(self, _: Path | None) -> None:
         """It has none of its own."""
+
+
+class Folded(Made):
+    """A model with a peft adapter put into its weights: "folder+adapter".
+
+    Raises ModelError when the adapter is not stored as safetensors; `folder` raises it when the base is no dense model, or the adapter
+    not one of it.
+    """
+
+    def __init__(self, base: Model, adapter: Path):
+        refuse_pickled(adapter)
+        self.base, self.adapter = base, adapter
+        super().__init__(name=f"{base.name}+{adapter}", tokenizer=base._tokenizer, trust_remote_code=base.trust_remote_code)
+
+    def write(self, folder: Path) -> None:
+        base = (
+            open(self.base)
+            if isinstance(self.base, Folded)
+            else open(self.base.folder or self.base, trust_remote_code=self.trust_remote_code)
+        )
+        base.marks -= {"sparse"}  # an update fills zeros in
+        save_module(self._folded(base), folder)
+        base.save_beside(folder)
 
     @property
     def sources(self) -> list[Path]:
@@ -261,10 +281,35 @@ class Folded(Model):
                 ) from error
 
 
+class Translated(Made):
+    """A model in a folder of another tool's, whose layers become ours with the same codes and scales.
+
+    Raises ModelError when its config says what no layer of ours can be; `folder` raises it when one of the layers does.
+    """
+
+    def __init__(self, source: Path, layout: Layout, **others: Any):
+        from modelwright.formats._layout import refuse_folder
+
+        refuse_folder(source, layout)
+        self.source, self.layout = source, layout
+        super().__init__(**others)
+        self._recorded(source)
+
+    def write(self, folder: Path) -> None:
+        from modelwright.formats._layout import translate
+
+        translate(self.source, folder, self.layout)
+
+    @property
+    def sources(self) -> list[Path]:
+        return [self.source]
+
+
 def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust_remote_code: bool = False) -> Model:
     """Open a model: a folder, a hub name, "starter", or a module that is already in memory. Nothing large is read.
 
-    "model+adapter" is the model with the peft adapter in that folder put into its weights.
+    "model+adapter" is the model with the peft adapter in that folder put into its weights. Layers that GPTQ, AWQ or bitsandbytes
+    stored become ours (see `formats`).
 
     Raises:
         WeightsError: no checkpoint there, or one that is damaged.
@@ -291,10 +336,16 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
         folder = Checkpoint(source).path
     if (folder / COMPRESSED).is_file():
         raise ModelError(f"{source} is compressed. Write the model that it was with `modelwright.decompress`, and open that.")
-    model = Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    if not (folder / "adapter_config.json").is_file():
-        refuse_unknown(folder, trust_remote_code)
-    return model
+    if (folder / "adapter_config.json").is_file():
+        return Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    refuse_unknown(folder, trust_remote_code)
+    stated = stated_config(folder).get("quantization_config") or {}
+    if stated.get("quant_method") not in (None, loading.METHOD, "compressed-tensors"):
+        from modelwright.formats import reader
+
+        if layout := reader(stated["quant_method"]):
+            return Translated(folder, layout, name=str(source), tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    return Model(name=str(source), folder=folder, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
 
 
 def check_readable(model: Model) -> None:
@@ -372,10 +423,15 @@ def class_of(config: Any) -> type[PreTrainedModel]:
     return causal.get(type(config), None) or plain[type(config)]
 
 
+def plain_module(config: Any) -> PreTrainedModel:
+    """The model that a config makes, with meta tensors and the architecture's own layers."""
+    with torch.device("meta"), quiet():
+        return class_of(config)._from_config(config)
+
+
 def empty_module(config: Any) -> PreTrainedModel:
     """The model with meta tensors, and with the layers that its checkpoint describes in place."""
-    with torch.device("meta"), quiet():
-        module = class_of(config)._from_config(config)
+    module = plain_module(config)
     loading.install(module, stated_descriptions(config, module))
     sharing.tie(module, sharing.stated_ties(config))
     return module
@@ -390,10 +446,7 @@ def stated_descriptions(config: Any, module: nn.Module | None = None) -> dict[st
     if stated["quant_method"] == loading.METHOD:
         return stated["modules"]
     if stated["quant_method"] == "compressed-tensors":
-        if module is None:
-            with torch.device("meta"), quiet():
-                module = class_of(config)._from_config(config)
-        return loading.translated(stated, module)
+        return loading.translated(stated, module or plain_module(config))
     raise ModelError(f"A checkpoint in the {stated['quant_method']} format cannot be opened yet. Open the unquantised model.")
 
 
@@ -445,14 +498,7 @@ def save_module(module: nn.Module, folder: Path) -> None:
 
     stated = loading.quantization_config(module)
     if isinstance(module, PreTrainedModel):
-        if stated:
-            module.config.quantization_config = stated
-        try:
-            with quiet():
-                module.save_pretrained(folder, state_dict=sharing.written(module) if stated and "ties" in stated else None)
-        finally:
-            if stated:
-                del module.config.quantization_config
+        write_pretrained(module, folder, stated, sharing.written(module) if stated and "ties" in stated else None)
     elif hasattr(module, "peft_config"):
         with quiet():
             module.save_pretrained(str(folder))  # type: ignore[operator]
@@ -460,6 +506,18 @@ def save_module(module: nn.Module, folder: Path) -> None:
         from safetensors.torch import save_model
 
         save_model(module, str(folder / "model.safetensors"), metadata={"format": "pt"})
+
+
+def write_pretrained(module: Any, folder: Path, stated: dict[str, Any] | None, state: dict[str, Tensor] | None) -> None:
+    """Write a model of transformers into an existing folder; stated: its `quantization_config`; state: other tensors than its own."""
+    if stated:
+        module.config.quantization_config = stated
+    try:
+        with quiet():
+            module.save_pretrained(folder, state_dict=state)
+    finally:
+        if stated:
+            del module.config.quantization_config
 
 
 def unwrapped(module: nn.Module) -> nn.Module:

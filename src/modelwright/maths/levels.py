@@ -32,7 +32,7 @@ class Levels(NamedTuple):
 
     def encode(self, numbers: Tensor) -> Tensor:
         """The codes of the nearest levels, uint8, of float32 numbers of any shape."""
-        return self.codes.to(numbers.device)[torch.bucketize(numbers, self.bounds.to(numbers.device))]
+        return self.codes.to(numbers.device)[torch.bucketize(numbers.contiguous(), self.bounds.to(numbers.device))]
 
     def decode(self, codes: Tensor) -> Tensor:
         """The levels that codes stand for, float32."""

@@ -77,7 +77,7 @@ def dynamic_map() -> Levels:
     """
     found = [0.0, 1.0]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float64)
-        means = (ends[1:] + ends[:-1]) / 2 * 10.0 ** (decade - 6)
+        ends = torch.linspace(0.1, 1, 2**decade + 1)  # in float32, so that they are those of bitsandbytes to the bit
+        means = 10.0 ** (decade - 6) * ((ends[1:] + ends[:-1]) / 2)
         found += [*means.tolist(), *(-means).tolist()]
-    return levels(torch.tensor(sorted(found), dtype=torch.float64))
+    return levels(torch.tensor(sorted(found)))
