@@ -19,7 +19,7 @@ GROUP = 128  # consecutive numbers that share a power and scales
 PARTS = 16  # of 1 that powers are rounded down to
 RANGE = math.log2(LARGEST**2 / 2)  # log2 of the largest number over the least that E4M3 holds well
 HIGHEST = 32.0  # power
-SPREAD = 1e-6  # by which M exceeds μ, as a share, where there is something to spread
+SPREAD = 1e-6  # log2(M / μ) below which there is nothing to spread
 
 
 class Companded(NamedTuple):
@@ -31,25 +31,20 @@ class Companded(NamedTuple):
     centre: Tensor  # float32 [groups]: c
 
 
-def encode(values: Tensor, *, lift: bool = False) -> Companded:
-    """The codes of values of any shape, as a row.
-
-    lift: what is not 0 gets no code below the least one that is not 0, as for numbers that others are divided by.
-    """
+def encode(values: Tensor) -> Companded:
+    """The codes of values of any shape, as a row. What is not 0 does not become 0: the least of a group is never below 2^-8."""
     flat = values.float().flatten()
     grouped = pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
     sizes = grouped.abs()
     largest = sizes.amax(1)
     least = torch.where(sizes > 0, sizes, torch.inf).amin(1).clamp(max=largest)
-    tiny = torch.finfo(torch.float32).tiny
-    ratio = largest.clamp(min=tiny).log2() - least.clamp(min=tiny).log2()
+    ratio = torch.where(largest > 0, largest.double().log2() - least.double().log2(), 0.0)
     power = (PARTS * RANGE / ratio.clamp(min=SPREAD)).floor() / PARTS
-    power = torch.where(ratio < SPREAD, 1.0, power.clamp(1 / PARTS, HIGHEST))
-    centre = torch.where(largest > 0, (largest.sqrt() * least.sqrt()), 1.0)
+    power = torch.where(ratio < SPREAD, 1.0, power.clamp(1 / PARTS, HIGHEST)).float()
+    centre = torch.where(largest > 0, largest.sqrt() * least.sqrt(), 1.0)
     scale = torch.where(largest > 0, (largest / centre).pow(power) / LARGEST, 1.0)
     spread = (sizes / centre[:, None]).pow(power[:, None]) / scale[:, None]
-    spread = torch.where(sizes > 0, spread.clamp(2.0**-9 if lift else 0.0, LARGEST), 0.0)
-    codes = torch.copysign(spread, grouped).to(torch.float8_e4m3fn).flatten()[: len(flat)]
+    codes = torch.copysign(spread.clamp(max=LARGEST), grouped).to(torch.float8_e4m3fn).flatten()[: len(flat)]
     return Companded(codes, scale, power, centre)
 
 
