@@ -64,7 +64,7 @@ def kill_after(last):
     return report
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "coat", "muon"])
 @pytest.mark.parametrize("last", [10, 13])
 def test_killed_and_resumed_ends_with_the_same_bits(ids, tmp_path, optimizer, last):
     settings = replace(SHORT, optimizer=optimizer)
@@ -101,7 +101,7 @@ def test_training_lowers_the_loss():
     assert next_token(model, ids[None], mask)[0].item() < 0.5 * before
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", "coat", "muon"])
 def test_zeros_stay_zero_under_weight_decay_and_others_change(ids, optimizer):
     model = Small()
     with torch.no_grad():

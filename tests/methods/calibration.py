@@ -6,11 +6,14 @@ import torch
 from tiny import tiny, tiny_inputs
 from torch import Tensor
 
+from modelwright.core import data, walk
 from modelwright.core.contract import letters
+from modelwright.core.given import Given
 from modelwright.core.model import Model, open
 from modelwright.core.statistics import Statistics
 from modelwright.maths.second_order import STRIP, Moment
 
+SHORT = dict(tokens=4096, batch=8, length=32, learning_rate=3e-3)  # a training that a tiny model learns from
 TEXT = ["the quick brown fox jumps over the lazy dog, and then the dog jumps over the fox. " * 40]
 
 
@@ -74,3 +77,20 @@ def blocks_of(model: Model, *roles: str) -> list[tuple[str, Tensor]]:
             if weight is not None:
                 found.append((site.name, weight))
     return found
+
+
+def taught(kind: str = "llama") -> tuple[Model, Given]:
+    """A tiny model that has begun to know its text, and that text."""
+    from modelwright.methods.train import Train
+
+    model, given = lettered(kind), Given(data=data.read(TEXT))
+    return walk.change(model, Train(**SHORT), given), given
+
+
+def surprise(model: Model) -> float:
+    """The loss of a model on the text that it was taught, in nats for each token."""
+    from modelwright.core.training import next_token
+
+    ids = torch.tensor([model.tokenizer(TEXT[0])["input_ids"][:256]])
+    with torch.no_grad():
+        return float(next_token(model.module, ids, torch.ones_like(ids, dtype=torch.bool))[0])

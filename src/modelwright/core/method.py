@@ -363,7 +363,7 @@ class TrainMethod(Method):
     weight_decay: float = number(0.1, low=0)  # of matrices only
     clip: float = number(1.0, low=0)  # the largest norm of the gradient; 0 for none
     accumulation: int = count(1)  # parts that a step's batch is computed in, to save memory
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for matrices inside the blocks, with adamw for the rest
+    optimizer: Literal["adamw", "coat", "muon"] = "adamw"  # coat: states in 8 bits; muon: for matrices in the blocks, adamw for the rest
     precision: Literal["float32", "bfloat16"] = "float32"  # of the products; weights and sums stay float32
     save_every: int = count(100, low=0, unit="steps")  # between checkpoints, from which a killed run goes on
 

@@ -45,6 +45,7 @@ LOGITS = 4  # float32 copies of the logits in a step of training: themselves, sh
 TEACHER = 7  # more of them with a teacher: its logits, their softmax, their exponent, masks, the ratio, its gradient
 BLOCK_FLOATS = 5  # float32 copies of all activations while a block is scored: in and out, both scaled, their product
 TRAINED = 4 * 4  # bytes for a trained weight: itself, its gradient and two averages, all float32
+COMPANDED = 2 * 4 + 2 * (1 + 12 / 128)  # the same with averages in 8 bits, and three float32 numbers for each 128
 
 # Time: three kinds of work, each with a rate of this machine.
 ELEMENTS = 1e9  # values that work element by element goes through in a second, on one core
@@ -314,7 +315,8 @@ def _training(module: nn.Module, method: TrainMethod, shape: Shape, given: Given
     logits = tokens * shape.vocabulary * (LOGITS + (TEACHER if teacher else 0))
     steps = method.tokens // (method.batch * method.length)
     saving = 12 * trained if 0 < method.save_every <= steps else 0  # a checkpoint is put together in memory
-    float32 = 4 * frozen + TRAINED * trained - sum(value.numel() * value.element_size() for value in parameters)
+    each = COMPANDED if method.optimizer == "coat" else TRAINED
+    float32 = 4 * frozen + int(each * trained) - sum(value.numel() * value.element_size() for value in parameters)
     return float32 + masks + 4 * activations + 4 * logits + saving + (shape.size if teacher else 0)
 
 

@@ -9,18 +9,20 @@ from torch import Tensor
 
 from modelwright.maths.second_order import Moment, inverse_factor
 
+SAMPLE = 512  # tokens, twice as many at most, whose inputs are kept
+
 
 class Statistics:
     """Sums over the inputs x [tokens, in] of one matrix; only what the method asks for is gathered.
 
-    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "moment".
+    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "moment", "sample".
     """
 
     def __init__(self, inputs: int, gathers: Iterable[str] = (), device: torch.device | str = "cpu"):
         self.inputs = inputs
         self.tokens = 0
         wanted = set(gathers)
-        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "moment"}
+        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "moment", "sample"}
         assert not unknown, f"no such statistics: {unknown}"
 
         def zeros(*names: str) -> Tensor | None:
@@ -32,6 +34,9 @@ class Statistics:
         self._absolute = zeros("absolute")
         self._largest = zeros("largest")
         self._moment: Moment | None = None  # made when the first inputs come
+        self._sample = torch.zeros(0, inputs, device=device) if "sample" in wanted else None
+        self._apart = 1  # tokens from one that is kept to the next
+        self.rescaled = False  # whether what makes the inputs has been divided by a factor of the method's
         self._device = device
         self._gathers_moment = "moment" in wanted
         self._complete = False  # whether the moment is a mean by now
@@ -46,6 +51,10 @@ class Statistics:
             mean = x.mean(0)
             apart = mean - self._sum / max(self.tokens, 1)
             self._spread += (x - mean).square().sum(0) + apart.square() * (self.tokens * len(x) / (self.tokens + len(x)))
+        if self._sample is not None:
+            self._sample = torch.cat([self._sample, x[-self.tokens % self._apart :: self._apart]])
+            while len(self._sample) > 2 * SAMPLE:
+                self._sample, self._apart = self._sample[::2], 2 * self._apart
         self.tokens += len(x)
         if self._square is not None:
             self._square += x.square().sum(0)
@@ -93,6 +102,12 @@ class Statistics:
         return self._largest
 
     @property
+    def sample(self) -> Tensor:
+        """Inputs [tokens, in] of tokens at even distances: of all that came, or of more than `SAMPLE` and at most twice that."""
+        assert self._sample is not None, "the method gathers no `sample`"
+        return self._sample
+
+    @property
     def moment(self) -> Tensor:
         """Second moment E[x xᵀ] [in, in], not centred; a copy, and afterwards nothing can be added."""
         return self._mean_moment().square()
@@ -121,10 +136,14 @@ class Statistics:
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held[taken.to(held.device)])
+        if self._sample is not None:
+            self._sample = self._sample[:, taken.to(self._sample.device)]
 
     def rescale(self, factor: Tensor) -> None:
         """The inputs are multiplied by `factor` [in] above 0 from now on, and so were those that came."""
-        for held, power in ((self._square, 2), (self._sum, 1), (self._spread, 2), (self._absolute, 1), (self._largest, 1)):
+        self.rescaled = True
+        ones = (self._sample, self._sum, self._absolute, self._largest)
+        for held, power in ((self._square, 2), (self._spread, 2), *((one, 1) for one in ones)):
             if held is not None:
                 held *= factor**power
         if self._moment is not None:
@@ -132,7 +151,7 @@ class Statistics:
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
-        held = (self._square, self._sum, self._spread, self._absolute, self._largest)
+        held = (self._sample, self._square, self._sum, self._spread, self._absolute, self._largest)
         sums = all(bool(part.isfinite().all()) for part in held if part is not None)
         return sums and (self._moment is None or self._moment.finite())
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modelwright.core.companded_adamw import CompandedAdamW
 from modelwright.core.errors import DataError, ModelError, SettingError, WeightsError, refuse
 
 CHECKPOINT = "training.safetensors"
@@ -45,7 +46,7 @@ class Training:
     betas: tuple[float, float] = (0.9, 0.95)
     clip: float = 1.0  # the largest norm of the gradient; 0 for none
     accumulation: int = 1  # parts that a step's batch is computed in, to save memory
-    optimizer: str = "adamw"  # or "muon", for matrices inside the blocks, with adamw for the rest
+    optimizer: str = "adamw"  # or "coat", adamw with states of 8 bits, or "muon", for matrices inside the blocks, with adamw for the rest
     precision: str = "float32"  # or "bfloat16", for the products; weights and sums stay float32
     save_every: int = 0  # steps between checkpoints; 0 for none
     seed: int = 0
@@ -66,7 +67,7 @@ class Training:
                 ("betas", self.betas, "two numbers from 0 to below 1", _betas(self.betas)),
                 ("clip", self.clip, "at least 0", self.clip >= 0),
                 ("accumulation", self.accumulation, "a divisor of `batch`", _divides(self.accumulation, self.batch)),
-                ("optimizer", self.optimizer, "adamw or muon", self.optimizer in ("adamw", "muon")),
+                ("optimizer", self.optimizer, "adamw, coat or muon", self.optimizer in ("adamw", "coat", "muon")),
                 ("precision", self.precision, "float32 or bfloat16", self.precision in ("float32", "bfloat16")),
                 ("save_every", self.save_every, "at least 0", self.save_every >= 0),
             ]
@@ -294,7 +295,7 @@ class Order:
 
 
 def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Optimizer]:
-    """AdamW for all trained parameters, or Muon for the matrices of linear layers and AdamW for the others.
+    """AdamW for all trained parameters, or AdamW with states of 8 bits, or Muon for the matrices of linear layers and AdamW for the others.
 
     Matrices decay, vectors do not. Muon's update is scaled to the size of AdamW's, so one learning rate fits both.
     Raises SettingError when this torch has no Muon.
@@ -320,7 +321,9 @@ def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Op
             raise SettingError(f"The optimizer muon needs torch 2.9 or newer; this is {torch.__version__}. Use adamw.")
         muon = torch.optim.Muon(hidden, settings.learning_rate, settings.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
-    if groups:
+    if settings.optimizer == "coat":
+        optimizers.append(CompandedAdamW(groups, settings.learning_rate, settings.betas))
+    elif groups:
         optimizers.append(torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.betas, fused=True))
     return optimizers
 

@@ -645,6 +645,7 @@ def alike(statistics: Statistics, gathers: Sequence[str]) -> Statistics:
     """The statistics of inputs that all have size one and no correlation: what an expert without tokens is given."""
     plain = Statistics(statistics.inputs, gathers)
     plain.add(torch.eye(statistics.inputs) * statistics.inputs**0.5)
+    plain.rescaled = statistics.rescaled
     return plain
 
 

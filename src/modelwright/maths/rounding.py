@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -119,6 +120,21 @@ def rounded_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     most = 2 ** (bits - 1) - 1
     scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp_(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scale).round_().clamp_(-most, most).to(torch.int8), scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None]:
+        return outward[0], None
+
+
+def straight_through(values: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, to the bit, whose gradient goes to `values` of the same shape as it is (Bengio et al. 2013, arXiv:1308.3432)."""
+    return _StraightThrough.apply(values, rounded)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

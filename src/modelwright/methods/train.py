@@ -1,7 +1,7 @@
 """Train a model on text: next-token cross-entropy.
 
-AdamW (Loshchilov, Hutter 2019, arXiv:1711.05101) with linear warmup and a cosine schedule (arXiv:1608.03983); muon
-(Jordan et al. 2024) for the matrices inside the blocks as an option.
+AdamW (Loshchilov, Hutter 2019, arXiv:1711.05101) with linear warmup and a cosine schedule (arXiv:1608.03983). As options
+its states in 8 bits (COAT, Xi et al. 2024, arXiv:2410.19313), or muon (Jordan et al. 2024) for the matrices inside the blocks.
 """
 
 from __future__ import annotations

@@ -50,6 +50,14 @@ class Packer(SiteMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Trainable(Packer):
+    """Puts layers in the place of matrices that round their weights as they compute, and still hold them, to be trained."""
+
+    leaves: ClassVar[frozenset[str]] = frozenset()
+    drops: ClassVar[frozenset[str]] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Both(Packer):
     """Rounds weights to integers with a scale for each row, and inputs, as they come, with one for each token."""
 
