@@ -37,6 +37,8 @@ _HOMES = {
     "pack_tasks": "tasks",
     "unpack_task": "tasks",
     "export_c": "c_code",
+    "kivi_cache": "caches",
+    "fp8_cache": "caches",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -44,6 +46,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .c_code import export_c
+    from .caches import fp8_cache, kivi_cache
     from .compression import compress, decompress
     from .core.contract import check
     from .core.data import corpus
