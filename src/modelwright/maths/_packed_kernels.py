@@ -8,7 +8,7 @@ import numpy as np
 
 from modelwright.maths._compiled import compiled
 
-FOUR, LOW, HALVES = np.int32(4), np.int32(15), np.uint32(16)
+FOUR, LOW, HALVES = np.uint8(4), np.uint8(15), np.uint32(16)
 LOOSE = {"reassoc", "contract", "nsz"}  # sums in any order, so that the processor takes many terms at once; NaN stays NaN
 
 
@@ -44,8 +44,8 @@ def nibbles(packed, scale, zero, x, sums, out, first, last):  # type: ignore[no-
                 codes, even, odd = packed[row, part], x[one, 0, part], x[one, 1, part]
                 found = np.float32(0)
                 for place in range(size):
-                    code = np.int32(codes[place])
-                    found += even[place] * np.float32(code & LOW) + odd[place] * np.float32(code >> FOUR)
+                    code = codes[place]  # stays a byte as long as it can, of which the processor takes most at once
+                    found += even[place] * np.float32(np.uint8(code & LOW)) + odd[place] * np.float32(np.uint8(code >> FOUR))
                 total += real(scale, row, group) * (found - shift(zero, 4, row, group) * sums[one, group])
             out[one, row] = total
 
@@ -63,7 +63,7 @@ def levels(packed, scale, table, x, out, first, last):  # type: ignore[no-untype
                 codes, even, odd = packed[row, part], x[one, 0, part], x[one, 1, part]
                 found = np.float32(0)
                 for place in range(size):
-                    code = np.int32(codes[place])
+                    code = codes[place]
                     found += even[place] * table[code & LOW] + odd[place] * table[code >> FOUR]
                 total += real(scale, row, group) * found
             out[one, row] = total
