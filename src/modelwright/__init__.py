@@ -38,6 +38,8 @@ _HOMES = {
     "unpack_task": "tasks",
     "export_c": "c_code",
     "export": "formats",
+    "kivi_cache": "caches",
+    "fp8_cache": "caches",
     "check": "core.contract",
     "find": "core.find",
 }
@@ -45,6 +47,7 @@ __all__ = [*_HOMES, "__version__"]
 
 if TYPE_CHECKING:
     from .c_code import export_c
+    from .caches import fp8_cache, kivi_cache
     from .compression import compress, decompress
     from .core.contract import check
     from .core.data import corpus

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from modelwright.blocks._stored import Stored, parameter
 from modelwright.maths import levels as tables
 from modelwright.maths.grids import Scaled
+from modelwright.maths.packed_products import product
 from modelwright.maths.rounding import pack, unpack
 from modelwright.maths.scales import empty, read
 
@@ -20,7 +21,8 @@ class LevelsLinear(Stored):
     """y = x Ŵᵀ + b with Ŵ = level[code] · scale, the codes in a dense stream of 1 to 8 bits each.
 
     Stored: weight_packed uint8 [out, ceil(in · bits / 8)]; the scales of `group` columns each, in a form of `maths.scales`; bias
-    [out]; with levels "k-means" weight_levels float32 [2^bits]. Ŵ is made anew at each call, in the layer's dtype.
+    [out]; with levels "k-means" weight_levels float32 [2^bits]. Ŵ is made anew for many inputs, in the layer's
+    dtype; a few are multiplied by what the codes say (`maths.packed_products`).
     """
 
     kind = "levels"
@@ -97,7 +99,10 @@ class LevelsLinear(Stored):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype."""
-        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        found = product(inputs, self.weight_packed, self.bits, self.scale(), table=self.values()) if self.bits == 4 else None
+        if found is None:
+            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        return found if self.bias is None else found + self.bias
 
     def scheme(self) -> dict[str, Any] | None:
         known = {("e2m1", 16, "e4m3"): ("nvfp4", "tensor_group", "float8_e4m3fn"), ("e2m1", 32, "e8m0"): ("mxfp4", "group", "uint8")}

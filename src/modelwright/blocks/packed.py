@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._stored import Stored, parameter
+from modelwright.maths.packed_products import product
 from modelwright.maths.rounding import decode, pack, packed_words, rounded_rows, unpack
 
 
@@ -16,7 +17,7 @@ class PackedLinear(Stored):
 
     Stored: weight_packed int32 [out, ceil(in · bits / 32)], weight_scale [out, groups], weight_shape int64 [2], when asymmetric
     weight_zero_point int32 [ceil(out · bits / 32), groups], or floats [out, groups] with zeros "float", and bias [out]. Ŵ is made
-    anew at each call.
+    anew for many inputs; a few are multiplied by the codes as they are (`maths.packed_products`).
     group: columns that share a scale, a divisor of in_features; None is the whole row. inputs: bits to which each row of the inputs is
     rounded with a scale of its own; None leaves them. threshold: columns in which an input reaches this size are not rounded, but
     multiplied as they are (LLM.int8()); 0 rounds all.
@@ -102,7 +103,10 @@ class PackedLinear(Stored):
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         if self.inputs is None:
-            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+            found = product(inputs, self.weight_packed, self.bits, self.weight_scale, self.weight_zero_point)
+            if found is None:
+                return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+            return found if self.bias is None else found + self.bias
         found = self._of_rounded(inputs.reshape(-1, self.in_features)).to(inputs.dtype).view(*inputs.shape[:-1], -1)
         return found if self.bias is None else found + self.bias
 

@@ -1,25 +1,15 @@
-"""The loops of `prefix_codes`, compiled by numba; they run beside each other, without Python's lock."""
+"""The loops of `prefix_codes`, compiled."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from modelwright.maths._compiled import compiled
 
 LONGEST, LANES, STEPS = 12, 64, 1 << 10  # those of `prefix_codes`, which compiled code takes as constants
 BLOCK = LANES * STEPS
 MASK, BYTE, EIGHT = np.uint64((1 << LONGEST) - 1), np.uint64(255), np.uint64(8)
 FOUR = np.uint64(4)  # codes that a window of 64 bits holds, whatever their lengths
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """The function compiled, and kept on disk for the next process where there is a place for it."""
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # neither the package's folder nor the user's can be written
-        return njit(nogil=True)(function)
 
 
 @compiled

@@ -1,0 +1,92 @@
+"""Products of few inputs with packed weights, straight from the codes: no weight of full precision is made.
+
+A step of decoding reads each weight once, so that its time is that of reading them; codes of 4 or 8 bits are a quarter or a half
+of what 16-bit floats are.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 8  # more inputs than this make it worth to have the weight
+LEAST = 1 << 16  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
+SHARE = 1 << 19  # weights for which a thread of its own is worth waking
+
+
+def product(
+    inputs: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Tensor | None = None, table: Tensor | None = None
+) -> Tensor | None:
+    """inputs [..., in] times the transposed weights (code - zero) · scale, or table[code] · scale: [..., out] in the inputs' dtype.
+
+    packed: the streams of `rounding.pack` as int32 or bytes [out, ...]. scale [out, groups]. zero: float [out, groups] for signed
+    codes; or int32 [ceil(out · bits / 32), groups], packed along the rows. table: float32 [16]. Sums and weights are in float32.
+
+    Returns None where the weights must be made dense instead: for many inputs, for which no gain is to be had; a small matrix; other
+    numbers of bits than 4 and 8; groups that end inside a byte; inputs that a gradient is wanted of; another device than the processor.
+    """
+    size, (rows, groups) = inputs.shape[-1], scale.shape
+    fits = bits in (4, 8) and (table is None or len(table) == 16) and size * bits % (8 * groups) == 0 and rows * size >= LEAST
+    if not fits or not 0 < inputs.numel() <= ROWS * size or inputs.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if (torch.is_grad_enabled() and inputs.requires_grad) or (kernels := compiled()) is None:
+        return None
+    with torch.no_grad():
+        x = inputs.reshape(-1, size).float()
+        sums = x.view(len(x), groups, -1).sum(-1).numpy()
+        x = x.view(len(x), -1, 8 // bits).transpose(1, 2).contiguous()
+        out = torch.empty(len(x), rows)
+        codes, steps = packed.contiguous().view(torch.uint8).numpy(), _numbers(scale)
+        if table is not None:
+            work = functools.partial(kernels.levels, codes, steps, table.numpy(), x.numpy(), out.numpy())
+        else:
+            work = functools.partial(
+                kernels.nibbles if bits == 4 else kernels.bytewise, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy()
+            )
+        _shared(work, rows, rows * size)
+        return out.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+
+
+@functools.cache
+def compiled() -> Any:
+    """The compiled kernels; None where numba is missing."""
+    try:
+        from modelwright.maths import _packed_kernels
+    except ImportError:
+        return None
+    return _packed_kernels
+
+
+def _numbers(values: Tensor | None) -> Any:
+    """As the kernels take them: bfloat16 as the upper halves of float32, words as their bytes."""
+    if values is None:
+        return None
+    if values.dtype == torch.bfloat16:
+        return values.detach().view(torch.uint16).numpy()
+    if values.dtype == torch.int32:  # a matrix of one column calls any stride contiguous, hence the copy
+        return values.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    return values.detach().float().numpy()
+
+
+def _shared(work: Any, rows: int, weights: int) -> None:
+    """Call work(first, last) for all rows, on as many threads as torch uses; this one does its part."""
+    threads = max(1, min(torch.get_num_threads(), weights // SHARE, rows))
+    ends = [rows * part // threads for part in range(threads + 1)]
+    others = [_pool().submit(work, ends[part], ends[part + 1]) for part in range(1, threads)]
+    work(0, ends[1])
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    """Threads that stay, as a step of decoding is shorter than starting them takes."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="packed")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of them
