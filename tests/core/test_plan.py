@@ -115,7 +115,7 @@ def test_every_method_can_be_planned(small, text, tmp_path):
     for name in find.names():
         cls = find.find(name)
         given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
-        steps = ["adapt.lora"] if "adapters" in cls.wants else []
+        steps = [before for mark, before in {"adapters": "adapt.lora", "packed": "quantize.rtn"}.items() if mark in cls.wants]
         found = plan(
             recipe.read({"model": str(models.get(name, small)), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]})
         )
