@@ -115,7 +115,7 @@ def test_every_method_can_be_planned(small, text, tmp_path):
     for name in find.names():
         cls = find.find(name)
         given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
-        steps = ["adapt.lora"] if "adapters" in cls.wants else []
+        steps = [step for mark, step in {"adapters": "adapt.lora", "rounding": "quantize.fairy2i"}.items() if mark in cls.wants]
         found = plan(
             recipe.read({"model": str(models.get(name, small)), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]})
         )
@@ -167,6 +167,13 @@ def test_training_holds_four_floats_for_a_weight_and_the_logits():
     assert large - small_ == weights * (TRAINED + 1) + 4 * LOGITS * 2 * 64 * 1000
     parts = peak_of("train", module_of(), settings=settings | {"accumulation": 2})
     assert parts < small_
+
+
+def test_training_with_states_of_8_bits_holds_less():
+    settings = {"tokens": 256, "batch": 2, "length": 64}
+    exact, companded = (peak_of("train", module_of(), settings=settings | {"optimizer": name}) for name in ("adamw", "coat"))
+    weights = sum(value.numel() for value in module_of().parameters())
+    assert exact - companded == pytest.approx(weights * (8 - 2 * (1 + 0.75 / 8)), abs=1)
 
 
 def test_time_grows_with_the_text_and_falls_with_the_rate():

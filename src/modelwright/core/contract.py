@@ -78,9 +78,12 @@ class Case:
         return self.cls(**{**self.cls.small, **settings})
 
     def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, wants: Set[str] | None = None, **config: Any) -> Model:
-        """A small random model, with adapters if the method, or `wants`, asks for them."""
+        """A small random model, with adapters or layers that round if the method, or `wants`, asks for them."""
         model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
-        if "adapters" in (self.cls.wants if wants is None else wants):
+        wants = self.cls.wants if wants is None else wants
+        if "rounding" in wants:
+            walk.change(model, find.find("quantize.fairy2i")(), Given())
+        if "adapters" in wants:
             walk.change(model, find.find("adapt.lora").build({"rank": 2}), Given())
             generator = torch.Generator().manual_seed(seed)
             for name, value in model.module.named_parameters():

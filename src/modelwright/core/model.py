@@ -165,7 +165,9 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if kinds & {"packed", "embedding", "coded", "coded_embedding"}:
+            trained = [text["packed"] for text in described.values() if text["kind"] in ("ternary", "phases")]
+            self._marks |= {"rounding"} if not all(trained) else set()
+            if any(trained) or kinds & {"packed", "levels", "float8", "static", "embedding", "coded", "coded_embedding"}:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
