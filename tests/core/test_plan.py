@@ -17,6 +17,7 @@ from modelwright.core.errors import ModelError, PlanError, WeightsError
 from modelwright.core.given import Given
 from modelwright.core.model import Model, empty_module
 from modelwright.core.plan import GATHERED, LOGITS, SOLVING, SURVEYED, TRAINED, peak, plan, seconds, time_class
+from modelwright.core.statistics import SAMPLE
 from modelwright.core.weights import Checkpoint
 from modelwright.methods.encode._mechanism import NUMBA
 
@@ -158,6 +159,13 @@ def test_steps_on_layers_hold_what_enters_and_what_leaves_a_block():
 def test_moments_take_the_squares_of_the_inputs():
     found = peak_of("quantize.gptq", module_of(intermediate_size=4096))
     assert found > 4 * 4096**2 * (GATHERED + SOLVING) > peak_of("prune.wanda", module_of(intermediate_size=4096))
+
+
+def test_samples_take_the_inputs_of_some_tokens():
+    inputs = 64 + 64 + 64 + 128  # of q, k and v; of o; of gate and up; of down
+    for tokens, kept in ((256, 256), (4096, 2 * SAMPLE)):
+        more = peak_of("quantize.mergequant", module_of(), tokens) - peak_of("quantize.smoothquant", module_of(), tokens)
+        assert more == 4 * kept * inputs
 
 
 def test_training_holds_four_floats_for_a_weight_and_the_logits():
