@@ -17,6 +17,7 @@ from modelwright.core.errors import ModelError, PlanError, WeightsError
 from modelwright.core.given import Given
 from modelwright.core.model import Model, empty_module
 from modelwright.core.plan import GATHERED, LOGITS, SOLVING, SURVEYED, TRAINED, peak, plan, seconds, time_class
+from modelwright.core.statistics import SAMPLE
 from modelwright.core.weights import Checkpoint
 from modelwright.methods.encode._mechanism import NUMBA
 
@@ -115,7 +116,8 @@ def test_every_method_can_be_planned(small, text, tmp_path):
     for name in find.names():
         cls = find.find(name)
         given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
-        steps = [before for mark, before in {"adapters": "adapt.lora", "packed": "quantize.rtn"}.items() if mark in cls.wants]
+        before = {"adapters": "adapt.lora", "packed": "quantize.rtn", "rounding": "quantize.fairy2i"}
+        steps = [step for mark, step in before.items() if mark in cls.wants]
         found = plan(
             recipe.read({"model": str(models.get(name, small)), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]})
         )
@@ -160,6 +162,13 @@ def test_moments_take_the_squares_of_the_inputs():
     assert found > 4 * 4096**2 * (GATHERED + SOLVING) > peak_of("prune.wanda", module_of(intermediate_size=4096))
 
 
+def test_samples_take_the_inputs_of_some_tokens():
+    inputs = 64 + 64 + 64 + 128  # of q, k and v; of o; of gate and up; of down
+    for tokens, kept in ((256, 256), (4096, 2 * SAMPLE)):
+        more = peak_of("quantize.mergequant", module_of(), tokens) - peak_of("quantize.smoothquant", module_of(), tokens)
+        assert more == 4 * kept * inputs
+
+
 def test_training_holds_four_floats_for_a_weight_and_the_logits():
     settings = {"tokens": 256, "batch": 2, "length": 64}
     small_, large = (peak_of("train", module_of(vocab_size=size), settings=settings) for size in (1000, 2000))
@@ -167,6 +176,13 @@ def test_training_holds_four_floats_for_a_weight_and_the_logits():
     assert large - small_ == weights * (TRAINED + 1) + 4 * LOGITS * 2 * 64 * 1000
     parts = peak_of("train", module_of(), settings=settings | {"accumulation": 2})
     assert parts < small_
+
+
+def test_training_with_states_of_8_bits_holds_less():
+    settings = {"tokens": 256, "batch": 2, "length": 64}
+    exact, companded = (peak_of("train", module_of(), settings=settings | {"optimizer": name}) for name in ("adamw", "coat"))
+    weights = sum(value.numel() for value in module_of().parameters())
+    assert exact - companded == pytest.approx(weights * (8 - 2 * (1 + 0.75 / 8)), abs=1)
 
 
 def test_time_grows_with_the_text_and_falls_with_the_rate():

@@ -78,11 +78,13 @@ class Case:
         return self.cls(**{**self.cls.small, **settings})
 
     def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, wants: Set[str] | None = None, **config: Any) -> Model:
-        """A small random model, with adapters or packed if the method, or `wants`, asks for that."""
+        """A small random model, with adapters, packed, or with layers that round, if the method, or `wants`, asks for that."""
         model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
         wants = self.cls.wants if wants is None else wants
         if "packed" in wants:
             walk.change(model, find.find("quantize.rtn").build({"group": 32}), Given())
+        if "rounding" in wants:
+            walk.change(model, find.find("quantize.fairy2i")(), Given())
         if "adapters" in wants:
             walk.change(model, find.find("adapt.lora").build({"rank": 2}), Given())
             generator = torch.Generator().manual_seed(seed)

@@ -48,7 +48,7 @@ NEEDS: dict[str, str] = {
     "details": "a list for sentences that only the record keeps",
 }
 DRIVEN = frozenset({"rng", "seed", "survey", "notes", "details"})  # needs that the driver meets by itself
-MARKS = ("float", "sparse", "low-rank", "packed", "adapters")
+MARKS = ("float", "sparse", "low-rank", "packed", "rounding", "adapters")
 STATUSES = ("sketch", "checked", "reproduced")
 Places = str | tuple[str, ...] | None
 Verb = Callable[..., Any]  # which a method writes, with parameters for what it needs

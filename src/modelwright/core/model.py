@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RECORD = "modelwright.json"
 COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
-PACKED = {"packed", "embedding", "levels", "float8", "coded", "coded_embedding"}  # kinds of layers that store codes of their weights
+PACKED = {"packed", "embedding", "levels", "float8", "static", "coded", "coded_embedding"}  # kinds of layers that store codes of their weights
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -173,7 +173,9 @@ class Model:
             self._marks = {"float"}
             self._marks |= {"low-rank"} if kinds & {"low_rank", "tensor_linear", "tensor_embedding", "tensor_conv"} else set()
             self._marks |= {"sparse"} if "sparse" in kinds else set()
-            if kinds & PACKED:
+            trained = [text["packed"] for text in described.values() if text["kind"] in ("ternary", "phases")]
+            self._marks |= {"rounding"} if not all(trained) else set()
+            if any(trained) or kinds & PACKED:
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, emptied, open, put, quiet, stored_bytes, unwrapped, weight_of
 from .settings import ByRole
+from .statistics import SAMPLE
 from .training import refuse_other_vocabulary
 
 # Memory: what the drivers hold, in copies. A method's own working copies are its `holds`.
@@ -292,6 +294,8 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
             widths = _inputs_once(places)
             moments = int(4 * GATHERED * sum(widths))
             solving = int(4 * SOLVING * max(widths, default=0))
+        if "sample" in method.gathers:
+            moments += 4 * min(2 * SAMPLE, shape.tokens) * sum(math.isqrt(square) for square in _inputs_once(places))
         gathering = running // 2 + 4 * batch * max(shape.width, shape.inner) * 2
         work = max(running, gathering, solving + int(4 * method.holds * largest))
         return held + 2 * states * shape.bytes + max(shape.outside if streams else 0, (shape.block if streams else 0) + moments + work)

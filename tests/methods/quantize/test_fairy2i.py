@@ -9,9 +9,9 @@ from tiny import outputs
 
 from modelwright.blocks.phases import PhaseLinear
 from modelwright.core import walk
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import PlanError, SiteError
 from modelwright.core.given import Given
-from modelwright.core.model import stored_bytes
+from modelwright.core.model import RECORD, stored_bytes
 from modelwright.methods.distill.recover import Recover
 from modelwright.methods.quantize.fairy2i import Fairy2i
 from modelwright.methods.quantize.pack import Pack
@@ -94,3 +94,14 @@ def test_layers_of_shared_weights_are_packed_once():
     assert len({id(layer.weight_packed) for layer in layers}) < len(layers)
     assert stored_bytes(model.module) < held
     assert torch.equal(outputs(model.module), before)
+
+
+def test_a_model_without_such_layers_is_refused_and_one_without_a_record_is_known_by_them(tmp_path):
+    model = lettered()
+    with pytest.raises(PlanError, match="quantize.pack wants a model that is rounding"):
+        walk.change(model, Pack(), Given())
+    for method, marks in ((Fairy2i(), {"float", "rounding"}), (Pack(), {"packed"})):
+        walk.change(model, method, Given())
+        model.save(tmp_path / method.name())
+        (tmp_path / method.name() / RECORD).unlink()
+        assert walk.open(tmp_path / method.name()).marks == marks == model.marks

@@ -53,7 +53,7 @@ class Packer(SiteMethod):
 class Trainable(Packer):
     """Puts layers in the place of matrices that round their weights as they compute, and still hold them, to be trained."""
 
-    leaves: ClassVar[frozenset[str]] = frozenset()
+    leaves: ClassVar[frozenset[str]] = frozenset({"rounding"})
     drops: ClassVar[frozenset[str]] = frozenset()
 
 

@@ -22,8 +22,9 @@ class Pack(ModelMethod):
     """Store what layers of `quantize.bitlinear` and `quantize.fairy2i` compute with, once training is over."""
 
     status: ClassVar[str] = "checked"
+    wants: ClassVar[frozenset[str]] = frozenset({"rounding"})
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
-    drops: ClassVar[frozenset[str]] = frozenset({"float"})
+    drops: ClassVar[frozenset[str]] = frozenset({"float", "rounding"})
 
     def model(self, model: Model) -> Model:
         self.planned(unwrapped(model.module), 0)
@@ -36,8 +37,7 @@ class Pack(ModelMethod):
             if isinstance(layer, Trained) and not layer.packed:
                 places.setdefault(id(layer.weight_master), []).append((path, layer))
         if not places:
-            fix = "Take the step after `quantize.bitlinear` or `quantize.fairy2i`, and after the training."
-            raise SiteError(f"{self.name()} chooses no weight: no layer holds weights that it rounds as it computes. {fix}")
+            raise SiteError(f"{self.name()} chooses no weight: no layer holds weights that it rounds. Take it after `quantize.bitlinear`.")
         for same in places.values():
             for (path, old), layer in zip(same, sharing.copies(same[0][1].pack(), len(same)), strict=True):
                 layer.take_bias(old.bias)
