@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 ROWS = 8  # more inputs than this make it worth to have the weight
-LEAST = 1 << 16  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
+LEAST = 1 << 15  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
 SHARE = 1 << 19  # weights for which a thread of its own is worth waking
 
 

@@ -10,5 +10,6 @@ plain integers. With text, `quantize.gptq` at 4 bits and fewer: its error on the
 be rounded too, `quantize.smoothquant` with text and `quantize.llm_int8` without; where the steps of inputs are to be known
 beforehand, `quantize.mergequant`; `quantize.rotate` before them spreads what is far out. Below 3 bits a model has to be trained:
 `quantize.fairy2i` or `quantize.bitlinear`, then `distill.recover` or `train`, then `quantize.pack`. For accelerators that multiply 4-
-or 8-bit floats, `quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`. `quantize.dequantize` gives dense weights again.
+or 8-bit floats, `quantize.nvfp4`, `quantize.mxfp4` and `quantize.fp8`. `quantize.bipolar` stores planes of bits, of which the first are
+the model in fewer. `quantize.dequantize` gives dense weights again.
 """
