@@ -662,3 +662,9 @@ def test_what_is_written_goes_to_the_disk_beside_other_work(tmp_path, monkeypatc
         for number in range(3):
             out.add(f"t{number}", torch.ones(256))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_small_tensors_that_wait_for_the_end_are_written_after_much_went_to_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "BEHIND", 8)
+    write(tmp_path / "new", {"large": torch.ones(64), "small": torch.ones(3, dtype=torch.uint8)})
+    assert Checkpoint(tmp_path / "new").read("small").tolist() == [1, 1, 1]

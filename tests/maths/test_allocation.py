@@ -187,3 +187,8 @@ def test_options_of_convex_harm_are_nearly_the_best_of_all(seed):
     best = float(lost[spent <= budget].min())
     assert float(harm[items, chosen].sum()) <= best + float((slopes * sizes).max())
     assert float(harm[items, chosen].sum()) < float(harm[:, 1].sum())
+
+
+def test_an_option_whose_harm_is_not_a_number_is_not_taken():
+    nan = float("nan")
+    assert least_harm(torch.tensor([[nan, 1, 0.1], [1, 0.5, 0.1]]), torch.tensor([[2.0, 4, 8], [2, 4, 8]]), 12) in ([1, 2], [2, 1])

@@ -107,7 +107,7 @@ class PackedLinear(Stored):
             if found is None:
                 return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
             return found if self.bias is None else found + self.bias
-        found = self._of_rounded(inputs.reshape(-1, self.in_features)).to(inputs.dtype).view(*inputs.shape[:-1], -1)
+        found = self._of_rounded(inputs.reshape(-1, self.in_features)).to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias
 
     def _of_rounded(self, x: Tensor) -> Tensor:

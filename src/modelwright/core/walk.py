@@ -613,7 +613,7 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
             total, count = total + float(apart.square().sum(dtype=torch.float64)), count + apart.numel()
         for weight, other in zip(held, before, strict=True):
             weight.copy_(other)
-        return total / count
+        return total / max(count, 1)
 
     return harm
 

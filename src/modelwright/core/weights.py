@@ -512,9 +512,9 @@ class _Shard:
 
     def close(self, metadata: dict[str, str]) -> dict[str, int]:
         """Write what waits and the header, flush to disk; returns {name: bytes}."""
-        self.stop()
         for name, (dtype, shape, data) in sorted(self.late.items(), key=lambda item: -item[1][0].itemsize):
             _write(self.file, data, self.enter(name, dtype, shape, data.nbytes))
+        self.stop()
         header = json.dumps({"__metadata__": metadata} | self.entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)
         room = self.ROOM - 8

@@ -76,7 +76,7 @@ def least_harm(harm: Tensor, costs: Tensor, budget: float) -> list[int]:
 
     Raises ValueError when the cheapest options cost more than the budget.
     """
-    harm, costs, items = harm.double(), costs.double(), torch.arange(len(harm))
+    harm, costs, items = harm.double().nan_to_num(nan=torch.inf), costs.double(), torch.arange(len(harm))
 
     def spent(chosen: Tensor) -> float:
         return float(costs[items, chosen].sum())

@@ -160,14 +160,14 @@ def float8(weight: Tensor, scope: str = "row") -> Float8:
         assert scope == "tile" and size.shape[1] % TILE == 0, (scope, size.shape)
         padded = torch.nn.functional.pad(size, (0, 0, 0, -len(size) % TILE))
         largest = padded.view(-1, TILE, size.shape[1] // TILE, TILE).amax((1, 3))
-    return Float8((largest / scales.LARGEST).to(weight.dtype).clamp_(min=torch.finfo(weight.dtype).tiny), len(weight))
+    return Float8((largest / scales.LARGEST).to(weight.dtype).clamp_(min=rounding.smallest_scale(weight.dtype)), len(weight))
 
 
 def scaled(
     weight: Tensor, table: Levels | str, group: int | None, form: str, *,
     rule: Literal["largest", "mean"] = "largest", search: bool = False, doubling: bool = False, bits: int = 4,
 ) -> Scaled:  # fmt: skip
-    """A table of levels, or its name, with scales such that the largest weight of a group is the largest level.
+    """A table of levels, or its name, with scales such that the largest weight of a group is the largest level, or 1 for k-means.
 
     weight: [out, in]; `in` is a multiple of group; None is the whole row. rule: `mean` makes the scale the mean size of the weights.
     search: also try scales smaller by 1 to 79 percent, and keep the one with the least Σ|error|^2.4. doubling: of powers of two,
@@ -175,10 +175,11 @@ def scaled(
     """
     grouped = weight.detach().float().view(len(weight), weight.shape[1] // (group or weight.shape[1]), -1)
     size = grouped.abs().mean(-1) if rule == "mean" else grouped.abs().amax(-1)
-    if table == "k-means":
+    learned = table == "k-means"
+    if learned:
         table = k_means(_safe(grouped, size[..., None]), bits)
     table = named(table, bits) if isinstance(table, str) else table
-    scale = size if rule == "mean" else size / _reach(table, form)
+    scale = size if rule == "mean" or learned else size / _reach(table, form)  # k-means saw the weights over their sizes
     scale = scale * (8 / 7) if doubling else scale  # 1.75 · 8/7 = 2
     make: Callable[[float], Scaled] = lambda share: Scaled(table, scales.store(scale * share, form, weight.dtype), form)  # noqa: E731
     if not search:

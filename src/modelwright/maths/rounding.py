@@ -16,7 +16,7 @@ from torch import Tensor
 
 CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
 NORM = 2.4  # the power of the error that it minimises
-LEAST_STEP = 1 / 2e4  # between the levels of a group of nearly equal weights, in half-quadratic splitting
+LEAST_STEP = 1 / 2e4  # of a group's largest size, between its levels in half-quadratic splitting
 ROWS = 256  # whose codes are found together, so that no float copy of all of them is made
 
 
@@ -69,7 +69,8 @@ def half_quadratic(
     """
     grouped = _grouped(weight, weight.shape[1] // (group or weight.shape[1])).float()
     low, high, half = grouped.amin(-1), grouped.amax(-1), 2 ** (bits - 1)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=LEAST_STEP).to(weight.dtype)
+    largest = torch.maximum(low.abs(), high.abs())
+    scale = torch.maximum((high - low) / (2**bits - 1), largest * LEAST_STEP).to(weight.dtype).clamp_(min=smallest_scale(weight.dtype))
     step = scale.float().unsqueeze(-1)
     zero = -low / scale.float() - half
     zero = (zero.round() if bits == 4 else zero).to(weight.dtype)
@@ -87,6 +88,12 @@ def half_quadratic(
         zero = (codes - (grouped - sparse) / step).mean(-1).to(weight.dtype)
         strength *= growth
     return scale, best
+
+
+def smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest scale of a dtype: groups of zeros have it too. Of float16 a subnormal number, since weights are often so small."""
+    found = torch.finfo(dtype)
+    return found.smallest_normal * found.eps if dtype == torch.float16 else found.tiny
 
 
 def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
@@ -200,7 +207,7 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
 
 def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, even: bool) -> tuple[Tensor, Tensor | None]:
     steps = 2**bits - (2 if even else 1)
-    scale = ((high - low) / steps).to(dtype).clamp_(min=torch.finfo(dtype).tiny)
+    scale = ((high - low) / steps).to(dtype).clamp_(min=smallest_scale(dtype))
     if symmetric:
         return scale, None
     zero = torch.round(-low / scale.float()).clamp_(0, steps) - 2 ** (bits - 1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from modelwright.maths.levels import Levels, levels
+from modelwright.maths.rounding import smallest_scale
 
 FORMS = ("own", "float32", "e8m0", "e4m3", "nested")
 LARGEST = 448.0  # of the floats with 4 bits of exponent and 3 of mantissa
@@ -27,7 +28,7 @@ def store(scale: Tensor, form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """
     if form == "own" or form == "float32":
         kind = dtype if form == "own" else torch.float32
-        return {"weight_scale": scale.to(kind).clamp_(min=torch.finfo(kind).tiny)}
+        return {"weight_scale": scale.to(kind).clamp_(min=smallest_scale(kind))}
     if form == "e8m0":
         exponent = torch.frexp(scale.clamp(min=torch.finfo(torch.float32).tiny)).exponent - 1
         return {"weight_scale": (exponent + 127).clamp_(0, 254).to(torch.uint8)}

@@ -64,3 +64,16 @@ def test_a_layer_with_float_zero_points_is_described_and_built():
     assert torch.equal(other.dense(), layer.dense())
     assert layer.weight_zero_point.dtype == torch.float32
     assert layer.scheme() is None
+
+
+@pytest.mark.parametrize(("dtype", "size", "bits"), [(torch.bfloat16, 1e-4, 4), (torch.bfloat16, 1e-3, 8), (torch.float32, 1e-6, 4)])
+def test_small_weights_lose_no_more_than_by_rounding(dtype, size, bits):
+    weight = (torch.randn(32, 256, generator=torch.Generator().manual_seed(9)) * size).to(dtype)
+    rounded = grids.nearest(weight, grids.affine(weight, bits, 64, symmetric=False)).float()
+    lost = float((rounded - weight.float()).square().mean())
+    assert float((Hqq(bits=bits).tensor(weight).dense().float() - weight.float()).square().mean()) < 1.1 * lost
+
+
+def test_large_groups_of_one_value_are_finite_in_float16():
+    layer = Hqq().tensor(torch.full((2, 64), 4.0, dtype=torch.float16))
+    assert torch.allclose(layer.dense(), torch.full((2, 64), 4.0, dtype=torch.float16), rtol=0.01)

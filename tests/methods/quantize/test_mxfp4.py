@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from modelwright.core.errors import SettingError
+import modelwright as mw
+from modelwright.core.errors import SettingError, SiteError
 from modelwright.methods.quantize.gptq import Gptq
 from modelwright.methods.quantize.mxfp4 import Mxfp4
 from modelwright.methods.quantize.rtn import Rtn
@@ -25,3 +26,8 @@ def test_a_group_of_another_size_is_refused_by_name():
         Rtn(grid="k-means", symmetric=False)
     with pytest.raises(SettingError, match=r"nested scales are for other grids"):
         Rtn(nested=True)
+
+
+def test_rows_that_its_groups_do_not_divide_are_left_out_by_name():
+    with pytest.raises(SiteError, match=r"has 48 inputs, no multiple of 32, as mxfp4 asks for"):
+        mw.apply(torch.nn.Sequential(torch.nn.Linear(48, 8)), Mxfp4())

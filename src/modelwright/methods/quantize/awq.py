@@ -5,6 +5,7 @@ with the r of a grid for which the outputs of the attention or MLP change least;
 group's range is shrunk to where its own outputs change least, q and k left out.
 Differs: a group's error Δw (Σ x xᵀ) Δwᵀ is over all tokens, where llm-awq takes 512 of them. An `up` matrix is scaled only where a gate
 multiplies it. Inputs of o are scaled where every head has its own v.
+Where matrices that share inputs have other settings, those of the first decide the scale.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from modelwright.core.errors import SiteError
 from modelwright.core.method import LayerMethod
 from modelwright.core.settings import ByRole, count, fraction
 from modelwright.core.statistics import Statistics
@@ -49,9 +51,12 @@ class Awq(Quantizer, LayerMethod):
         for point in range(self.points):
             factor = statistics.absolute.pow(point / self.points).clamp(min=LEAST)
             factor = factor / (factor.max() * factor.min()).sqrt()
-            error = harm([nearest(scaled, self.fitted(scaled)) / factor for scaled in (weight.float() * factor for weight in weights)])
+            scaled = [(weight.float() * factor).to(weight.dtype) for weight in weights]
+            error = harm([nearest(weight, self.fitted(weight)).float() / factor for weight in scaled])
             if error < least:
                 best, least = factor, error
+        if best is None:
+            raise SiteError(f"{self.name()}: what a block gives is NaN or infinite on the text. Use a wider dtype, or other text.")
         return best
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
@@ -69,7 +74,7 @@ class Awq(Quantizer, LayerMethod):
         best, least = largest, torch.full_like(largest, torch.inf)
         for step in range(STEPS):
             bound = largest * (1 - self.narrow * step / STEPS)
-            tried = grouped.clamp(-bound, bound).view(weight.shape)
+            tried = grouped.clamp(-bound, bound).view(weight.shape).to(weight.dtype)
             apart = (nearest(tried, self.fitted(tried)).float() - weight.float()).view(grouped.shape)
             error = torch.einsum("ogi,gij,ogj->og", apart, own, apart)[..., None]
             best, least = torch.where(error < least, bound, best), torch.minimum(error, least)

@@ -32,6 +32,8 @@ from modelwright.maths.allocation import least_harm
 from modelwright.methods.quantize._mechanism import Grouped
 from modelwright.methods.quantize.gptq import Gptq
 
+TOGETHER = 16  # matrices whose moments are in memory at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned matrix by matrix
@@ -60,14 +62,23 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
             chosen = dense_sites(module, self, choose(module, sites, self, notes), notes)
             sizes = torch.tensor([weight.numel() for site, _ in chosen if (weight := weight_of(module, site)) is not None])
             costs = sizes[:, None] * torch.tensor(self.choices)
-            places = least_harm(self.harm(model, chosen, calibration[: self.tries]), costs, self.bits * float(sizes.sum()))
+            places = least_harm(self.harm(model, chosen, first(calibration, self.tries)), costs, self.bits * float(sizes.sum()))
             widths = [self.choices[place] for place in places]
-            found = statistics_of(model, [site for site, _ in chosen], Gptq.gathers, calibration)
-            for (site, _), bits in zip(track(chosen, self.name()), widths, strict=True):
-                weight, seen = weight_of(module, site), found.pop(site.name)
-                assert weight is not None
-                solver = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
-                put(module, site, solver.layer(weight, seen if seen.tokens else alike(seen, Gptq.gathers)))
+            made: list[nn.Module] = []
+            for start in track(range(0, len(chosen), TOGETHER), self.name()):
+                part = [site for site, _ in chosen[start : start + TOGETHER]]
+                found = statistics_of(model, part, Gptq.gathers, calibration)
+                for site, bits in zip(part, widths[start:], strict=False):
+                    weight, seen = weight_of(module, site), found.pop(site.name)
+                    assert weight is not None
+                    if not seen.finite():
+                        raise SiteError(f"{site.name}: its inputs are NaN or infinite on the text, so {self.name()} cannot weigh it.")
+                    if not seen.tokens:
+                        notes.append(f"{self.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
+                    solver = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
+                    made.append(solver.layer(weight, seen if seen.tokens else alike(seen, Gptq.gathers)))
+            for (site, _), layer in zip(chosen, made, strict=True):
+                put(module, site, layer)
         spread = ", ".join(f"{matrices} of {bits}" for bits, matrices in sorted(Counter(widths).items()))
         mean = float((sizes * torch.tensor(widths)).sum() / sizes.sum())
         notes.append(f"{self.name()}: {mean:.3f} bits on average; matrices by their bits: {spread}")
@@ -88,13 +99,15 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
             weight = weight_of(module, site)
             assert weight is not None
             before = weight.clone()
-            for place, bits in enumerate(self.choices):
-                grid = grids.affine(before, bits, self.group_of(before.shape[1]), symmetric=self.symmetric)
-                weight.copy_(grids.nearest(before, grid))
-                apart = [F.kl_div(self.predicted(walk, batch), one, log_target=True, reduction="sum")
-                         for batch, one in zip(batches, right, strict=True)]  # fmt: skip
-                row[place] = float(sum(apart)) / sum(len(one) for one in right)
-            weight.copy_(before)
+            try:
+                for place, bits in enumerate(self.choices):
+                    grid = grids.affine(before, bits, self.group_of(before.shape[1]), symmetric=self.symmetric)
+                    weight.copy_(grids.nearest(before, grid))
+                    apart = [F.kl_div(self.predicted(walk, batch), one, log_target=True, reduction="sum")
+                             for batch, one in zip(batches, right, strict=True)]  # fmt: skip
+                    row[place] = float(sum(apart)) / sum(len(one) for one in right)
+            finally:
+                weight.copy_(before)
         return harm
 
     def predicted(self, walk: Resident, batch: Batch) -> Tensor:
@@ -108,3 +121,14 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
         """With the choice that is nearest to the average."""
         bits = min(self.choices, key=lambda choice: abs(choice - self.bits))
         return Gptq(bits=bits, group=self.group, symmetric=self.symmetric).planned(weight)
+
+
+def first(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """The first sequences of batches."""
+    found: list[Batch] = []
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        found.append({name: value[:sequences] for name, value in batch.items()})
+        if (sequences := sequences - rows) <= 0:
+            break
+    return found
