@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-import modelwright as mw
-from modelwright.core.errors import SettingError, SiteError
+from modelwright.core.errors import SettingError
 from modelwright.methods.quantize.gptq import Gptq
 from modelwright.methods.quantize.mxfp4 import Mxfp4
 from modelwright.methods.quantize.rtn import Rtn
@@ -28,6 +27,8 @@ def test_a_group_of_another_size_is_refused_by_name():
         Rtn(nested=True)
 
 
-def test_rows_that_its_groups_do_not_divide_are_left_out_by_name():
-    with pytest.raises(SiteError, match=r"has 48 inputs, no multiple of 32, as mxfp4 asks for"):
-        mw.apply(torch.nn.Sequential(torch.nn.Linear(48, 8)), Mxfp4())
+def test_rows_that_its_groups_do_not_divide_have_others_and_no_name_elsewhere():
+    layer = Mxfp4().tensor(torch.randn(8, 48))
+    assert layer.group == 16
+    assert layer.scheme() is None
+    assert Mxfp4().tensor(torch.randn(8, 64)).scheme()["format"] == "mxfp4-pack-quantized"

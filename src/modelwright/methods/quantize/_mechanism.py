@@ -117,12 +117,6 @@ class Quantizer(Grouped):
             found.append(f"zero points are for the grid integer; got {self.grid}. Leave symmetric out.")
         return found
 
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        kind = KINDS.get(self.grid)
-        if kind and kind.group and len(shape) == 2 and shape[1] % kind.group:
-            return f"has {shape[1]} inputs, no multiple of {kind.group}, as {self.grid} asks for"
-        return super().unfit(shape)
-
     def fitted(self, weight: Tensor) -> Grid:
         """The grid for a weight [out, in]."""
         group, kind = self.group_of(weight.shape[1]), KINDS.get(self.grid)
