@@ -2,8 +2,8 @@
 
 OCP Microscaling Formats 1.0, section 5.3: levels 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, ties to the even mantissa.
 Differs: the power of two goes up from 1.75 times a power on, as compressed-tensors has it, where OCP rounds down; the error is less.
-Where 32 does not divide a
-row, the group is the largest divisor that they share, or the whole row where that is below 16; such a model needs modelwright to load.
+Where 32 does not divide a row, the group is the largest divisor that they share, or the whole row where that is below 16; such a model
+needs modelwright to load.
 """
 
 from __future__ import annotations
