@@ -5,6 +5,7 @@ Each layer stores packed integers or 8-bit floats; what attention reads of one l
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -15,7 +16,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from modelwright.core.errors import ModelError, SettingError
+from modelwright.maths.grids import to_float8
 from modelwright.maths.ranges import cut, filled
+from modelwright.maths.rounding import smallest_scale
 from modelwright.maths.scales import LARGEST
 
 WHOLE = 16  # bits that mean: leave it as it is
@@ -93,13 +96,13 @@ class StoredLayer(DynamicLayer):
     def begin(self, keys: Tensor, values: Tensor) -> None:
         """Look at the first tokens. Raises ModelError when they cannot be stored."""
 
+    @abstractmethod
     def old(self) -> tuple[Tensor | None, Tensor | None]:
         """The stored keys and values, dense."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Move tokens from `keys` and `values` into `stored`."""
-        raise NotImplementedError
 
     def add(self, dimension: int, **more: Tensor) -> None:
         """Append to the stored tensors of these names."""
@@ -197,8 +200,7 @@ class Float8Layer(StoredLayer):
             own = {} if self.scales else {f"{name}_scale": _scale(value, (3,)).to(value.dtype)}
             scale = self.scales.get(name, own.get(f"{name}_scale"))
             assert scale is not None
-            codes = (value.float() / scale.float()).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
-            self.add(-2, **{name: codes}, **own)
+            self.add(-2, **{name: to_float8(value.float() / scale.float())}, **own)
         self.keys, self.values = (value[..., :0, :].clone() for value in (self.keys, self.values))
 
     def _dense(self, name: str) -> Tensor | None:
@@ -219,4 +221,4 @@ def _joined(old: Tensor | None, new: Tensor) -> Tensor:
 
 def _scale(values: Tensor, over: tuple[int, ...]) -> Tensor:
     """max|x| / 448 over some dimensions, which stay as 1; float32, and never 0."""
-    return (values.abs().amax(over, keepdim=True).float() / LARGEST).clamp_(min=torch.finfo(values.dtype).tiny)
+    return (values.abs().amax(over, keepdim=True).float() / LARGEST).clamp_(min=smallest_scale(values.dtype))

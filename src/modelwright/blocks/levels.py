@@ -11,7 +11,7 @@ from modelwright.blocks._stored import Stored, parameter
 from modelwright.maths import levels as tables
 from modelwright.maths.grids import Scaled
 from modelwright.maths.packed_products import product
-from modelwright.maths.rounding import pack, unpack
+from modelwright.maths.rounding import pack_bytes, unpack_bytes
 from modelwright.maths.scales import empty, read
 
 LEARNED = "k-means"  # a table of the layer's own
@@ -61,8 +61,7 @@ class LevelsLinear(Stored):
         rows, columns = codes.shape
         group = None if grid.groups == 1 else columns // grid.groups
         layer = cls(rows, columns, levels=levels, bits=grid.table.bits, group=group, scales=grid.form, dtype=dtype, device=codes.device)
-        signed = (codes.to(torch.int16) - (1 << (layer.bits - 1))).to(torch.int8)
-        layer.weight_packed = pack(signed, layer.bits).view(torch.uint8)[:, : layer.weight_packed.shape[1]].contiguous()
+        layer.weight_packed = pack_bytes(codes, layer.bits)
         for name, value in grid.stored.items():
             setattr(layer, name, value.detach().clone())
         if levels == LEARNED:
@@ -81,7 +80,7 @@ class LevelsLinear(Stored):
 
     def codes(self) -> Tensor:
         """The codes, uint8 [out, in]."""
-        return unpack(self.weight_packed, self.bits, self.in_features).to(torch.int16).add_(1 << (self.bits - 1)).to(torch.uint8)
+        return unpack_bytes(self.weight_packed, self.bits, self.in_features)
 
     def scale(self) -> Tensor:
         """The scales, float32 [out, groups]."""

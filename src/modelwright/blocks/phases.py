@@ -67,8 +67,7 @@ class PhaseLinear(Trained):
         settings: dict[str, Any] = dict(terms=len(stack), by_row=self.by_row, packed=True)
         layer = type(self)(self.out_features, self.in_features, **settings, dtype=self.dtype, device="meta")
         rows = torch.cat([term.codes.flatten(0, 1) for term in stack])
-        stream = rounding.pack((rows.to(torch.int16) - 2).to(torch.int8), BITS).view(torch.uint8)
-        layer.weight_packed = stream[:, : -(-self.in_features // 8)].contiguous().view(len(stack), self.out_features, -1)
+        layer.weight_packed = rounding.pack_bytes(rows, BITS).view(len(stack), self.out_features, -1)
         layer.weight_scale = torch.stack([term.scale for term in stack])
         layer.bias, layer.replaces = self.bias, self.replaces
         return layer
@@ -79,7 +78,7 @@ class PhaseLinear(Trained):
             assert self.weight_master is not None
             fitted = phases.paired(self.weight_master.detach())
             return residual.stack(fitted, self.terms, lambda rest: phases.fit(rest, self.by_row), phases.decode)
-        codes = rounding.unpack(self.weight_packed.flatten(0, 1), BITS, self.in_features // 2).to(torch.int16).add_(2).to(torch.uint8)
+        codes = rounding.unpack_bytes(self.weight_packed.flatten(0, 1), BITS, self.in_features // 2)
         shape = (self.terms, 2, self.out_features // 2, -1)
         return [Phases(*term) for term in zip(codes.view(shape), self.weight_scale, strict=True)]
 

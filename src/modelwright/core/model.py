@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,14 +214,14 @@ class Model:
         write_json(folder / RECORD, {"steps": self.history, "marks": sorted(self.marks)})
 
 
-class Made(Model):
+class Made(Model, ABC):
     """A model whose folder is written to a temporary place when it is first asked for, and goes with the object."""
 
     _made: Path | None = None
 
+    @abstractmethod
     def write(self, folder: Path) -> None:
         """Write it into a folder that is not there yet, or empty."""
-        raise NotImplementedError
 
     @property
     def folder(self) -> Path:  # type: ignore[override]

@@ -119,17 +119,17 @@ class Float8(Grid):
 
     def encode(self, weight: Tensor) -> Tensor:
         grouped = weight.float().view(len(weight), self.groups, -1)
-        return _to_float8(_safe(grouped, self.scale[..., None])).view(weight.shape)
+        return to_float8(_safe(grouped, self.scale[..., None])).view(weight.shape)
 
     def decode(self, codes: Tensor) -> Tensor:
         return (codes.float().view(len(codes), self.groups, -1) * self.scale[..., None]).view(codes.shape)
 
     def near(self, group: int) -> Near:
         step = self.scale[:, group]
-        return lambda column: _to_float8(_safe(column, step)).float().mul_(step)
+        return lambda column: to_float8(_safe(column, step)).float().mul_(step)
 
 
-def _to_float8(values: Tensor) -> Tensor:
+def to_float8(values: Tensor) -> Tensor:
     """Nearest E4M3; what is too large is the largest, 448."""
     return values.clamp(-scales.LARGEST, scales.LARGEST).to(torch.float8_e4m3fn)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from modelwright.maths.rounding import pack, unpack
+from modelwright.maths.rounding import pack_bytes, unpack_bytes
 
 
 def cut(values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -19,14 +19,14 @@ def cut(values: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
     low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
     scale = ((high - low) / (2**bits - 1)).to(values.dtype)
     step = torch.where(scale > 0, scale, 1).float()  # a group of one value is its least one
-    codes = ((grouped - low) / step).round_().clamp_(max=2**bits - 1) - 2 ** (bits - 1)
-    rows = pack(codes.to(torch.int8).reshape(-1, values.shape[-1]), bits).view(torch.uint8)[:, : values.shape[-1] * bits // 8]
+    codes = ((grouped - low) / step).round_().clamp_(max=2**bits - 1)
+    rows = pack_bytes(codes.to(torch.uint8).reshape(-1, values.shape[-1]), bits)
     return rows.reshape(*values.shape[:-1], -1), scale.squeeze(-1), low.squeeze(-1).to(values.dtype)
 
 
 def filled(codes: Tensor, scale: Tensor, low: Tensor, bits: int) -> Tensor:
     """The values that `cut` stored, [..., n] in scale's dtype."""
     count = codes.shape[-1] * 8 // bits
-    whole = unpack(codes.reshape(-1, codes.shape[-1]), bits, count).float() + 2 ** (bits - 1)
+    whole = unpack_bytes(codes.reshape(-1, codes.shape[-1]), bits, count).float()
     grouped = whole.view(*scale.shape, -1)
     return (grouped * scale.unsqueeze(-1).float() + low.unsqueeze(-1).float()).flatten(-2).to(scale.dtype)

@@ -189,6 +189,20 @@ def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     return unsigned.view(rows, -1)[:, :columns].view(torch.int8)
 
 
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Store rows of codes from 0 to 2^bits - 1 as a dense stream of bits, lowest first, in bytes.
+
+    codes: uint8 [rows, columns]. Returns uint8 [rows, ceil(columns · bits / 8)].
+    """
+    signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return pack(signed, bits).view(torch.uint8)[:, : -(-codes.shape[1] * bits // 8)].contiguous()
+
+
+def unpack_bytes(stream: Tensor, bits: int, columns: int) -> Tensor:
+    """The codes that `pack_bytes` stored: uint8 [rows, columns]."""
+    return unpack(stream, bits, columns).to(torch.int16).add_(1 << (bits - 1)).to(torch.uint8)
+
+
 def packed_words(columns: int, bits: int) -> int:
     """How many 32-bit words a row of codes takes."""
     return -(-columns * bits // 32)

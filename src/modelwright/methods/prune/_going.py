@@ -87,7 +87,3 @@ class Going(Zeros):
 
     def state(self) -> dict[str, Tensor]:
         return {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}
-
-    def resume(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state().items():
-            value.copy_(state[name])

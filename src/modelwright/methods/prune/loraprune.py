@@ -126,10 +126,6 @@ class Leaving(Course):
     def state(self) -> dict[str, Tensor]:
         return {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}
 
-    def resume(self, state: dict[str, Tensor]) -> None:
-        for name, value in self.state().items():
-            value.copy_(state[name])
-
 
 def importance(units: Units, effects: dict[str, Tensor]) -> Tensor:
     """The score of each unit [count] from its parts of matrices, by their names, each divided by its norm over the units."""
