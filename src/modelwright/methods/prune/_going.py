@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modelwright.core.method import TrainMethod
 from modelwright.core.settings import fraction
-from modelwright.core.training import Zeros, next_token
+from modelwright.core.training import Course, Zeros, next_token
 from modelwright.maths.effects import effects
 from modelwright.methods.prune._units import Kept, UnitChoice, per_member
 
@@ -31,27 +31,15 @@ class Shrinker(UnitChoice, TrainMethod):
         return next_token(module, ids, mask)
 
 
-class Going(Zeros):
-    """Units that go in the course of a run."""
+class Standing(Course):
+    """Units with a score each, of which some stand and others went, for good."""
 
-    def __init__(self, method: Shrinker, module: nn.Module, notes: list[str]):
-        super().__init__(module.parameters())
-        self.shrinker, self.module, self.notes = method, module, notes
+    def __init__(self, method: UnitChoice, module: nn.Module, notes: list[str]):
+        self.chooser, self.module, self.notes = method, module, notes
         self.found, device = method.found(module, notes), next(module.parameters()).device
         self.scores = [torch.zeros(units.count, device=device) for units in self.found]
         self.stays = [torch.ones(units.count, dtype=torch.bool, device=device) for units in self.found]
         self.handles: list[Any] = []
-
-    def saliency(self) -> Iterable[Tensor]:
-        """Of each entry of units [count], what the step's gradient says that the loss loses with each."""
-        for units in self.found:
-            parts = per_member(units, {span.name: self.effect(span.name) for span in units.spans})
-            yield torch.stack([part.sum((1, 2)) for part in parts]).sum(0)
-
-    def effect(self, name: str) -> Tensor:
-        """Of the weights of a parameter, in its shape; 0 where it has no gradient."""
-        value = self.module.get_parameter(name)
-        return torch.zeros_like(value) if value.grad is None else effects(self.shrinker.effect, value, value.grad, value.grad.square())
 
     def left(self) -> list[Tensor]:
         """The scores, below all others for units that went."""
@@ -63,6 +51,37 @@ class Going(Zeros):
         for stays, rows in zip(self.stays, kept, strict=True):
             stays.fill_(False)[rows] = True
         return [number for number, rows in enumerate(kept) if len(rows) < before[number]]
+
+    def finish(self) -> None:
+        self.leave()
+        self.chooser.taken_out(self.module, self.found, [stays.nonzero()[:, 0].tolist() for stays in self.stays], self.notes)
+
+    def leave(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}
+
+
+class Going(Standing, Zeros):
+    """Units that go in the course of a run in which all weights train."""
+
+    def __init__(self, method: Shrinker, module: nn.Module, notes: list[str]):
+        Standing.__init__(self, method, module, notes)
+        Zeros.__init__(self, module.parameters())
+        self.shrinker = method
+
+    def saliency(self) -> Iterable[Tensor]:
+        """Of each entry of units [count], what the step's gradient says that the loss loses with each."""
+        for units in self.found:
+            parts = per_member(units, {span.name: self.effect(span.name) for span in units.spans})
+            yield torch.stack([part.sum((1, 2)) for part in parts]).sum(0)
+
+    def effect(self, name: str) -> Tensor:
+        """Of the weights of a parameter, in its shape; 0 where it has no gradient."""
+        value = self.module.get_parameter(name)
+        return torch.zeros_like(value) if value.grad is None else effects(self.shrinker.effect, value, value.grad, value.grad.square())
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -76,14 +95,3 @@ class Going(Zeros):
             for span in units.spans:
                 part = self.module.get_parameter(span.name).narrow(span.dim, span.start, units.count * span.width)
                 part.movedim(span.dim, 0)[~stays.repeat_interleave(span.width)] = 0
-
-    def finish(self) -> None:
-        self.leave()
-        self.shrinker.taken_out(self.module, self.found, [stays.nonzero()[:, 0].tolist() for stays in self.stays], self.notes)
-
-    def leave(self) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}

@@ -24,9 +24,10 @@ from modelwright.anatomy._base import Units
 from modelwright.core.beside import Beside
 from modelwright.core.method import TrainMethod
 from modelwright.core.settings import count, fraction, number
-from modelwright.core.training import Course, Training, next_token
+from modelwright.core.training import Training, next_token
 from modelwright.maths.low_rank import gradient_of_product
 from modelwright.maths.schedules import along, cubic, times_within
+from modelwright.methods.prune._going import Standing
 from modelwright.methods.prune._units import UnitChoice, last_matrix, per_member
 
 OLD = 0.9  # what an average keeps of itself at each step
@@ -74,16 +75,13 @@ class LoraPrune(UnitChoice, TrainMethod):
         return Leaving(self, module, settings, notes)
 
 
-class Leaving(Course):
+class Leaving(Standing):
     """Units that leave while updates train beside the matrices."""
 
     def __init__(self, method: LoraPrune, module: nn.Module, settings: Training, notes: list[str]):
-        self.method, self.module, self.notes = method, module, notes
-        self.times, self.found = method.updates(settings.steps), method.found(module, notes)
+        super().__init__(method, module, notes)
+        self.method, self.times = method, method.updates(settings.steps)
         sites = [site for site in anatomy_of(module).sites(module) if site.role.startswith(("attn.", "mlp."))]
-        device = next(module.parameters()).device
-        self.scores = [torch.zeros(units.count, device=device) for units in self.found]
-        self.stays = [torch.ones(units.count, dtype=torch.bool, device=device) for units in self.found]
         self.beside = Beside(module, sites, rank=method.rank, alpha=method.alpha, dropout=method.dropout, seed=settings.seed)
         layers = [module.get_submodule(last_matrix(module, units).module) for units in self.found]
         self.handles = [layer.register_forward_pre_hook(self.silencer(number)) for number, layer in enumerate(layers)]
@@ -109,22 +107,15 @@ class Leaving(Course):
 
     def update(self, step: int) -> None:
         if step in self.times:
-            scores = [score.masked_fill(~stays, -1) for score, stays in zip(self.scores, self.stays, strict=True)]
-            for stays, rows in zip(self.stays, self.method.kept(self.module, self.found, scores, self.times[step]), strict=True):
-                stays.fill_(False)[rows] = True
+            self.go(self.method.kept(self.module, self.found, self.left(), self.times[step]))
 
     def finish(self) -> None:
         self.beside.fold()
-        self.leave()
-        self.method.taken_out(self.module, self.found, [stays.nonzero()[:, 0].tolist() for stays in self.stays], self.notes)
+        super().finish()
 
     def leave(self) -> None:
         self.beside.remove()
-        for handle in self.handles:
-            handle.remove()
-
-    def state(self) -> dict[str, Tensor]:
-        return {f"{name}.{n}": value for name in ("scores", "stays") for n, value in enumerate(getattr(self, name))}
+        super().leave()
 
 
 def importance(units: Units, effects: dict[str, Tensor]) -> Tensor:
