@@ -3,6 +3,7 @@ import torch
 from tiny import CAUSAL, outputs, tiny
 
 from modelwright.anatomy._folding import apply_fold, folds
+from modelwright.core.errors import SiteError
 
 EXPECTED = {"llama": ["norm", "up"], "qwen3": ["norm", "up"], "gemma2": ["norm", "up"], "phi3": ["norm", "up"], "phi": ["norm"],
             "olmo2": ["up"], "gpt2": ["norm", "value"], "gpt_neox": ["norm", "value"], "opt": ["norm", "value"], "bert": ["value"],
@@ -34,3 +35,12 @@ def test_what_shows_the_harm_is_the_smallest_part_that_holds_all_readers():
     assert scopes == {"norm3": "model.layers.1.self_attn", "norm2": "model.layers.1.mlp", "up1": "model.layers.1.mlp.down_proj"}
     parallel = [fold for fold in folds(tiny("phi")) if fold.depth == 1]
     assert [fold.scope for fold in parallel] == ["model.layers.1"]
+
+
+def test_a_factor_that_overflows_is_refused_by_name_and_nothing_changes():
+    model = tiny("llama").to(torch.float16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    fold = next(fold for fold in folds(model) if fold.kind == "norm")
+    with pytest.raises(SiteError, match=r"input_layernorm.weight would overflow.*wider dtype"):
+        apply_fold(model, fold, torch.full((64,), 1e-6))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

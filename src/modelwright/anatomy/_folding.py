@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from modelwright.core.errors import SiteError
+
 from ._base import READS, Site, input_dim
 from ._find import anatomy_of
 from ._rotation import residual_norms
@@ -57,6 +59,8 @@ def _norm_folds(module: Any, stack: str, shapes: dict[str, Any]) -> list[Fold]:
     for depth in range(len(module.get_submodule(stack))):
         prefix = f"{stack}.{depth}."
         own = [path for path in norms if path.startswith(prefix) and "." not in path.removeprefix(prefix)]
+        if len(own) not in (1, 2, 4):  # with more of them, which serves what is not known
+            continue
         half = len(own) // 2
         first = own if len(own) == 1 else [*own[:half][:1], *own[half:][:1]]
         readers_of: dict[str, list[Site]] = {path: [] for path in first}
@@ -104,13 +108,22 @@ def wide(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def apply_fold(module: Any, fold: Fold, factor: Tensor) -> None:
-    """Multiply the readers' inputs by `factor` [in] above 0, and divide what makes them; in float32 at least, and back to each dtype."""
+    """Multiply the readers' inputs by `factor` [in] above 0, and divide what makes them; in float32 at least, and back to each dtype.
+
+    Raises:
+        SiteError: a product or quotient is too large for its dtype; nothing is changed then.
+    """
+    made: list[tuple[str, Tensor, int, Tensor]] = []
     for site in fold.readers:
         weight, dim = module.get_parameter(site.name), input_dim(site)
-        weight.copy_((wide(weight).movedim(dim, -1) * factor.to(weight.device)).movedim(-1, dim))
+        every = torch.arange(weight.shape[dim], device=weight.device)
+        made.append((site.name, (wide(weight).movedim(dim, -1) * factor.to(weight.device)).movedim(-1, dim).to(weight.dtype), dim, every))
     for name, dim, places in fold.makers:
-        made = module.get_parameter(name)
-        old = wide(made.index_select(dim, places.to(made.device))).movedim(dim, -1)
-        offset = fold.offset if name.endswith("weight") else 0.0
-        new = (old + offset) / factor.to(made.device) - offset
-        made.index_copy_(dim, places.to(made.device), new.movedim(-1, dim).to(made.dtype))
+        held, offset = module.get_parameter(name), fold.offset if name.endswith("weight") else 0.0
+        places = places.to(held.device)
+        old = wide(held.index_select(dim, places)).movedim(dim, -1)
+        made.append((name, ((old + offset) / factor.to(held.device) - offset).movedim(-1, dim).to(held.dtype), dim, places))
+    if bad := [name for name, values, _, _ in made if not values.isfinite().all()]:
+        raise SiteError(f"{bad[0]} would overflow with the scales of its inputs' channels. Use a wider dtype, or leave it out with `skip`.")
+    for name, values, dim, places in made:
+        module.get_parameter(name).index_copy_(dim, places, values)

@@ -84,7 +84,7 @@ class LevelsLinear(Stored):
 
     def scale(self) -> Tensor:
         """The scales, float32 [out, groups]."""
-        return read(self.state_dict(), self.scales)
+        return read({name: value for name, value in self._buffers.items() if value is not None}, self.scales)
 
     def dense(self) -> Tensor:
         """Ŵ [out, in]: the products are rounded once, to the layer's dtype."""

@@ -116,7 +116,7 @@ class PackedLinear(Stored):
         large = (x.abs() >= self.threshold).any(0).nonzero()[:, 0] if self.threshold else x.new_empty(0, dtype=torch.long)
         codes, step = rounded_rows(x.masked_fill(x.abs() >= self.threshold, 0) if len(large) else x, self.inputs)
         codes[:, large] = 0
-        if self.bits == 8 and self.group is None and self.weight_zero_point is None:
+        if self.bits == 8 and self.group is None and self.weight_zero_point is None and x.device.type == "cpu":  # others ask for sizes
             whole = torch._int_mm(codes, self.codes().T).float() * step * self.weight_scale.float().T
         else:
             whole = nn.functional.linear(codes.float() * step, self.dense().float())

@@ -247,11 +247,12 @@ class LayerMethod(SiteMethod):
         """Whether `rescale` is asked for matrices whose inputs can be scaled for free; by default it is not."""
         return False
 
-    def rescale(self, kind: str, weights: Sequence[Any], statistics: Any, harm: Callable[[Sequence[Any]], float]) -> Any:
+    def rescale(self, kind: str, readers: Sequence[tuple[Self, Any]], statistics: Any, harm: Callable[[Sequence[Any]], float]) -> Any:
         """What to multiply the inputs of matrices by that share them, before the verb is called, [in] above 0; None to leave them.
 
-        kind: what makes the inputs: a "norm", or the matrix "value" or "up". weights: [out, in] each. harm: of weights in their place,
-        the mean square by which what the matrices are part of (the attention, the MLP, the matrix) then misses its outputs.
+        kind: what makes the inputs: a "norm", or the matrix "value" or "up". readers: of each matrix the method with its settings, and
+        the weight [out, in]. harm: of weights in their place, the mean square by which what the matrices are part of (the attention,
+        the MLP, the matrix) then misses its outputs.
         """
         raise AssertionError(f"{self.name()} wants to scale inputs and writes no rescale")
 

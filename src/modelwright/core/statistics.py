@@ -54,7 +54,7 @@ class Statistics:
         if self._sample is not None:
             self._sample = torch.cat([self._sample, x[-self.tokens % self._apart :: self._apart]])
             while len(self._sample) > 2 * SAMPLE:
-                self._sample, self._apart = self._sample[::2], 2 * self._apart
+                self._sample, self._apart = self._sample[::2].clone(), 2 * self._apart
         self.tokens += len(x)
         if self._square is not None:
             self._square += x.square().sum(0)

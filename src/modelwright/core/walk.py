@@ -577,8 +577,8 @@ def _rescale(
         seen = statistics[own[0].name]
         if seen.tokens == 0 or not seen.finite():
             continue  # said when it is worked on
-        weights = [weight_of(walk.module, site) for site in own]
-        factor = local[own[0].name].rescale(fold.kind, weights, seen, _harm(walk, depth, fold, own))
+        readers = [(local[site.name], weight_of(walk.module, site)) for site in own]
+        factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, depth, fold, own))
         if factor is None:
             continue
         folding.apply_fold(walk.module, fold, factor)
@@ -592,7 +592,7 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
     calls: list[tuple[Any, Any, Tensor]] = []
 
     def first(out: Any) -> Tensor:
-        return (out[0] if isinstance(out, tuple) else out).float()
+        return out[0] if isinstance(out, tuple) else out
 
     def remember(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         calls.append((args, kwargs, first(out)))
@@ -609,7 +609,7 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
             weight.copy_(other)
         total, count = 0.0, 0
         for (args, kwargs, out), mask in zip(calls, walk.masks, strict=True):
-            apart = real(first(scope(*args, **kwargs)) - out, mask)
+            apart = real(first(scope(*args, **kwargs)).float() - out.float(), mask)
             total, count = total + float(apart.square().sum(dtype=torch.float64)), count + apart.numel()
         for weight, other in zip(held, before, strict=True):
             weight.copy_(other)

@@ -199,8 +199,11 @@ def _reach(table: Levels, form: str) -> float:
 
 
 def _error(grouped: Tensor, grid: Scaled) -> Tensor:
-    near = grid.table.snap(_safe(grouped, grid.scale[..., None])).mul_(grid.scale[..., None])
-    return near.sub_(grouped).abs_().pow_(rounding.NORM).sum(-1)
+    def of(part: Tensor, scale: Tensor) -> Tensor:
+        near = grid.table.snap(_safe(part, scale)).mul_(scale)
+        return near.sub_(part).abs_().pow_(rounding.NORM).sum(-1)
+
+    return torch.cat([of(*both) for both in zip(grouped.split(rounding.ROWS), grid.scale[..., None].split(rounding.ROWS), strict=True)])
 
 
 def nearest(weight: Tensor, grid: Grid) -> Tensor:

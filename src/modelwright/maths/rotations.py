@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 
-@functools.cache
 def hadamard(size: int) -> Tensor | None:
     """A matrix of ±1 [size, size] with orthogonal rows, float64; None where this construction has none.
 

@@ -7,6 +7,7 @@ Layout of the stored bits: compressed-tensors 0.20, format pack-quantized.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from typing import Any
@@ -62,11 +63,20 @@ def half_quadratic(
     """Scales of the groups' ranges, and float zero points for which Σ|w - ŵ|^power is small: half-quadratic splitting.
 
     weight: [out, in]. strength: β, how closely what is left must be met, times `growth` after each of at most `iterations` steps.
-    Each group keeps the zero point with which its mean error was the least, whatever the steps after it did.
+    Each group keeps the zero point with which its mean error was the least, whatever the steps after it did. ROWS rows are worked
+    on together, and end when their mean error no longer falls.
 
     Returns (scale [out, groups], zero [out, groups]), both in weight's dtype, the zero points for signed codes.
     Source: Badri, Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models".
     """
+    own = functools.partial(_half_quadratic, bits=bits, group=group, power=power, strength=strength, growth=growth, iterations=iterations)
+    scale, zero = zip(*map(own, weight.split(ROWS)), strict=True)
+    return torch.cat(scale), torch.cat(zero)
+
+
+def _half_quadratic(
+    weight: Tensor, bits: int, group: int | None, power: float, strength: float, growth: float, iterations: int
+) -> tuple[Tensor, Tensor]:
     grouped = _grouped(weight, weight.shape[1] // (group or weight.shape[1])).float()
     low, high, half = grouped.amin(-1), grouped.amax(-1), 2 ** (bits - 1)
     largest = torch.maximum(low.abs(), high.abs())

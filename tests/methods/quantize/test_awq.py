@@ -37,7 +37,7 @@ def rescaled(method, inputs, weight=WEIGHT):
         tried.append(error)
         return error
 
-    return method.rescale("norm", [weight], seen(inputs), harm), tried
+    return method.rescale("norm", [(method, weight)], seen(inputs), harm), tried
 
 
 def test_a_case_by_hand():
@@ -52,7 +52,7 @@ def test_a_case_by_hand():
         factors.append(weights)
         return 2.0 - len(factors)
 
-    found = method.rescale("norm", [weight], seen(inputs), harm)
+    found = method.rescale("norm", [(method, weight)], seen(inputs), harm)
     assert torch.allclose(found, torch.tensor([2.0, 1.0]) / 2**0.5)
     assert torch.equal(factors[0][0], nearest(weight, method.fitted(weight)))
 
@@ -135,3 +135,15 @@ def test_the_cost_of_one_matrix_falls_with_its_factor():
     scaled = nearest(WEIGHT * factor, Awq(bits=3, group=32).fitted(WEIGHT * factor)) / factor
     plain = nearest(WEIGHT, Awq(bits=3, group=32).fitted(WEIGHT))
     assert cost(WEIGHT, scaled, inputs.moment) < 0.7 * cost(WEIGHT, plain, inputs.moment)
+
+
+def test_each_matrix_that_shares_inputs_is_rounded_with_its_own_settings():
+    coarse, fine, tried = Awq(bits=2, group=32, points=1), Awq(bits=8, group=32, points=1), []
+    fine.rescale("norm", [(fine, WEIGHT), (coarse, WEIGHT)], seen(uneven()), lambda weights: tried.append(weights) or 0.0)
+    assert [len(weight[0, :32].unique()) <= 4 for weight in tried[0]] == [False, True]
+
+
+def test_rows_are_clipped_by_themselves_however_many_there_are():
+    statistics, method, weight = seen(correlated(200, 64)), Awq(bits=3, group=32, narrow=0.5), normal(600, 64)
+    whole = method.clipped(weight, statistics.moment)
+    assert torch.allclose(whole[300:310], method.clipped(weight[300:310], statistics.moment))

@@ -77,3 +77,9 @@ def test_small_weights_lose_no_more_than_by_rounding(dtype, size, bits):
 def test_large_groups_of_one_value_are_finite_in_float16():
     layer = Hqq().tensor(torch.full((2, 64), 4.0, dtype=torch.float16))
     assert torch.allclose(layer.dense(), torch.full((2, 64), 4.0, dtype=torch.float16), rtol=0.01)
+
+
+def test_rows_do_not_depend_on_those_far_from_them():
+    weight = torch.randn(2 * rounding.ROWS + 5, 64, generator=torch.Generator().manual_seed(10))
+    part = slice(rounding.ROWS, 2 * rounding.ROWS)
+    assert torch.equal(Hqq(bits=3).tensor(weight).dense()[part], Hqq(bits=3).tensor(weight[part]).dense())

@@ -23,7 +23,7 @@ def far_out(tokens=200, width=64):
 def merged(method, weight, inputs):
     """The layer for a weight and inputs that a norm makes, and the factor that goes from the norm into the weight."""
     statistics = gathered(inputs, *MergeQuant.gathers)
-    factor = method.rescale("norm", [weight], statistics, None)
+    factor = method.rescale("norm", [(method, weight)], statistics, None)
     statistics.rescale(1 / factor)
     return method.layer(weight * factor, statistics), factor
 

@@ -19,7 +19,8 @@ def seen(inputs):
 
 
 def factor(migration, inputs, *weights, kind="norm"):
-    return SmoothQuant(migration=migration).rescale(kind, weights, seen(inputs), lambda _: pytest.fail("it searches nothing"))
+    method = SmoothQuant(migration=migration)
+    return method.rescale(kind, [(method, weight) for weight in weights], seen(inputs), lambda _: pytest.fail("it searches nothing"))
 
 
 def test_a_case_by_hand():

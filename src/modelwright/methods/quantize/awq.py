@@ -5,7 +5,6 @@ with the r of a grid for which the outputs of the attention or MLP change least;
 group's range is shrunk to where its own outputs change least, q and k left out.
 Differs: a group's error Δw (Σ x xᵀ) Δwᵀ is over all tokens, where llm-awq takes 512 of them. An `up` matrix is scaled only where a gate
 multiplies it. Inputs of o are scaled where every head has its own v.
-Where matrices that share inputs have other settings, those of the first decide the scale.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from modelwright.core.errors import SiteError
 from modelwright.core.method import LayerMethod
 from modelwright.core.settings import ByRole, count, fraction
 from modelwright.core.statistics import Statistics
+from modelwright.maths import rounding
 from modelwright.maths.grids import nearest
 from modelwright.methods.quantize._mechanism import Quantizer
 
@@ -45,14 +45,14 @@ class Awq(Quantizer, LayerMethod):
         return True
 
     def rescale(
-        self, kind: str, weights: Sequence[Tensor], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
+        self, kind: str, readers: Sequence[tuple[Awq, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
     ) -> Tensor | None:
         best, least = None, float("inf")
         for point in range(self.points):
             factor = statistics.absolute.pow(point / self.points).clamp(min=LEAST)
             factor = factor / (factor.max() * factor.min()).sqrt()
-            scaled = [(weight.float() * factor).to(weight.dtype) for weight in weights]
-            error = harm([nearest(weight, self.fitted(weight)).float() / factor for weight in scaled])
+            scaled = [(own, (weight.float() * factor).to(weight.dtype)) for own, weight in readers]
+            error = harm([nearest(weight, own.fitted(weight)).float() / factor for own, weight in scaled])
             if error < least:
                 best, least = factor, error
         if best is None:
@@ -67,9 +67,13 @@ class Awq(Quantizer, LayerMethod):
     def clipped(self, weight: Tensor, moment: Tensor) -> Tensor:
         """Each group's weights between the bounds at which its outputs change least; moment [in, in]."""
         width = self.group_of(weight.shape[1]) or weight.shape[1]
-        grouped = weight.float().view(len(weight), -1, width)
         starts = range(0, weight.shape[1], width)
         own = torch.stack([moment[start : start + width, start : start + width] for start in starts])  # [groups, width, width]
+        return torch.cat([self._clipped(part, own) for part in weight.split(rounding.ROWS)])
+
+    def _clipped(self, weight: Tensor, own: Tensor) -> Tensor:
+        """Some rows, with the moments of each group's inputs [groups, width, width]."""
+        grouped = weight.float().view(len(weight), len(own), -1)
         largest = grouped.abs().amax(-1, keepdim=True)
         best, least = largest, torch.full_like(largest, torch.inf)
         for step in range(STEPS):

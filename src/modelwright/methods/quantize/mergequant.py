@@ -45,10 +45,10 @@ class MergeQuant(Packer, LayerMethod):
         return True
 
     def rescale(
-        self, kind: str, weights: Sequence[Tensor], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
+        self, kind: str, readers: Sequence[tuple[MergeQuant, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
     ) -> Tensor | None:
         tried = [steps(statistics.largest, clip, self.inputs) for clip in CLIPS]
-        return min(tried, key=lambda step: sum(self.best(weight.float() * step, statistics.sample / step)[0] for weight in weights))
+        return min(tried, key=lambda step: sum(own.best(weight.float() * step, statistics.sample / step)[0] for own, weight in readers))
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
         tried: list[Tensor | None] = [None]

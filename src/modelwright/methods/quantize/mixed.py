@@ -60,6 +60,8 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
         with torch.no_grad(), split_experts(module):
             sites = [site for site in anatomy_of(module).sites(module) if site.role not in ("embed", "position")]
             chosen = dense_sites(module, self, choose(module, sites, self, notes), notes)
+            if not chosen:
+                raise SiteError(f"{self.name()}: all chosen matrices are stored otherwise than dense. Quantise a model once.")
             sizes = torch.tensor([weight.numel() for site, _ in chosen if (weight := weight_of(module, site)) is not None])
             costs = sizes[:, None] * torch.tensor(self.choices)
             places = least_harm(self.harm(model, chosen, first(calibration, self.tries)), costs, self.bits * float(sizes.sum()))

@@ -36,12 +36,12 @@ class SmoothQuant(Both, LayerMethod):
         return True
 
     def rescale(
-        self, kind: str, weights: Sequence[Tensor], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
+        self, kind: str, readers: Sequence[tuple[SmoothQuant, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
     ) -> Tensor | None:
         if kind != "norm":
             return None
         inputs = statistics.largest
-        columns = torch.stack([weight.float().abs().amax(0) for weight in weights]).amax(0).clamp(min=LEAST)
+        columns = torch.stack([weight.float().abs().amax(0) for _, weight in readers]).amax(0).clamp(min=LEAST)
         return torch.where(inputs > 0, (inputs**self.migration / columns ** (1 - self.migration)).clamp(min=LEAST), 1.0)
 
     def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
