@@ -70,3 +70,11 @@ def test_what_is_saved_comes_back_to_the_bit_in_any_dtype():
     optimizer.step()
     again.step()
     assert torch.equal(value, other)
+
+
+def test_its_defaults_are_those_of_adamw():
+    value = torch.nn.Parameter(torch.ones(3))
+    ours, theirs = CompandedAdamW([value]).defaults, torch.optim.AdamW([value]).defaults
+    assert {name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")} == {
+        name: theirs[name] for name in ("lr", "betas", "eps", "weight_decay")
+    }

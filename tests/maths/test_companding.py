@@ -30,6 +30,12 @@ def test_a_case_by_hand():
     assert decode(found).tolist() == pytest.approx([256.0, -1.0, 2.0**-8, 0.0], abs=2.0**-10 * 256 / 448 * 1.001)  # half a step of 2^-9
 
 
+def test_a_narrow_range_by_hand():
+    # Sizes from 2^-5 to 2^5: log2(M / μ) = 10 and log2(448² / 2) = 16.615, so that k = floor(16 · 1.6615) / 16 = 26 / 16.
+    assert encode(torch.tensor([32.0, -1 / 32, 1.0])).power.tolist() == [1.625]
+    assert len(encode(torch.ones(129)).scale) == 2  # groups of 128
+
+
 def test_spreading_is_undone_exactly_before_rounding():
     values = normal(companding.GROUP) * 1e-3
     found = encode(values)

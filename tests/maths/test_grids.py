@@ -103,8 +103,6 @@ def test_one_column_at_a_time_is_the_same_as_all_at_once(name, form):
     whole = grids.nearest(weight, grid)
     for column in range(96):
         assert torch.equal(grid.near(column // 32)(weight[:, column]), whole[:, column])
-    affine = grids.affine(weight, 3, 32, symmetric=False)
-    assert torch.equal(affine.near(1)(weight[:, 40]), grids.nearest(weight, affine)[:, 40])
 
 
 def test_mxfp4_holds_powers_of_two_exactly_and_only_scales_move_with_them():
@@ -169,3 +167,19 @@ def test_levels_may_stand_in_any_order():
     table = levels(torch.tensor([5.0, -1.0, 2.0]))
     assert table.encode(torch.tensor([1.9, -7.0, 4.0])).tolist() == [2, 1, 0]
     assert table.bits == 2
+
+
+@pytest.mark.parametrize("zeros", ["none", "whole", "float"])
+def test_a_column_of_integers_is_rounded_as_the_matrix_also_where_it_lies_outside_the_range(zeros):
+    weight = NORMAL[:16, :96]
+    if zeros == "float":
+        grid = grids.Affine(*rounding.half_quadratic(weight, 3, 32), 3)
+        assert (grid.zero != grid.zero.round()).any()
+    else:
+        grid = grids.affine(weight, 3, 32, symmetric=zeros == "none")
+    far = weight * 1.7  # as the errors of other columns make it
+    whole = grids.nearest(far, grid)
+    assert (grid.encode(far).view(16, 3, 32)[:, 1] == 3).any()
+    assert (grid.encode(far).view(16, 3, 32)[:, 1] == -4).any()
+    for column in range(32, 64):
+        assert torch.allclose(grid.near(1)(far[:, column]), whole[:, column], rtol=1e-5, atol=1e-6)

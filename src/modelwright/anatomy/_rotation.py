@@ -30,10 +30,10 @@ def stream_of(module: Any) -> Units:
     try:
         found = anatomy.units(module, "residual")[0]
     except SiteError as error:
-        raise SiteError(f"There are no directions of the stream to remove: {error}.") from error
+        raise SiteError(f"The hidden states cannot be turned: {error}.") from error
     norms = [path for path, _ in residual_norms(module)]
     if anatomy.norms_write or any("feedforward" in path for path in norms):
-        raise SiteError(f"There are no directions of the stream to remove: norms of {anatomy.name} models also write to it.")
+        raise SiteError(f"The hidden states cannot be turned: norms of {anatomy.name} models also write to it.")
     return found
 
 

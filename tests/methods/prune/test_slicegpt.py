@@ -109,7 +109,7 @@ def test_the_width_is_rounded_down_and_what_no_config_says_loads_after_import(tm
 def test_models_whose_stream_cannot_be_turned_are_refused_unchanged(kind):
     module = tiny(kind)
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(SiteError, match="no directions of the stream to remove"):
+    with pytest.raises(SiteError, match="The hidden states cannot be turned: "):
         mw.apply(module, SliceGpt(), data=batches(module))
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

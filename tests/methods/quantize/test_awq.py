@@ -147,3 +147,8 @@ def test_rows_are_clipped_by_themselves_however_many_there_are():
     statistics, method, weight = seen(correlated(200, 64)), Awq(bits=3, group=32, narrow=0.5), normal(600, 64)
     whole = method.clipped(weight, statistics.moment)
     assert torch.allclose(whole[300:310], method.clipped(weight[300:310], statistics.moment))
+
+
+def test_it_takes_the_other_grids_too():
+    layer = Awq(grid="nf4", group=32, nested=True, narrow=0.5).layer(WEIGHT, seen(correlated(100, 128)))
+    assert layer.describe()["levels"] == "nf4"

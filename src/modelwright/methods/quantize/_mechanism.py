@@ -113,7 +113,7 @@ class Quantizer(Grouped):
             found.append(f"grid {self.grid} has groups of {kind.group} weights; got group {self.group}. Set group: {kind.group}.")
         if self.nested and kind.scales.startswith("e"):
             found.append(f"the scales of grid {self.grid} have 8 bits already. Leave nested out.")
-        if not self.symmetric:
+        if self.symmetric < type(self).symmetric:  # a method whose integers have zero points by default asks for none here
             found.append(f"zero points are for the grid integer; got {self.grid}. Leave symmetric out.")
         return found
 
