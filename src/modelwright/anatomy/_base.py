@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import LayoutError, SiteError
 
 STAGES = (
     ("attn.q", "attn.k", "attn.v", "attn.qkv"),
@@ -233,7 +233,7 @@ class Anatomy:
         if kind not in KINDS:
             raise SiteError(f"{kind!r} is no kind of unit; kinds are {', '.join(KINDS)}")
         if kind in self.why_not:
-            raise SiteError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
+            raise LayoutError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
         turned = next((path for path, child in module.named_modules() if getattr(child, "turns_stream", False)), None)
         if kind == "residual" and turned:
             raise SiteError(f"residual channels leave all places alike, and {turned} turns them: remove all that shall go at once")
@@ -252,7 +252,7 @@ class Anatomy:
         if not found:
             split = kind == "experts" and any(site.role.startswith("experts.") for site in self.sites(module))
             what_to_do = "; its experts are split, fuse them first" if split else ""
-            raise SiteError(f"this {self.name} model has no {kind} to remove{what_to_do}")
+            raise LayoutError(f"this {self.name} model has no {kind} to remove{what_to_do}")
         return found
 
     def groups(self, module: Any, kind: str | None = None) -> Iterator[Group]:
@@ -276,7 +276,7 @@ class Anatomy:
         """
         path = self.blocks(module)
         if path is None:
-            raise SiteError(f"attentions and MLPs leave a single row of blocks; this {self.name} model has no single row of them")
+            raise LayoutError(f"attentions and MLPs leave a single row of blocks; this {self.name} model has no single row of them")
         found = []
         for depth, block in enumerate(module.get_submodule(path)):
             prefix = f"{path}.{depth}."
@@ -290,7 +290,7 @@ class Anatomy:
                 within = [name for name, role in roles.items() if role == "norm" and name.split(".")[0] in owners]
                 adds = [name for name in within if is_residual_norm(f"{name}.")]
                 if inside and (not whole or adds):
-                    raise SiteError(f"the {kind} of {prefix[:-1]} is laid out otherwise than as one module whose output is added")
+                    raise LayoutError(f"the {kind} of {prefix[:-1]} is laid out otherwise than as one module whose output is added")
                 if inside:
                     found.append(Branch(kind, depth, prefix + owners.pop(), tuple(halves[kind]) if len(norms) > 1 else ()))
         return found
@@ -303,7 +303,7 @@ class Anatomy:
         path, found = self.blocks(module), dict[int, list[tuple[str, str]]]()
         for branch in self.branches(module):
             if self.norms_write or len(branch.norms) != 1:
-                raise SiteError(f"the {branch.kind} of block {branch.depth} is laid out otherwise than with one norm of its own before it")
+                raise LayoutError(f"the {branch.kind} of block {branch.depth} is laid out otherwise than with one norm before it")
             inside = len(f"{path}.{branch.depth}.")
             found.setdefault(branch.depth, []).append((branch.norms[0][inside:], branch.module[inside:]))
         return found

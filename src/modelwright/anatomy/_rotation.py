@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import LayoutError, SiteError
 
 from ._base import READS, Units, input_dim, is_residual_norm
 from ._find import anatomy_of
@@ -30,10 +30,10 @@ def stream_of(module: Any) -> Units:
     try:
         found = anatomy.units(module, "residual")[0]
     except SiteError as error:
-        raise SiteError(f"The hidden states cannot be turned: {error}.") from error
+        raise LayoutError(f"The hidden states cannot be turned: {error}.") from error
     norms = [path for path, _ in residual_norms(module)]
     if anatomy.norms_write or any("feedforward" in path for path in norms):
-        raise SiteError(f"The hidden states cannot be turned: norms of {anatomy.name} models also write to it.")
+        raise LayoutError(f"The hidden states cannot be turned: norms of {anatomy.name} models also write to it.")
     return found
 
 

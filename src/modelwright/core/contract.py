@@ -28,7 +28,7 @@ from modelwright.blocks.experts import split_experts
 
 from . import data as texts
 from . import describe, find, plan, recipe, stream, tiny, walk
-from .errors import MethodError, ModelwrightError, NeedError, SettingError, SiteError
+from .errors import LayoutError, MethodError, ModelwrightError, NeedError, SettingError
 from .given import Given
 from .method import (
     DRIVEN,
@@ -118,10 +118,8 @@ class Case:
             raise NotApplicable(f"{self.kind} predicts no tokens")
         try:
             return walk.change(model or self.model(), method or self.method(), given or self.given())
-        except SiteError as error:
-            if any(words in str(error) for words in ("chooses no weight", "no single row", "laid out otherwise", "to remove")):
-                raise NotApplicable(str(error)) from None
-            raise
+        except LayoutError as error:
+            raise NotApplicable(str(error)) from None
 
 
 def letters() -> Any:

@@ -4,7 +4,8 @@ ModelwrightError
 ├── SettingError    a setting has a wrong name, type or range
 ├── MethodError     a method is unknown, or its file cannot be read
 ├── NeedError       a step lacks something that it needs: calibration text, donors, a teacher
-├── SiteError       `where` or `skip` chooses nothing, or a layer cannot take the method
+├── SiteError       a layer cannot take the method
+│   └── LayoutError the model has nothing of the kind that the method works on, or `where` and `skip` leave nothing of it
 ├── PlanError       steps that cannot follow each other, or that cannot meet a budget
 ├── WeightsError    a checkpoint is missing, corrupt, truncated or not finite
 ├── ModelError      a model's type, layout or tokenizer is unknown or does not match
@@ -45,7 +46,11 @@ class NeedError(ModelwrightError, ValueError):
 
 
 class SiteError(ModelwrightError, ValueError):
-    """`where` or `skip` chooses nothing, or a layer cannot take the method."""
+    """A layer cannot take the method."""
+
+
+class LayoutError(SiteError):
+    """The model has nothing of the kind that the method works on, or `where` and `skip` leave nothing of it."""
 
 
 class PlanError(ModelwrightError, ValueError):

@@ -13,7 +13,7 @@ from modelwright.anatomy import Site
 from modelwright.maths.task_vectors import average
 
 from . import kinds
-from .errors import SiteError
+from .errors import LayoutError, SiteError
 from .given import Batch
 from .model import Model, unwrapped, weight_of
 from .passage import Resident, gather
@@ -70,7 +70,7 @@ def inputs_of_layers(
         way.masks = [batch.get("attention_mask") for batch in batches]
     if own.path is None:
         if onward == "model":
-            raise SiteError(f"Activations cannot pass through the merged blocks: {model.name} has no single row of them.")
+            raise LayoutError(f"Activations cannot pass through the merged blocks: {model.name} has no single row of them.")
         with _split([own.module, *modules]):
             sites = [site for site in own.anatomy.sites(own.module) if _is_linear(own.module, site)]
             found = [

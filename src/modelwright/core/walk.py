@@ -26,7 +26,7 @@ from modelwright.maths.slices import Joined, Sliced
 
 from . import data as texts
 from . import find, kinds, sharing, training
-from .errors import MethodError, ModelError, PlanError, SiteError, refuse
+from .errors import LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, Chooses, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
@@ -252,7 +252,7 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
         raise SiteError(f"{method.name()}: {len(unfit)} weights cannot take it: {unfit[0]}.")
     if not chosen:
         roles = ", ".join(sorted({site.role for site in sites})) or "none"
-        raise SiteError(
+        raise LayoutError(
             f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}."
         )
     if left and notes is not None:
@@ -513,7 +513,7 @@ def _change_layers_at_once(walk: Resident, method: LayerMethod, given: Given, ba
         sites = [site for site in walk.anatomy.sites(walk.module) if site.role not in ("embed", "position")]
         chosen = dense_sites(walk.module, method, choose(walk.module, sites, method, given.notes), given.notes)
         if method.surveys():
-            raise SiteError(
+            raise LayoutError(
                 f"{method.name()} looks at one block after another first, but {walk.model.name} has no single row of them. "
                 "Divide its work otherwise, such as with allocate: erk."
             )
@@ -652,7 +652,7 @@ def alike(statistics: Statistics, gathers: Sequence[str]) -> Statistics:
 def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[int]:
     """The indices of the blocks to remove."""
     if walk.path is None:
-        raise SiteError(f"{method.name()} removes whole blocks, but {walk.model.name} has no single row of them.")
+        raise LayoutError(f"{method.name()} removes whole blocks, but {walk.model.name} has no single row of them.")
     walk.enter(given.batches(walk.model))
     scores, entered, seen = [], [], last_real if method.last else real
     for depth in track(range(walk.depths), method.name()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelwright.core.errors import SettingError, SiteError
+from modelwright.core.errors import LayoutError, SettingError
 from modelwright.core.kinds import refuse_other_shapes
 
 SOUND = 5.0  # condition number from which the rows of a router are too alike
@@ -62,11 +62,11 @@ def mixture(base: Any, experts: int, chosen: int, *, shared: int = 0, architectu
         how = (
             f"it is a {kind}, {'with' if shared else 'without'} a shared expert{f', and {architecture} is asked for' * bool(architecture)}"
         )
-        raise SiteError(f"merge.moe makes mixtures of some kinds of models ({told}); this one is laid out otherwise: {how}.")
+        raise LayoutError(f"merge.moe makes mixtures of some kinds of models ({told}); this one is laid out otherwise: {how}.")
     layout = LAYOUTS[wanted]
     strange = [name for name, _ in base.named_parameters() if name.endswith(".bias") and name.split(".")[-2] not in layout.biased]
     if strange:
-        raise SiteError(
+        raise LayoutError(
             f"merge.moe: a {wanted} has no place for biases; this model is laid out otherwise: it has biases, first {strange[0]}."
         )
     own = getattr(transformers, layout.config)
@@ -77,7 +77,7 @@ def mixture(base: Any, experts: int, chosen: int, *, shared: int = 0, architectu
     if window and "use_sliding_window" in own().to_dict():
         kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
         if wanted == "qwen3" and "full_attention" in kinds:
-            raise SiteError(
+            raise LayoutError(
                 "merge.moe: a qwen3 has one window for all blocks; this model is laid out otherwise: only some of its blocks have one."
             )
         keys |= {"use_sliding_window": True, "layer_types": kinds}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import anatomy_of
 from modelwright.anatomy._rotation import stream_of
 from modelwright.anatomy.removal import remove_units
-from modelwright.core.errors import PlanError, SiteError
+from modelwright.core.errors import LayoutError, PlanError
 from modelwright.core.method import Method
 from modelwright.core.settings import count, fraction
 from modelwright.maths.channel_masks import sharp_mask, soft_mask
@@ -97,7 +97,7 @@ class Mixing:
         paths = [embedding, *(branch.module for branch in anatomy_of(module).branches(module))]
         self.writes = [(path, span) for span in writes for path in paths if span.name.startswith(f"{path}.")]
         if alone := [span.name for span in writes if all(span is not other for _, other in self.writes)]:
-            raise SiteError(f"There are no channels to remove: {alone[0]} writes to the stream outside embeddings, attentions and MLPs.")
+            raise LayoutError(f"There are no channels to remove: {alone[0]} writes to the stream outside embeddings, attentions and MLPs.")
         self.module, self.chosen = module, Chosen(units.count, after, steps, settled, device)
         self.mixed: dict[str, Mixed] = {}
         self._handles = []

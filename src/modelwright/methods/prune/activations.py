@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Stored
 from modelwright.blocks.dropping import Dropping
-from modelwright.core.errors import PlanError, SiteError
+from modelwright.core.errors import LayoutError, PlanError
 from modelwright.core.given import Batch
 from modelwright.core.gradients import finite_loss, text_loss
 from modelwright.core.method import ModelMethod
@@ -92,7 +92,7 @@ class Activations(ModelMethod):
         downs = [path for path, _ in module.named_modules() if (role(path) or ("",))[0] == "mlp.down"]
         downs = [path for path in downs if path.rpartition(".")[0] not in downs]
         if not downs:
-            raise SiteError(f"{self.name()} chooses no weight: this model has no mlp.down, through which neurons write.")
+            raise LayoutError(f"{self.name()} chooses no weight: this model has no mlp.down, through which neurons write.")
         hosts = [function_of(module, path) for path in downs] if self.rule == "fat" else downs
         if any(isinstance(child, Dropping) for child in module.modules()):
             raise PlanError(f"{self.name()}: this model drops neurons already. Start from the model before that.")
@@ -151,5 +151,5 @@ def function_of(module: nn.Module, path: str) -> str:
         if not any(True for _ in child.parameters()) and not isinstance(child, (nn.Dropout, nn.Identity))
     ]  # fmt: skip
     if len(found) != 1:
-        raise SiteError(f"The MLP of {path} is laid out otherwise than with one activation function beside it. Use rule: cett.")
+        raise LayoutError(f"The MLP of {path} is laid out otherwise than with one activation function beside it. Use rule: cett.")
     return f"{owner}.{found[0]}"

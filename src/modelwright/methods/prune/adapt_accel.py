@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import anatomy_of
-from modelwright.core.errors import PlanError, SiteError
+from modelwright.core.errors import LayoutError, PlanError
 from modelwright.core.passage import Similarities
 from modelwright.core.settings import count, fraction, number
 from modelwright.core.training import Training
@@ -59,7 +59,7 @@ class Rounds(Going):
         super().__init__(method, module, notes)
         self.method, self.times = method, method.updates(settings.steps)
         if (path := anatomy_of(module).blocks(module)) is None:
-            raise SiteError(f"{method.name()} compares blocks by what they do; this model has no single row of them.")
+            raise LayoutError(f"{method.name()} compares blocks by what they do; this model has no single row of them.")
         self.blocks: Any = module.get_submodule(path)
         self.depths = list(dict.fromkeys(units.depth for units in self.found))
         self.sparsities = torch.zeros(len(self.depths), dtype=torch.float64)

@@ -12,7 +12,7 @@ import torch
 
 from modelwright.blocks._trained import Trained
 from modelwright.core import sharing
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import LayoutError
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, unwrapped
 
@@ -37,7 +37,7 @@ class Pack(ModelMethod):
             if isinstance(layer, Trained) and not layer.packed:
                 places.setdefault(id(layer.weight_master), []).append((path, layer))
         if not places:
-            raise SiteError(f"{self.name()} chooses no weight: no layer holds weights that it rounds. Take it after `quantize.bitlinear`.")
+            raise LayoutError(f"{self.name()} chooses no weight: no layer rounds its weights. Take it after `quantize.bitlinear`.")
         for same in places.values():
             for (path, old), layer in zip(same, sharing.copies(same[0][1].pack(), len(same)), strict=True):
                 layer.take_bias(old.bias)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import anatomy_of, matches
 from modelwright.blocks._stored import Described
 from modelwright.blocks.experts import fuse_experts, split_experts
-from modelwright.core.errors import PlanError, SiteError, refuse
+from modelwright.core.errors import LayoutError, PlanError, SiteError, refuse
 from modelwright.core.method import ModelMethod, Places
 from modelwright.core.settings import count
 from modelwright.core.sharing import tie, untie
@@ -57,7 +57,7 @@ class BlockSharer(ModelMethod):
         """Share in place between all blocks, or those that `stay`; returns the groups, by their places among these."""
         stack = anatomy_of(module).blocks(module)
         if stack is None:
-            raise SiteError(f"{self.name()} shares between consecutive blocks; this model has no single row of them.")
+            raise LayoutError(f"{self.name()} shares between consecutive blocks; this model has no single row of them.")
         depths = range(len(list(module.get_submodule(stack).children()))) if stay is None else stay
         groups = self.groups(len(depths))
         split = split_experts(module) if groups else []  # stacks cannot be shared matrix by matrix

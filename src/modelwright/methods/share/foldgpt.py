@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from modelwright.anatomy import anatomy_of
 from modelwright.anatomy.removal import remove_blocks
-from modelwright.core.errors import DataError, ModelError, PlanError, SiteError
+from modelwright.core.errors import DataError, LayoutError, ModelError, PlanError, SiteError
 from modelwright.core.given import Batch
 from modelwright.core.gradients import logits_of, next_tokens
 from modelwright.core.model import Model
@@ -75,7 +75,7 @@ class FoldGpt(BlockSharer):
         """
         stack = anatomy_of(module).blocks(module)
         if stack is None:
-            raise SiteError(f"{self.name()} removes whole blocks; this model has no single row of them.")
+            raise LayoutError(f"{self.name()} removes whole blocks; this model has no single row of them.")
         depths = len(list(module.get_submodule(stack).children()))
         if self.blocks >= depths:
             raise PlanError(f"{self.name()}: {self.blocks} blocks are to go, and there are {depths}. Keep one or more.")

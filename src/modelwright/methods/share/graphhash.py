@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site, anatomy_of
 from modelwright.anatomy._rotation import untie
 from modelwright.blocks.bucket_embedding import BucketEmbedding
-from modelwright.core.errors import DataError, PlanError, SiteError
+from modelwright.core.errors import DataError, LayoutError, PlanError, SiteError
 from modelwright.core.given import Batch
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, put
@@ -54,7 +54,7 @@ class GraphHash(ModelMethod):
         found = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
         site = next((site for site in anatomy_of(module).sites(module) if module.get_submodule(site.module) is found), None)
         if site is None or not isinstance(found, nn.Embedding):
-            raise SiteError(f"{self.name()} chooses no weight: this model has no embedding of tokens that is a dense table.")
+            raise LayoutError(f"{self.name()} chooses no weight: this model has no embedding of tokens that is a dense table.")
         users = next((names for names in anatomy_of(module).tied(module) if site.name in names), (site.name,))
         head = module.get_output_embeddings()
         if len(users) > 1 + (head is not None and head.weight is found.weight):

@@ -21,7 +21,7 @@ from modelwright.anatomy import Site, anatomy_of
 from modelwright.blocks.experts import fuse_experts, split_experts
 from modelwright.blocks.hashed import HashedLinear
 from modelwright.core import walk
-from modelwright.core.errors import PlanError, SiteError, refuse
+from modelwright.core.errors import LayoutError, PlanError, SiteError, refuse
 from modelwright.core.method import ModelMethod, Places
 from modelwright.core.model import Model, put, weight_of, why_not_stored
 from modelwright.core.settings import count, fraction
@@ -92,7 +92,7 @@ class Roast(ModelMethod):
         found = [(site, weight) for site, _ in picked if (weight := weight_of(module, site)) is not None]
         found = [(site, weight) for site, weight in found if weight.ndim == 2 and weight.numel() >= self.least]
         if not found:
-            raise SiteError(f"{self.name()}: where={self.where!r} skip={self.skip!r} least={self.least} chooses no weight.")
+            raise LayoutError(f"{self.name()}: where={self.where!r} skip={self.skip!r} least={self.least} chooses no weight.")
         example = HashedLinear(1, 1, size=1, form="pareto", seed=0, offset=0, scale=1.0)
         faults = [f"{self.name()}: {site.name} {why}." for site, _ in found if (why := why_not_stored(module, site, example))]
         faults += [
