@@ -7,8 +7,8 @@ import pytest
 from modelwright.core import contract, find
 
 
-@pytest.mark.parametrize("method", find.names())
 @pytest.mark.parametrize(("check", "kind"), list(contract.checks()), ids=lambda value: value or "record")
+@pytest.mark.parametrize("method", find.names())
 def test_method_keeps_the_contract(method: str, check: str, kind: str) -> None:
     result = contract.run(find.find(method), check, kind)
     if result.outcome == "skipped":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import copy
 import dataclasses
+import functools
 import inspect
 import tempfile
 import traceback
@@ -47,6 +48,7 @@ from .method import (
 from .model import Model, emptied, stored_bytes, unwrapped, weight_of
 
 KINDS = ("llama", "gpt2", "qwen3_moe", "vit")
+CONFIGS: dict[str, dict[str, Any]] = {"qwen3_moe": {"num_experts": 4}}
 LETTERS = "".join(map(chr, range(32, 126)))
 
 
@@ -67,6 +69,17 @@ class NotApplicable(Exception):
 
 
 @dataclass(frozen=True)
+class Applied:
+    """A model after a method, and what was there before: its state, the other models' states, and the data's tensors."""
+
+    model: Model
+    before: dict[str, Tensor]
+    given: Given
+    others: list[dict[str, Tensor]]
+    data: Any
+
+
+@dataclass(frozen=True)
 class Case:
     """A method and the kind of model that it is checked on."""
 
@@ -79,7 +92,8 @@ class Case:
 
     def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, wants: Set[str] | None = None, **config: Any) -> Model:
         """A small random model, with adapters, packed, or with layers that round, if the method, or `wants`, asks for that."""
-        model = Model(name=self.kind, module=tiny.tiny(self.kind, seed=seed, **config).to(dtype), tokenizer=letters())
+        module = tiny.tiny(self.kind, seed=seed, **CONFIGS.get(self.kind, {}) | config).to(dtype)
+        model = Model(name=self.kind, module=module, tokenizer=letters())
         wants = self.cls.wants if wants is None else wants
         if "packed" in wants:
             walk.change(model, find.find("quantize.rtn").build({"group": 32}), Given())
@@ -122,6 +136,15 @@ class Case:
             raise NotApplicable(str(error)) from None
 
 
+@functools.lru_cache(maxsize=1)
+def once(case: Case) -> Applied:
+    """The method with its small settings on the small model, made once for all checks that only look at it."""
+    model, given = case.model(), case.given()
+    texted = isinstance(given.data, texts.Text)
+    before, others, data = state(model), _others(given), None if texted else copy.deepcopy(given.data)
+    return Applied(case.applied(model=model, given=given), before, given, others, data)
+
+
 def letters() -> Any:
     """A tokenizer of single characters for the small models."""
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -151,11 +174,11 @@ def check(method: str | type[Method], kinds: tuple[str, ...] = KINDS) -> list[Re
 
 
 def checks(kinds: tuple[str, ...] = KINDS) -> Iterator[tuple[str, str]]:
-    """(name, kind of model) of every check; the kind is "" for those that look at the record alone."""
-    for name, function in globals().items():
-        if name.startswith("check_"):
-            on_models = "case" in inspect.signature(function).parameters
-            yield from ((name.removeprefix("check_"), kind) for kind in (kinds if on_models else ("",)))
+    """(name, kind of model) of every check, kind by kind; the kind is "" for those that look at the record alone."""
+    for kind in ("", *kinds):
+        for name, function in globals().items():
+            if name.startswith("check_") and ("case" in inspect.signature(function).parameters) == bool(kind):
+                yield name.removeprefix("check_"), kind
 
 
 def run(cls: type[Method], name: str, kind: str) -> Result:
@@ -267,7 +290,7 @@ def check_code_is_short(cls: type[Method]) -> None:
 
 
 def check_same_seed_gives_same_bits(case: Case) -> None:
-    assert same(state(case.applied()), state(case.applied()))
+    assert same(state(once(case).model), state(case.applied()))
 
 
 def check_neutral_settings_change_no_output(case: Case) -> None:
@@ -279,21 +302,15 @@ def check_neutral_settings_change_no_output(case: Case) -> None:
 
 
 def check_defaults_do_something(case: Case) -> None:
-    model = case.model()
-    before = state(model)
-    after = state(case.applied(model=model))
-    assert not same(before, after), "nothing in the model changed"
+    made = once(case)
+    assert not same(made.before, state(made.model)), "nothing in the model changed"
 
 
 def check_what_is_given_stays_as_it_is(case: Case) -> None:
-    given = case.given()
-    before = [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
-    kept = copy.deepcopy(given.data) if not isinstance(given.data, texts.Text) else given.data
-    case.applied(given=given)
-    after = [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
-    assert all(same(one, two) for one, two in zip(before, after, strict=True)), "a donor or the teacher changed"
-    if not isinstance(given.data, texts.Text):
-        pairs: Any = zip(kept or [], given.data or [], strict=True)  # type: ignore[arg-type]
+    made = once(case)
+    assert all(same(one, two) for one, two in zip(made.others, _others(made.given), strict=True)), "a donor or the teacher changed"
+    if made.data is not None:
+        pairs: Any = zip(made.data, made.given.data, strict=True)  # type: ignore[arg-type]
         assert all(torch.equal(one[key], two[key]) for one, two in pairs for key in one), "the data changed"
 
 
@@ -397,9 +414,9 @@ def check_streamed_equals_in_memory(case: Case) -> None:
         disk = reopened(case.model(), Path(folder) / "in")
         if not stream.possible(disk, case.method()):
             raise NotApplicable("this architecture's files are not laid out as its module")
-        case.applied(given=case.given())
+        made = once(case)
         streamed = stream.write(disk, case.method(), given, Path(folder) / "out")
-        assert same(state(streamed), state(case.applied()))
+        assert same(state(streamed), state(made.model))
 
 
 def check_saved_equals_loaded(case: Case) -> None:
@@ -423,7 +440,7 @@ def check_bytes_are_as_predicted(case: Case) -> None:
         raise NotApplicable("the method stores what was stored before")
     empty = emptied(case.model().module)
     split_experts(empty)
-    model = case.applied()
+    model = once(case).model
     with torch.no_grad():
         predicted, _ = plan.predict(empty, case.method(), case.given())
     found, expected = stored_bytes(model.module), stored_bytes(predicted)
@@ -431,7 +448,7 @@ def check_bytes_are_as_predicted(case: Case) -> None:
 
 
 def check_step_is_recorded(case: Case) -> None:
-    model = case.applied()
+    model = once(case).model
     assert model.history[-1]["method"] == case.cls.name()
     assert case.cls.leaves <= model.marks and not (case.cls.drops - case.cls.leaves) & model.marks
 
@@ -453,6 +470,11 @@ def state(model: Model) -> dict[str, Tensor]:
     module = copy.deepcopy(model.module)
     split_experts(unwrapped(module))
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def _others(given: Given) -> list[dict[str, Tensor]]:
+    """The states of all models that a method takes in."""
+    return [state(model) for model in (*given.donors, given.teacher, given.base) if model is not None]
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
