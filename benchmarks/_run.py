@@ -39,6 +39,7 @@ class Measured:
 
 def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Measured:
     """Run a command to its end. Raises SystemExit with the end of its output when it fails."""
+    os.sync()  # so that no subject waits for what another one wrote
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(env or {})

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -171,14 +172,17 @@ class OnDisk:
         self.place = place
         self.shape, self.dtype = place.shape, place.dtype
         self._last = threading.local()
+        self._file = os.open(place.file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
 
     def __getitem__(self, at: slice) -> Tensor:
         size = self.dtype.itemsize
         start, stop, step = at.indices(math.prod(self.shape))
         assert step == 1, at
         if getattr(self._last, "at", None) != (start, stop):
-            self._last.values = _read(self.place, start * size, max(0, stop - start) * size).view(self.dtype)
-            self._last.at = start, stop
+            values = torch.empty(max(0, stop - start), dtype=self.dtype)
+            _fill(self._file, self.place.file, values.view(torch.uint8), self.place.start + start * size)
+            self._last.values, self._last.at = values, (start, stop)
         return self._last.values
 
 
@@ -257,10 +261,9 @@ def _stored_not_finite(place: Place, at: slice) -> int:
     step = PIECE // place.dtype.itemsize
     buffer, bad = torch.empty(min(step, at.stop - at.start), dtype=place.dtype), 0
     with open(place.file, "rb", buffering=0) as file:
-        file.seek(place.start + at.start * place.dtype.itemsize)
         for start in range(at.start, at.stop, step):
             part = buffer[: min(step, at.stop - start)]
-            _fill(file, part.view(torch.uint8))
+            _fill(file.fileno(), place.file, part.view(torch.uint8), place.start + start * place.dtype.itemsize)
             bad += not_finite(part)
     return bad
 
@@ -634,19 +637,18 @@ def _read(place: Place, offset: int, count: int) -> Tensor:
     """`count` bytes of a tensor from byte `offset` of it, as a new uint8 tensor."""
     data = torch.empty(count, dtype=torch.uint8)
     with open(place.file, "rb", buffering=0) as file:
-        file.seek(place.start + offset)
-        _fill(file, data)
+        _fill(file.fileno(), place.file, data, place.start + offset)
     return data
 
 
-def _fill(file, data: Tensor) -> None:
-    """Read as many bytes as a uint8 tensor holds."""
+def _fill(descriptor: int, file: Path, data: Tensor, start: int) -> None:
+    """Read as many bytes as a uint8 tensor holds, from `start` of an open file; threads may read beside each other."""
     view = memoryview(data.numpy())  # type: ignore[arg-type]
     done = 0
     while done < len(view):
-        got = file.readinto(view[done : done + SLICE])
+        got = os.preadv(descriptor, [view[done : done + SLICE]], start + done)
         if not got:
-            raise _shortened(file.name)
+            raise _shortened(file)
         done += got
 
 

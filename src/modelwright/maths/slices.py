@@ -10,9 +10,11 @@ import bisect
 import functools
 import itertools
 import math
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -89,6 +91,27 @@ def flat(tensor: Entries) -> Values:
     return (tensor.detach().reshape(-1) if isinstance(tensor, Tensor) else tensor).__getitem__
 
 
+class Stacked:
+    """Values at a slice one below the other [n, entries], in a dtype that may be wider than theirs.
+
+    Each thread has memory of its own, in which the next slice replaces the last: new memory for each slice would cost more
+    than sums over it.
+    """
+
+    def __init__(self, parts: Sequence[Values], dtype: torch.dtype):
+        self.parts, self.dtype = parts, dtype
+        self._held = threading.local()
+
+    def __call__(self, at: slice) -> Tensor:
+        read = [part(at) for part in self.parts]
+        if not hasattr(self._held, "rows") or self._held.rows.shape[1] < len(read[0]):
+            self._held.rows = torch.empty(len(read), len(read[0]), dtype=self.dtype, device=read[0].device)
+        rows: Tensor = self._held.rows[:, : len(read[0])]
+        for row, one in zip(rows, read, strict=True):
+            row.copy_(one)
+        return rows
+
+
 def slices(count: int, size: int | None = None) -> list[slice]:
     """The slices in which `count` values are worked through; `size` values in each, by default SLICE."""
     size = SLICE if size is None else size
@@ -115,7 +138,7 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
         return
     known = torch.get_num_threads()
     waiting: deque[Future[Found]] = deque()
-    pool = ThreadPoolExecutor(threads, initializer=_alone)
+    pool = _pool(known)
     _alone()
     try:
         for at in places:
@@ -125,9 +148,19 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        wait([future for future in waiting if not future.cancel()])
         torch.set_num_threads(known)  # a thread's number is also what threads made after it begin with
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """The threads of `each`, kept from one tensor to the next: to start them takes as long as a small tensor's work."""
+    return ThreadPoolExecutor(threads, initializer=_alone)
 
 
 def _alone() -> None:
     torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has no such threads

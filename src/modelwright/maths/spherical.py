@@ -7,13 +7,12 @@ however often an iteration turns: a mean of directions never leaves the span of 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from modelwright.maths.slices import Entries, Sliced, each, flat, slices
+from modelwright.maths.slices import Entries, Sliced, Stacked, each, flat, slices
 from modelwright.maths.task_vectors import NOTHING, average, by_rows, sums_in
 
 Coefficients = Callable[[Tensor], Tensor]  # G [..., n, n] -> what each vector counts in the sum [..., n]
@@ -71,16 +70,10 @@ def mean(
 
         return Sliced(shape, dtype, mixed)
 
-    exact = sums_in(dtype, *(tensor.dtype for tensor in tensors))
-    held = threading.local()  # what a thread works in: new memory for each slice would cost more than the sums
+    stacked = Stacked(parts, sums_in(dtype, *(tensor.dtype for tensor in tensors)))
 
     def products(at: slice) -> Tensor:
-        read = [part(at) for part in parts]
-        if not hasattr(held, "wide") or held.wide.shape[1] < len(read[0]):
-            held.wide = torch.empty(len(read), len(read[0]), dtype=exact, device=read[0].device)
-        whole = held.wide[:, : len(read[0])]
-        for wide, one in zip(whole, read, strict=True):
-            wide.copy_(one)
+        whole = stacked(at)
         if base is not None:
             whole = whole[:-1].sub_(whole[-1])
         return (whole @ whole.T).double().cpu()

@@ -19,7 +19,7 @@ from torch.nn.functional import hardshrink
 from modelwright.maths import slices
 from modelwright.maths.bits import packed, unpacked
 from modelwright.maths.masks import find_cut, find_cuts
-from modelwright.maths.slices import Entries, Sliced, Values, each, flat
+from modelwright.maths.slices import Entries, Sliced, Stacked, Values, each, flat
 
 NOTHING = 1e-7  # of the sum of weights' sizes: a sum that is no larger is 0 but for rounding
 Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -> the delta with some entries 0
@@ -37,8 +37,13 @@ def sums_in(*dtypes: torch.dtype) -> torch.dtype:
 
 def delta(start: Entries, end: Entries) -> Values:
     """What was added between two models, in their `wide` dtype."""
-    before, after, dtype = flat(start), flat(end), wide(start, end)
-    return lambda at: after(at).to(dtype, copy=True).sub_(before(at))
+    both = Stacked([flat(start), flat(end)], wide(start, end))
+
+    def values(at: slice) -> Tensor:
+        before, after = both(at)
+        return after - before
+
+    return values
 
 
 def changes(base: Entries, donors: Sequence[Entries]) -> list[Values]:
@@ -271,12 +276,13 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
     shares = [weight / sum(weights) if normalize else weight for weight in weights]
     result = dtype or tensors[0].dtype
     wide = sums_in(result, *(tensor.dtype for tensor in tensors))
-    parts = [flat(tensor) for tensor in tensors]
+    stacked = Stacked([flat(tensor) for tensor in tensors], wide)
 
     def values(at: slice) -> Tensor:
-        total = parts[0](at).to(wide, copy=True).mul_(shares[0])
-        for part, share in zip(parts[1:], shares[1:], strict=True):
-            total.add_(part(at), alpha=share)
+        first, *others = stacked(at)
+        total = first * shares[0]
+        for part, share in zip(others, shares[1:], strict=True):
+            total.add_(part, alpha=share)
         return total
 
     return Sliced(tuple(tensors[0].shape), result, values)

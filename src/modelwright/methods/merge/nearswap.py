@@ -1,7 +1,7 @@
 """Take over one donor's weights where they are near the model's, and step towards them elsewhere.
 
 As mergekit's `nearswap`: the donor counts min(1, t/|b - a|) at each entry, so that no entry moves by more than t:
-a + max(-t, min(t, b - a)).
+a + max(-t, min(t, b - a)) = max(a - t, min(a + t, b)).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 from modelwright.core.settings import number
 from modelwright.maths.slices import Entries, Sliced, flat
-from modelwright.maths.task_vectors import delta
+from modelwright.maths.task_vectors import wide
 from modelwright.methods.merge._mechanism import PointWise
 
 
@@ -28,12 +28,11 @@ class Nearswap(PointWise):
     t: float = number(1e-3, low=0)  # the largest step of a weight
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
-        start, donor = flat(weight), flat(donors[0])
-        change = delta(weight, donors[0])
+        start, donor, kind = flat(weight), flat(donors[0]), wide(weight, donors[0])
 
         def values(at: slice) -> torch.Tensor:
-            step = change(at)
-            near = step.abs().le_(self.t)  # 1 or 0, with which lerp gives either end exactly, and faster than where
-            return step.clamp_(-self.t, self.t).add_(start(at)).lerp_(donor(at).to(step.dtype), near)
+            low = start(at).to(kind, copy=True)
+            high = low + self.t
+            return torch.clamp(donor(at).to(kind), low.sub_(self.t), high, out=high)
 
         return Sliced(tuple(weight.shape), weight.dtype, values)
