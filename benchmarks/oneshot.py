@@ -1,10 +1,13 @@
-"""quantize.gptq (4 bits, groups of 128), prune.sparsegpt (2:4) and prune.wanda (one half) against llm-compressor, on one random Llama.
+"""Methods of one pass against llm-compressor, on one random Llama.
+
+quantize.gptq and quantize.awq in 4 bits with groups of 128, awq with zero points; prune.sparsegpt 2:4; prune.wanda one half.
 
     python benchmarks/oneshot.py --peer-python PATH     # PATH: a Python with llmcompressor; by default this one
     python benchmarks/oneshot.py --layers 1 --samples 8 # a dry run
 
 Times are of the work alone: llm-compressor's `oneshot` call, Modelwright's `apply` call, both on a model in memory.
-The error is tr(ΔW H ΔWᵀ) over tr(W H Wᵀ), with H of the unchanged model on the calibration tokens for both.
+The error is tr(ΔW H ΔWᵀ) over tr(W H Wᵀ), with H of the unchanged model on the calibration tokens for both; AWQ has none,
+as what it scales is no longer the same weight. The error of outputs is of the logits there, squared, over theirs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import _run
 
 SIZES = dict(hidden_size=512, intermediate_size=1408, num_attention_heads=8, num_key_value_heads=2, vocab_size=8192)
 LENGTH = 256
-METHODS = ("gptq", "sparsegpt", "wanda")
+METHODS = ("gptq", "awq", "sparsegpt", "wanda")
 
 
 def calibration(work: str, samples: int) -> None:
@@ -40,9 +43,13 @@ def ours(method: str, work: str, save: str) -> tuple[float, float]:
     import modelwright as mw
     from modelwright.methods.prune.sparsegpt import SparseGpt
     from modelwright.methods.prune.wanda import Wanda
+    from modelwright.methods.quantize.awq import Awq
     from modelwright.methods.quantize.gptq import Gptq
 
-    steps = {"gptq": Gptq(bits=4, group=128, order=True), "sparsegpt": SparseGpt(pattern="2:4"), "wanda": Wanda(sparsity=0.5)}
+    steps = {
+        "gptq": Gptq(bits=4, group=128, order=True), "awq": Awq(bits=4, group=128, narrow=0.0),
+        "sparsegpt": SparseGpt(pattern="2:4"), "wanda": Wanda(sparsity=0.5),
+    }  # fmt: skip
     batches = [{"input_ids": row} for row in load_file(f"{work}/ids.safetensors")["ids"].split(8)]
     model = mw.open(f"{work}/model")
     _ = model.module
@@ -55,20 +62,27 @@ def ours(method: str, work: str, save: str) -> tuple[float, float]:
 
 def theirs(method: str, work: str, save: str) -> tuple[float, float]:
     """The same with llm-compressor, at its defaults; this runs in its environment."""
+    import torch
     from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+    if not torch.cuda.is_available():  # its AWQ pins memory for an accelerator, and fails where there is none
+        IntermediatesCache.pin_memory = lambda *_, **__: None
     ids = load_file(f"{work}/ids.safetensors")["ids"]
     data = Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": [[1] * ids.shape[1]] * len(ids)})
     linears: dict[str, Any] = {"targets": ["Linear"], "ignore": ["lm_head"]}
     recipes = {
         "gptq": lambda: GPTQModifier(scheme="W4A16", **linears),
+        "awq": lambda: [AWQModifier(), QuantizationModifier(scheme="W4A16_ASYM", **linears)],
         "sparsegpt": lambda: SparseGPTModifier(sparsity=0.5, mask_structure="2:4", **linears),
         "wanda": lambda: WandaPruningModifier(sparsity=0.5, **linears),
     }
@@ -84,8 +98,11 @@ def theirs(method: str, work: str, save: str) -> tuple[float, float]:
     return taken
 
 
-def errors(work: str, folders: list[str]) -> list[dict[str, float]]:
-    """For each compressed model the relative error of all layers together and of the worst, and the share of zeros."""
+def errors(work: str, folders: list[str], scaled: bool) -> list[dict[str, float | None]]:
+    """For each compressed model the relative error of outputs, of all layers together and of the worst, and the share of zeros.
+
+    scaled: weights hold factors that others make up for, so that layers cannot be compared one by one.
+    """
     import torch
     from safetensors.torch import load_file
 
@@ -105,12 +122,15 @@ def errors(work: str, folders: list[str]) -> list[dict[str, float]]:
 
     for name, layer in layers.items():
         layer.register_forward_pre_hook(gather(name))
+    rows = load_file(f"{work}/ids.safetensors")["ids"].split(8)
     with torch.no_grad():
-        for row in load_file(f"{work}/ids.safetensors")["ids"].split(8):
-            dense(input_ids=row)
-    found = []
+        expected = [dense(input_ids=row).logits.float() for row in rows]
+    found: list[dict[str, float | None]] = []
     for folder in folders:
         changed = mw.open(folder).module
+        with torch.no_grad():
+            gaps = [changed(input_ids=row).logits.float() - one for row, one in zip(rows, expected, strict=True)]
+        outputs = sum(float(gap.square().sum()) for gap in gaps) / sum(float(one.square().sum()) for one in expected)
         lost = whole = worst = 0.0
         zeros = count = 0
         for name, layer in layers.items():
@@ -121,7 +141,8 @@ def errors(work: str, folders: list[str]) -> list[dict[str, float]]:
             before = layer.weight.detach().float()
             part, all_ = (float(((w @ moments[name]) * w).sum(dtype=torch.float64)) for w in (weight - before, before))
             lost, whole, worst = lost + part, whole + all_, max(worst, part / all_)
-        found.append({"error": lost / whole, "worst layer": worst, "zeros": zeros / count})
+        layers_lost = {"error": None, "worst layer": None} if scaled else {"error": lost / whole, "worst layer": worst}
+        found.append({**layers_lost, "error of outputs": outputs, "zeros": zeros / count})
     return found
 
 
@@ -144,14 +165,15 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int) -> list[dic
             },
             rounds,
         )
-        lost = _run.subject("oneshot:errors", work=str(work), folders=[str(folder) for folder in saved.values()]).returned
+        folders = [str(folder) for folder in saved.values()]
+        lost = _run.subject("oneshot:errors", work=str(work), folders=folders, scaled=method == "awq").returned
         for (name, times), error in zip(found.items(), lost, strict=True):
             rows.append({
                 "method": method, "subject": name, "seconds": _run.middle(times),
                 "peak MB": _run.megabytes(max(one.peak for one in times)),
                 "ratio": _run.middle(times) / _run.middle(found["llm-compressor"]),
                 "processor ratio": _run.middle(times, "processor") / _run.middle(found["llm-compressor"], "processor"), **error,
-                "error ratio": error["error"] / lost[1]["error"],
+                "error ratio": error["error of outputs"] / lost[1]["error of outputs"],
             })  # fmt: skip
     return rows
 

@@ -609,8 +609,8 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
             weight.copy_(other)
         total, count = 0.0, 0
         for (args, kwargs, out), mask in zip(calls, walk.masks, strict=True):
-            apart = real(first(scope(*args, **kwargs)).float() - out.float(), mask)
-            total, count = total + float(apart.square().sum(dtype=torch.float64)), count + apart.numel()
+            apart = real(first(scope(*args, **kwargs)).float().sub_(out.float()), mask).flatten()
+            total, count = total + float(apart @ apart), count + apart.numel()
         for weight, other in zip(held, before, strict=True):
             weight.copy_(other)
         return total / max(count, 1)
