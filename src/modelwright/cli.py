@@ -27,7 +27,7 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            goes_on = ctx.invoked_subcommand in ("run", "fit")
+            goes_on = ctx.invoked_subcommand in ("run", "apply", "fit")
             rest = "the same command goes on from here" if goes_on else "nothing was written"
             Console(stderr=True).print(f"interrupted; {rest}")
             raise SystemExit(130) from None
@@ -179,14 +179,41 @@ def run(
     if dry_run:
         _print_plan(recipe, set_ or [], as_json)
         return
+    ways = {"overwrite": overwrite, "keep_steps": keep_steps, "trust_remote_code": trust_remote_code}
+    _run(str(recipe), quiet=quiet, as_json=as_json, overrides=set_ or [], **ways)
+
+
+@app.command()
+def apply(
+    method: Annotated[str, typer.Argument(help="A method, such as quantize.gptq.")],
+    model: Annotated[str, typer.Argument(help="A folder, a hub name, or starter.")],
+    save: Annotated[str, typer.Argument(help="The result's folder.")],
+    data: Annotated[str | None, typer.Option(help="Text to calibrate or train on, if the method needs some, or corpus.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a setting of the method, such as bits=3. Repeatable.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check and predict the cost.")] = False,
+    overwrite: Overwrite = False,
+    trust_remote_code: Trust = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Apply one method to a model: a recipe of one step."""
+    from .core.recipe import read
+
+    stated = {"model": model, "steps": [{method: {}}], "save": save} | ({"data": data} if data else {})
+    recipe = read(stated, [f"steps.0.{change}" for change in set_ or []])
+    if dry_run:
+        _print_plan(recipe.yaml(), [], as_json)
+        return
+    _run(recipe, quiet=quiet, as_json=as_json, overwrite=overwrite, trust_remote_code=trust_remote_code)
+
+
+def _run(recipe: Any, quiet: bool, as_json: bool, **ways: Any) -> None:
     from . import report
     from .core.progress import silence
     from .core.recipe import run as run_recipe
 
     with silence(quiet):
-        done = run_recipe(
-            str(recipe), overrides=set_ or [], overwrite=overwrite, keep_steps=keep_steps, trust_remote_code=trust_remote_code
-        )
+        done = run_recipe(recipe, **ways)
     if as_json:
         print(json.dumps({"folder": str(done.model.folder), "account": done.account}, indent=2))
         return

@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_verb(call):
     code, printed, _ = call("--help")
     assert code == 0
-    for verb in ("list", "show", "plan", "run", "fit", "measure", "merge", "check", "new"):
+    for verb in ("list", "show", "plan", "run", "apply", "fit", "measure", "merge", "check", "new"):
         assert verb in printed
 
 
@@ -415,3 +415,32 @@ def test_an_interrupt_says_what_it_leaves(call, donors, monkeypatch, tmp_path, a
     code, _, said = call(*ways[arguments[-1]])
     assert (code, said.splitlines()[-1]) == (130, f"interrupted; {rest}")
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_apply_is_a_recipe_of_one_step(call, tmp_path):
+    code, printed, _ = call("apply", "quantize.rtn", "starter", str(tmp_path / "out"), "--set", "bits=3", "--set", "group=64", "--dry-run")
+    assert code == 0
+    assert "quantize.rtn" in printed
+    assert not (tmp_path / "out").exists()
+    code, printed, _ = call("apply", "quantize.rtn", "starter", str(tmp_path / "out"), "--set", "bits=3", "--set", "group=64")
+    assert code == 0
+    assert "saved to" in printed
+    layer = next(layer for layer in modelwright.open(tmp_path / "out").module.modules() if hasattr(layer, "describe"))
+    assert (layer.describe()["bits"], layer.describe()["group"]) == (3, 64)
+    assert "steps:\n- quantize.rtn" in (tmp_path / "out" / "recipe.yaml").read_text().replace("  - ", "- ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantize.awk", "starter"], "Did you mean 'quantize.awq'"),
+        (["quantize.awq", "starter", "--set", "bit=3"], "Did you mean 'bits'"),
+        (["quantize.awq", "starter"], "needs calibration text"),
+    ],
+)
+def test_apply_says_what_is_wrong_before_work_starts(call, tmp_path, arguments, words):
+    method, model, *others = arguments
+    code, _, told = call("apply", method, model, str(tmp_path / "out"), *others)
+    assert code == 2
+    assert words in one_line(told)
+    assert not (tmp_path / "out").exists()

@@ -256,6 +256,10 @@ class LayerMethod(SiteMethod):
         """
         raise AssertionError(f"{self.name()} wants to scale inputs and writes no rescale")
 
+    def reruns(self) -> float:
+        """How often every block also runs on the whole text to try things; the plan counts them."""
+        return 0
+
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
         return ()

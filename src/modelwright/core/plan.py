@@ -393,7 +393,7 @@ def seconds(module: nn.Module, method: Method, given: Given, flops_per_token: in
         own += sum(weight.numel() * min(len(weight), weight[0].numel()) for _, weight in places) / SOLVER
     if isinstance(method, LayerMethod):
         moments = sum(_inputs_once(places)) * shape.blocks * 2 * shape.tokens if "moment" in method.gathers else 0
-        own += text + (3 if method.surveys() else 2) * shape.tokens * token + moments / rate(torch.float32)
+        own += text + (2 + bool(method.surveys()) + method.reruns()) * shape.tokens * token + moments / rate(torch.float32)
     return own
 
 

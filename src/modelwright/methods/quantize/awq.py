@@ -44,6 +44,9 @@ class Awq(Quantizer, LayerMethod):
     def rescales(self) -> bool:
         return True
 
+    def reruns(self) -> float:
+        return 2 * self.points  # attentions for q, k and v and for o, MLPs for gate and up and for down
+
     def rescale(
         self, kind: str, readers: Sequence[tuple[Awq, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
     ) -> Tensor | None:
