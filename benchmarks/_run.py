@@ -23,7 +23,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 RESULTS = HERE.parent / "docs" / "results"
-PACKAGES = ("modelwright", "torch", "transformers", "mergekit", "llmcompressor")
+PACKAGES = ("modelwright", "torch", "transformers", "mergekit", "llmcompressor", "torchao", "hqq", "bitsandbytes")
 CALL = "import json, sys; from {module} import {name}; print('\\n' + json.dumps({name}(**json.loads(sys.argv[1]))))"
 
 

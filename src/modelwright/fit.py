@@ -236,13 +236,13 @@ def fit(
     folder = place_of(save)
     effort = Effort.quick() if quick else Effort()
     effort = replace(effort, trials=trials) if trials is not None else effort
-    source = open(model, trust_remote_code=trust_remote_code)
-    name = source.name
-    if source.folder is None or source.changed or "packed" in source.marks or "adapters" in source.marks:
-        raise ModelError(f"{source.name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
-    refuse_inputs(save, source.sources)
-    effort = effort.of(tokens) if tokens is not None else effort.for_size(sum(value.numel() for value in source.skeleton().parameters()))
-    source = open(str(source.folder), trust_remote_code=source.trust_remote_code)  # a reader of its own, to forget
+    given = open(model, trust_remote_code=trust_remote_code)
+    name = given.name
+    if given.folder is None or given.changed or "packed" in given.marks or "adapters" in given.marks:
+        raise ModelError(f"{name}: a fit starts from an unquantised model without adapters that lies in a folder or on the hub.")
+    refuse_inputs(save, given.sources)
+    effort = effort.of(tokens) if tokens is not None else effort.for_size(sum(value.numel() for value in given.skeleton().parameters()))
+    source = open(str(given.folder), trust_remote_code=given.trust_remote_code)  # a reader of its own, to forget
     check_readable(source)
     limits = Budget.parse(budget, measure.disk_bytes(source.stored_in))
     key = recipe._hash(

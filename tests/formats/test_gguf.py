@@ -46,7 +46,14 @@ def test_plain_transformers_reads_the_same_weights_and_computes_the_same(kind, t
 
 @pytest.mark.parametrize(
     ("form", "allowed"),
-    [("gguf-bf16", 2**-8), ("gguf-f16", 2**-11), ("gguf-q8_0", 1 / 254 + 2**-11), ("gguf-q4_0", 1 / 8), ("gguf-q4_k_m", 1 / 10)],
+    [
+        ("gguf-bf16", 2**-8),
+        ("gguf-f16", 2**-11),
+        ("gguf-q8_0", 1 / 254 + 2**-11),
+        ("gguf-q6_k", 1 / 32),
+        ("gguf-q4_0", 1 / 8),
+        ("gguf-q4_k_m", 1 / 10),
+    ],
 )
 def test_weights_come_back_within_what_a_form_can_hold(form, allowed, tmp_path):
     module = tiny("llama", **SIZES)
@@ -64,6 +71,15 @@ def test_matrices_are_the_blocks_of_their_dense_weights_with_heads_interleaved(t
     assert np.array_equal(found["blk.1.ffn_up.weight"].data, gguf_blocks.encode(up, "Q4_K").numpy())
     assert np.array_equal(found["blk.1.attn_q.weight"].data, gguf_blocks.encode(interleaved(q, 8), "Q4_K").numpy())
     assert found["blk.1.ffn_down.weight"].shape.tolist() == [512, 256]  # the other way round
+
+
+def test_q6_k_is_the_blocks_that_the_gguf_package_reads(tmp_path):
+    module = tiny("llama", **SIZES)
+    found = write(module, tmp_path / "out", "gguf-q6_k")
+    assert {tensor.tensor_type.name for name, tensor in found.items() if "norm" not in name} == {"Q6_K"}
+    down = gguf_blocks.encode(module.model.layers[1].mlp.down_proj.weight, "Q6_K")
+    assert found["blk.1.ffn_down.weight"].data.tobytes() == down.numpy().tobytes()
+    assert found["blk.1.ffn_down.weight"].data.shape == (256, 512 // 256 * 210)
 
 
 def test_interleaving_by_hand():
@@ -86,6 +102,8 @@ def test_forms_of_a_deep_model_and_of_rows_that_blocks_do_not_divide():
     assert form_of("blk.1.ffn_up.weight", (8, 72), "q4_k_m", 4) == "F16"
     assert form_of("blk.1.ffn_up.weight", (8, 72), "q8_0", 4) == "F16"
     assert form_of("output.weight", (8, 512), "q4_0", 4) == "Q6_K"
+    assert form_of("blk.1.ffn_up.weight", (8, 512), "q6_k", 4) == form_of("output.weight", (8, 512), "q6_k", 4) == "Q6_K"
+    assert form_of("token_embd.weight", (8, 160), "q6_k", 4) == "Q8_0"
     assert form_of("blk.1.attn_norm.weight", (512,), "q4_0", 4) == "F32"
 
 

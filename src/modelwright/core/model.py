@@ -105,7 +105,7 @@ class Model:
 
     @property
     def sources(self) -> list[Path]:
-        """The folders whose files it is made of; none for a model that came as a module."""
+        """The folders whose files it is made of, or the file; none for a model that came as a module."""
         return [] if self.folder is None else [self.folder]
 
     @property
@@ -309,10 +309,10 @@ class Translated(Made):
 
 
 def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust_remote_code: bool = False) -> Model:
-    """Open a model: a folder, a hub name, "starter", or a module that is already in memory. Nothing large is read.
+    """Open a model: a folder, a hub name, a GGUF file, "starter", or a module that is already in memory. Nothing large is read.
 
     "model+adapter" is the model with the peft adapter in that folder put into its weights. Layers that GPTQ, AWQ or bitsandbytes
-    stored become ours (see `formats`).
+    stored become ours, and weights in GGUF dense (see `formats`).
 
     Raises:
         WeightsError: no checkpoint there, or one that is damaged.
@@ -329,6 +329,12 @@ def open(source: str | Path | Model | nn.Module, *, tokenizer: Any = None, trust
             hint = hub.nearest_path(adapter)
             raise ModelError(f"{source}: {adapter} is no folder with a peft adapter.{hint} Name one behind the +, after the model.")
         return Folded(open(base, tokenizer=tokenizer, trust_remote_code=trust_remote_code), Path(adapter))
+    from modelwright.formats import gguf_file
+
+    if file := gguf_file(source):
+        from modelwright.formats.gguf_read import Gguf
+
+        return Gguf(file, name=str(source), tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if str(source) == "starter":
         from modelwright.starter import path
 

@@ -519,7 +519,7 @@ def model_digest(model: Model) -> str:
             digest.update(name.encode())
             digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-    listed = [path for folder in model.sources for path in sorted(folder.iterdir())]
+    listed = [path for place in model.sources for path in (sorted(place.iterdir()) if place.is_dir() else [place])]
     for file in (path for path in listed if path.is_file() and path.name not in (RECORD, "account.json")):
         digest.update(file.name.encode())
         with file.open("rb") as handle:

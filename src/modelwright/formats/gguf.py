@@ -33,6 +33,7 @@ FILE = "model.gguf"
 ARCHITECTURES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}  # model_type: of gguf.MODEL_ARCH
 PRESETS = {
     "f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0", "q4_0": "MOSTLY_Q4_0", "q4_k_m": "MOSTLY_Q4_K_M",
+    "q6_k": "MOSTLY_Q6_K",
 }  # fmt: skip  # of gguf.LlamaFileType
 NEXT = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q5_0": "F16", "Q8_0": "F16", "Q4_0": "F16"}  # for rows that the blocks do not divide
 HALF = torch.finfo(torch.float16).max
@@ -61,6 +62,20 @@ def form_of(name: str, shape: tuple[int, ...], preset: str, blocks: int) -> str:
 def interleaved(rows: Tensor, heads: int) -> Tensor:
     """Rows of q or k [heads · size, ...], each head's halves in turns: llama.cpp rotates neighbours, transformers halves."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(rows.shape)
+
+
+def halved(rows: Tensor, heads: int) -> Tensor:
+    """Rows in the order that transformers has, of those that are `interleaved`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(rows.shape)
+
+
+def rope_factors(config: Any) -> Tensor:
+    """What Llama 3.1's rotation divides its frequencies by, float32 [head size / 2]."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    shares = torch.arange(len(frequencies)) / len(frequencies)
+    return config.rope_parameters["rope_theta"] ** -shares / frequencies
 
 
 class File:
@@ -102,14 +117,16 @@ class File:
             for path, layer in layers.items()
             if not isinstance(layer, Stored) or layer.replaces not in ("Linear", "Embedding")
         ]
-        rotation = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-        reasons += [f"positions are rotated as {rotation}"] if rotation != "default" else []
+        rotation = _rotation(config)
+        reasons += [f"positions are rotated as {rotation}"] if rotation not in ("default", "llama3") else []
         reasons += [f"the activation is {config.hidden_act}"] if config.hidden_act != "silu" else []
         refuse(ModelError, [f"{name}: GGUF cannot hold it: {reason}. Save the model as it is." for reason in reasons])
         refuse_other_sizes(name, self.module)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor | Stored]]:
         """Name -> tensor, or the layer that stands for it; tied ones once."""
+        if _rotation(self.config) == "llama3":
+            yield "rope.freqs.weight", rope_factors(self.config)
         tied = set(self.module._tied_weights_keys or ()) if self.config.tie_word_embeddings else set()
         stored = {path: layer for path, layer in self.module.named_modules() if isinstance(layer, Stored)}
         for path, layer in stored.items():
@@ -210,6 +227,10 @@ def cut_of(stated: dict[str, Any]) -> str | None:
     if not patterns:
         return "gpt-2" if last.get("use_regex", True) else None
     return CUTS.get(patterns[0]) if len(patterns) == 1 and not last.get("use_regex", True) else None
+
+
+def _rotation(config: Any) -> str:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
 
 
 def _shape(source: Tensor | Stored) -> tuple[int, ...]:

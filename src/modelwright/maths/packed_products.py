@@ -1,7 +1,7 @@
 """Products of few inputs with packed weights, straight from the codes: no weight of full precision is made.
 
 A step of decoding reads each weight once, so that its time is that of reading them; codes of 4 or 8 bits are a quarter or a half
-of what 16-bit floats are.
+of what 16-bit floats are. The processor's loops are compiled by numba, those for CUDA by triton, whose speed is not measured yet.
 """
 
 from __future__ import annotations
@@ -28,28 +28,51 @@ def product(
     codes; or int32 [ceil(out · bits / 32), groups], packed along the rows. table: float32 [16]. Sums and weights are in float32.
 
     Returns None where the weights must be made dense instead: for many inputs, for which no gain is to be had; a small matrix; other
-    numbers of bits than 4 and 8; groups that end inside a byte; inputs that a gradient is wanted of; another device than the processor.
+    numbers of bits than 4 and, on the processor, 8; groups that end inside a byte; inputs that a gradient is wanted of; a device that is
+    neither the processor nor one of CUDA's; missing numba or triton.
     """
     size, (rows, groups) = inputs.shape[-1], scale.shape
     fits = bits in (4, 8) and (table is None or len(table) == 16) and size * bits % (8 * groups) == 0 and rows * size >= LEAST
-    if not fits or not 0 < inputs.numel() <= ROWS * size or inputs.device.type != "cpu" or torch.compiler.is_compiling():
+    if not fits or not 0 < inputs.numel() <= ROWS * size or torch.compiler.is_compiling():
         return None
-    if (torch.is_grad_enabled() and inputs.requires_grad) or (kernels := compiled()) is None:
+    if torch.is_grad_enabled() and inputs.requires_grad:
         return None
+    work = {"cpu": _on_processor, "cuda": _on_accelerator}.get(inputs.device.type)
     with torch.no_grad():
-        x = inputs.reshape(-1, size).float()
-        sums = x.view(len(x), groups, -1).sum(-1).numpy()
-        x = x.view(len(x), -1, 8 // bits).transpose(1, 2).contiguous()
-        out = torch.empty(len(x), rows)
-        codes, steps = packed.contiguous().view(torch.uint8).numpy(), _numbers(scale)
-        if table is not None:
-            work = functools.partial(kernels.levels, codes, steps, table.numpy(), x.numpy(), out.numpy())
-        else:
-            work = functools.partial(
-                kernels.nibbles if bits == 4 else kernels.bytewise, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy()
-            )
-        _shared(work, rows, rows * size)
-        return out.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+        out = None if work is None else work(inputs.reshape(-1, size).float(), packed, bits, scale, zero, table)
+        return None if out is None else out.to(inputs.dtype).view(*inputs.shape[:-1], rows)
+
+
+def _on_processor(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """The products with x float32 [count, in], float32 [count, out]; None where numba is missing."""
+    if (kernels := compiled()) is None:
+        return None
+    rows, groups = scale.shape
+    sums = x.view(len(x), groups, -1).sum(-1).numpy()
+    weights, x = rows * x.shape[1], _apart(x, bits)
+    out = torch.empty(len(x), rows)
+    codes, steps = packed.contiguous().view(torch.uint8).numpy(), _numbers(scale)
+    if table is not None:
+        work = functools.partial(kernels.levels, codes, steps, table.numpy(), x.numpy(), out.numpy())
+    else:
+        work = functools.partial(
+            kernels.nibbles if bits == 4 else kernels.bytewise, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy()
+        )
+    _shared(work, rows, weights)
+    return out
+
+
+def _on_accelerator(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Tensor | None, table: Tensor | None) -> Tensor | None:
+    """The same by a kernel of triton; None where it is missing, or bits are not 4."""
+    if bits != 4 or (kernels := accelerated()) is None:
+        return None
+    with torch.cuda.device_of(x):  # triton runs on the current one
+        return kernels.products(packed.contiguous().view(torch.uint8), scale, zero, table, _apart(x, bits))  # type: ignore[no-any-return]
+
+
+def _apart(x: Tensor, bits: int) -> Tensor:
+    """x [count, in] as [count, codes in a byte, in / these]: the inputs of the first code of each byte, then of the second."""
+    return x.view(len(x), -1, 8 // bits).transpose(1, 2).contiguous()
 
 
 @functools.cache
@@ -60,6 +83,16 @@ def compiled() -> Any:
     except ImportError:
         return None
     return _packed_kernels
+
+
+@functools.cache
+def accelerated() -> Any:
+    """The kernel for accelerators; None where triton is missing."""
+    try:
+        from modelwright.maths import _packed_triton
+    except ImportError:
+        return None
+    return _packed_triton
 
 
 def _numbers(values: Tensor | None) -> Any:
