@@ -308,6 +308,7 @@ def conclude(job: Job, sensitivity: dict[str, dict[str, float]], found: list[Fro
     page = report.Page(
         name=name, budget=limits.text, budget_bytes=limits.bytes, table=table, frontier=frontier, chosen=_row(chosen),
         sensitivity=sensitivity, samples=samples, recipe=best.yaml(), account=result.account, score=started, recovered=recovered,
+        bits=report.bits_by_matrix(result.model),
     )  # fmt: skip
     write_text(with_folder / "report.html", report.html(page))
     write_text(with_folder / "model" / "README.md", report.card(page, result.model))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,10 @@ from rich.table import Table
 from rich.text import Text
 
 from . import __version__
+from .anatomy import anatomy_of
+from .blocks._stored import Stored
 from .core import loading
-from .core.model import Model
+from .core.model import Model, unwrapped
 
 INK, ACCENT, SOFT, WARM = "#1f2933", "#0b6e99", "#9fb3c8", "#c2410c"
 PARTS = ("attn", "mlp")
@@ -57,6 +61,7 @@ class Page:
     account: list[dict[str, Any]]
     score: float  # of the original on the text that trials were scored on, in nats per token
     recovered: float  # of the chosen model after recovery, on the same
+    bits: list[dict[str, Any]] = field(default_factory=list)  # of the chosen model, as `bits_by_matrix` gives them
     notes: list[str] = field(default_factory=list)
 
 
@@ -211,6 +216,78 @@ def sensitivity_plot(page: Page) -> str:
     return svg_of(figure)
 
 
+def bits_by_matrix(model: Model) -> list[dict[str, Any]]:
+    """The width of each matrix's codes: rows of role, block (None outside the blocks), bits, and harm where `quantize.mixed` measured it.
+
+    harm: by the bits that the matrix alone was rounded to, nats a token. No weight is read.
+    """
+    if model.dense:
+        return []
+    module = unwrapped(model.skeleton())
+    anatomy = anatomy_of(module)
+    measured = {row["matrix"]: row["harm"] for step in model.history for row in step.get("details", []) if isinstance(row, dict)}
+    rows = []
+    for path, layer in module.named_modules():
+        bits, place = getattr(layer, "bits", None), anatomy.role(f"{path}.weight")
+        if isinstance(layer, Stored) and isinstance(bits, int) and place is not None:
+            harm = {int(key): value for key, value in measured.get(f"{path}.weight", {}).items()}
+            rows.append({"role": place[0], "block": place[1], "bits": bits, "harm": harm})
+    return rows
+
+
+def uneven(rows: list[dict[str, Any]]) -> bool:
+    """Whether matrices have codes of different widths, so that there is something to see."""
+    return len({row["bits"] for row in rows}) > 1
+
+
+def bits_plot(rows: list[dict[str, Any]]) -> str:
+    """The bits of each matrix by role and block, and what rounding it alone to the fewest bits costs where that was measured. SVG."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    roles = list(dict.fromkeys(row["role"] for row in rows))
+    inside = sorted({row["block"] for row in rows if row["block"] is not None})
+    blocks = inside + [None] * any(row["block"] is None for row in rows)
+    fewest = min((min(row["harm"]) for row in rows if row["harm"]), default=0)
+    panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [("bits", lambda row: row["bits"])]
+    if any((row["harm"].get(fewest) or 0) > 0 for row in rows):
+        panels.append((f"harm of rounding it alone to {fewest} bits, nats per token", lambda row: row["harm"].get(fewest)))
+    width = min(12.0, max(5.0, 2.2 + 0.42 * len(blocks)))
+    figure, axes = figure_of(width, (0.7 + 0.27 * len(roles)) * len(panels) + 0.3, len(panels))
+    for place, (panel, (title, value)) in enumerate(zip([axes] if len(panels) == 1 else axes, panels, strict=True)):
+        table = [[_mean([found for row in rows if (row["role"], row["block"]) == (role, block) and (found := value(row)) is not None])
+                  for block in blocks] for role in roles]  # fmt: skip
+        known = [cell for line in table for cell in line if cell == cell and (cell > 0 or not place)]
+        norm = LogNorm(min(known), max(max(known), 1.01 * min(known))) if place else None
+        shades = LinearSegmentedColormap.from_list("shades", ["#e4ecf2", WARM if place else ACCENT])
+        drawn = panel.pcolormesh(range(len(blocks) + 1), range(len(roles) + 1), table, cmap=shades, norm=norm, edgecolors="white", lw=1.5)
+        if not place and len(blocks) <= 24:
+            middle = (min(known) + max(known)) / 2
+            for line, cells in enumerate(table):
+                for column, cell in enumerate(cells):
+                    if cell == cell:
+                        panel.text(column + 0.5, line + 0.5, f"{cell:.3g}", ha="center", va="center", fontsize=8,
+                                   color="white" if cell > middle else INK)  # fmt: skip
+        if place:
+            scale = figure.colorbar(drawn, ax=panel, pad=0.01, aspect=12)
+            scale.outline.set_visible(False)
+            scale.ax.tick_params(labelsize=8)
+        panel.invert_yaxis()
+        panel.set_yticks([number + 0.5 for number in range(len(roles))], roles, fontsize=8)
+        ticks = range(0, len(blocks), 1 if len(blocks) <= 24 else len(blocks) // 12)
+        names = ["outside" if block is None else str(block) for block in blocks]
+        panel.set_xticks([tick + 0.5 for tick in ticks], [names[tick] for tick in ticks], fontsize=8)
+        panel.tick_params(length=0)
+        panel.spines[:].set_visible(False)
+        panel.set_title(title, fontsize=10, loc="left")
+        panel.set_xlabel("block", fontsize=9)
+    return svg_of(figure)
+
+
+def _mean(values: list[float]) -> float:
+    """NaN of none, which is drawn as nothing."""
+    return sum(values) / len(values) if values else math.nan
+
+
 def figure_of(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Any, Any]:
     """A figure of so many inches in the reports' style, and its axes."""
     from matplotlib import rc_context
@@ -255,7 +332,8 @@ TEMPLATE = """<!doctype html>
 <p class="lead">Perplexity with its 95 % interval over windows of text. Energy is unknown where the machine has no counter for it.</p>
 <h2>Size against quality</h2>{{ frontier }}
 <h2>What each block minds</h2>{{ sensitivity }}
-<h2>Continuations</h2>
+{% if bits %}<h2>Bits of each matrix</h2>{{ bits }}
+{% endif %}<h2>Continuations</h2>
 {% for prompt, before, after in page.samples %}<div class="pair">
 <div><b>original</b><br><span class="prompt">{{ prompt }}</span>{{ before[prompt|length:] }}</div>
 <div><b>chosen</b><br><span class="prompt">{{ prompt }}</span>{{ after[prompt|length:] }}</div></div>{% endfor %}
@@ -293,6 +371,7 @@ def html(page: Page) -> str:
     steps = [column for column in columns_of(page.account) if column not in ("flops_per_token",)]
     return made.render(
         page=page, lead=lead(page), columns=columns_of(page.table), steps=steps, names=COLUMNS, shown=shown, size=size, version=__version__,
+        bits=Markup(bits_plot(page.bits)) if uneven(page.bits) else "",
         frontier=Markup(frontier_plot(page)), sensitivity=Markup(sensitivity_plot(page)), style=Markup(STYLE),
     )  # fmt: skip
 
@@ -356,6 +435,10 @@ Made by Modelwright {__version__} with this recipe:
 """
 
 
+BITS = "bits.svg"  # beside a run's weights
+PICTURE = f"![Bits of each matrix]({BITS})\n\n"
+
+
 def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path) -> str:
     """The model card of a run, as README.md beside the weights in `folder`; no weight is read."""
     name = name if isinstance(name, str) else f"new {name['new']}"
@@ -379,7 +462,7 @@ base_model: {name}
 |---|---|---|
 {rows}
 
-`account.json` has the same after every step. Made by Modelwright {__version__} with this recipe:
+{PICTURE * (folder / BITS).is_file()}`account.json` has the same after every step. Made by Modelwright {__version__} with this recipe:
 
 ```yaml
 {recipe}```

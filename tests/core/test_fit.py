@@ -9,7 +9,7 @@ import types
 import pytest
 
 import modelwright as mw
-from modelwright import fit
+from modelwright import fit, report
 from modelwright.core import find, measure, model, recipe
 from modelwright.core.errors import PlanError
 
@@ -76,7 +76,9 @@ def test_all_files_are_there(fitted):
 
 def test_report_needs_no_other_file_and_shows_all_plots(fitted):
     page = (fitted.folder / "report.html").read_text()
-    assert page.count("<svg") == 2
+    uneven = report.uneven(report.bits_by_matrix(mw.open(fitted.folder / "model")))
+    assert page.count("<svg") == 2 + uneven
+    assert ("Bits of each matrix" in page) == uneven
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "")
     assert "src=" not in page
     assert "before" not in page[:50]

@@ -1,5 +1,6 @@
 """Tensors that are read from disk in parts."""
 
+import os
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 
 import modelwright as mw
 from modelwright.core import stream
-from modelwright.core.errors import ModelError
+from modelwright.core.errors import ModelError, WeightsError
 from modelwright.core.weights import Checkpoint, Writer
 from modelwright.methods.merge.linear import Linear
 from modelwright.methods.merge.ties import Ties
@@ -93,3 +94,24 @@ def test_tensors_of_eight_bits_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ModelError, match="tensors have 8 bits"):
         mw.apply(tiny(), Linear(), donors=[tiny().to(torch.float8_e4m3fn)])
+
+
+def test_tensors_read_ahead_are_those_of_the_files_in_any_order(tmp_path):
+    values = {name: torch.full((3,), float(number)) for number, name in enumerate("abcde")}
+    save_file(values, tmp_path / "model.safetensors")
+    with stream.Ahead(Checkpoint(tmp_path), ["a", "b", "d"]) as ahead:
+        for name in "abdabeedcba":
+            assert torch.equal(ahead.read(name), values[name])
+        held = ahead.read("a")
+        held.zero_()
+        assert torch.equal(ahead.read("a"), values["a"])
+
+
+def test_an_error_of_reading_ahead_is_told_at_its_own_tensor(tmp_path):
+    save_file({name: torch.zeros(64) for name in "abc"}, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    os.truncate(tmp_path / "model.safetensors", checkpoint.place("c").start)
+    with stream.Ahead(checkpoint, ["a", "b", "c"]) as ahead:
+        assert len(ahead.read("a")) == len(ahead.read("b")) == 64
+        with pytest.raises(WeightsError, match="became shorter"):
+            ahead.read("c")

@@ -1,7 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
+from torch import nn
 
+from modelwright.maths import rounding
 from modelwright.maths.rounding import decode, encode, pack, packed_words, scales, unpack
 
 
@@ -118,3 +122,51 @@ def test_strided_codes_are_packed_as_they_look():
     codes = torch.randint(-8, 8, (16, 24), dtype=torch.int8).t()
     assert torch.equal(pack(codes, 4), pack(codes.contiguous(), 4))
     assert torch.equal(unpack(pack(codes, 4), 4, 16), codes)
+
+
+def without_compiler(monkeypatch, work):
+    """What `work` gives by whole-array operations."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rounding, "compiled", lambda: None)
+        return work()
+
+
+@pytest.mark.parametrize("form", ["symmetric", "zero points", "even", "float zero points"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_compiled_loops_give_the_bits_of_whole_array_operations(bits, dtype, form, monkeypatch):
+    weight = (normal(301, 1024) * torch.logspace(-6, 1, 301)[:, None]).to(dtype)
+    weight[0], weight[1, :128], weight[2, :128], weight[3, ::2] = 0, 0.5, -2, weight[3, 1::2]
+    assert weight.numel() >= rounding.LEAST
+
+    def made():
+        scale, zero = scales(weight, bits, 128, symmetric="zero" not in form, even=form == "even")
+        if form == "float zero points":
+            zero = (zero.float() + normal(*zero.shape) / 4).to(dtype)
+        codes = encode(weight, scale, zero, bits)
+        return scale, zero, codes, pack(codes, bits)
+
+    for one, other in zip(made(), without_compiler(monkeypatch, made), strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_compiled_loops_take_views_halves_and_rows_that_do_not_fill_their_words(monkeypatch):
+    whole = normal(1030, 2048)
+    steps = torch.tensor([[0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -9.0, 9.0]]).repeat(64, 1024)
+    for weight in (whole[:1024, 1::2], whole.T[::2, :600], steps, whole[:, :1003], nn.Parameter(whole)):
+        one = torch.ones(len(weight), 1)
+        work = partial(lambda weight, one: pack(encode(weight, one, None, 4), 4), weight, one)
+        assert torch.equal(work(), without_compiler(monkeypatch, work))
+        assert torch.equal(scales(weight, 4)[0], without_compiler(monkeypatch, partial(lambda weight: scales(weight, 4)[0], weight)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_group_with_nan_has_no_bounds(dtype):
+    weight = normal(256, 1024).to(dtype)
+    weight[3, 200], weight[4, 5] = float("nan"), float("-inf")
+    weight[5, 1000] = -weight[3, 200]
+    scale, _ = scales(weight, 4, 128, symmetric=False)
+    assert scale[3].isnan().nonzero().tolist() == [[1]]
+    assert scale[5].isnan().nonzero().tolist() == [[7]]
+    assert scale[4].isinf().nonzero().tolist() == [[0]]
+    assert scale.isfinite().sum() == scale.numel() - 3

@@ -32,7 +32,7 @@ class Given:
     length: int = 512  # tokens in each, at most what the model allows
     work: Path | None = None  # where a long step keeps its progress
     notes: list[str] = field(default_factory=list)  # what the user should know: sites left out, fallbacks
-    details: list[str] = field(default_factory=list)  # what only the record keeps, such as a sentence for every matrix
+    details: list[Any] = field(default_factory=list)  # what only the record keeps: a sentence or a row of numbers for every matrix
     cache: dict[str, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)  # the text's tokens, by tokenizer
 
     def untold(self, method: Method | type[Method]) -> bool:

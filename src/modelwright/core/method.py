@@ -45,7 +45,7 @@ NEEDS: dict[str, str] = {
     "seed": "the seed of the step",
     "survey": "what `survey` found over all tensors",
     "notes": "a list for sentences that the user should read",
-    "details": "a list for sentences that only the record keeps",
+    "details": "a list for what only the record keeps, sentences or rows of numbers",
 }
 DRIVEN = frozenset({"rng", "seed", "survey", "notes", "details"})  # needs that the driver meets by itself
 MARKS = ("float", "sparse", "low-rank", "packed", "rounding", "adapters")

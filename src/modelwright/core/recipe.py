@@ -346,6 +346,8 @@ def _steps(
         write_text(partial / "recipe.yaml", whole_names(recipe).yaml())
         write_json(partial / "account.json", account)
         _keep_base(partial, beside, final)
+        if report.uneven(widths := report.bits_by_matrix(model)):
+            write_text(partial / report.BITS, report.bits_plot(widths))
         write_text(partial / "README.md", report.run_card(recipe.plain()["model"], whole_names(recipe).yaml(), account, partial))
     return account
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import shutil
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -164,7 +166,9 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
         chosen = {name: (site, local) for site, local in found if (name := names.get(site.name))}
         biases = {name: bias for name in chosen if (bias := f"{name.rpartition('.')[0]}.bias") in checkpoint}
     surveyed = walk.survey(method, given, lambda found: [_files(found).on_disk(name) for name in chosen], model)
-    with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out:
+    in_parts = {name for name in chosen if method.in_parts and checkpoint.nbytes(name) > LARGE}
+    ahead = Ahead(checkpoint, [name for name in checkpoint.names if name in chosen and name not in in_parts])
+    with Writer(folder, overwrite=overwrite, metadata=checkpoint.metadata or None) as out, ahead:
         for name in track(checkpoint.names, method.name()):
             _give_back()
             if name in biases.values():
@@ -173,12 +177,11 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
                 out.copy(name, checkpoint)
                 continue
             site, local = chosen[name]
-            in_parts = method.in_parts and checkpoint.nbytes(name) > LARGE
 
-            def read(source: Checkpoint, name: str = name, site: Site = site, in_parts: bool = in_parts) -> Tensor:
-                if in_parts:
+            def read(source: Checkpoint, name: str = name, site: Site = site) -> Tensor:
+                if name in in_parts:
                     return cast(Tensor, source.on_disk(name))
-                found = source.read(name)
+                found = ahead.read(name) if source is checkpoint else source.read(name)
                 return found.T if site.transposed else found
 
             extras = walk.needed(local, given, site, lambda donor: read(files[id(donor)]), surveyed)
@@ -196,6 +199,30 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
             put(skeleton, site, result.to("meta"))
         stated = loading.quantization_config(skeleton) if skeleton is not None else None
         _write_beside(out, model, method, given, checkpoint.config, stated)
+
+
+class Ahead:
+    """Tensors of a checkpoint that are read in turn, each while what came before it is worked on; one is held for that."""
+
+    def __init__(self, checkpoint: Checkpoint, names: Sequence[str]):
+        self.checkpoint = checkpoint
+        self._after = dict(itertools.pairwise(names))
+        self._reader = ThreadPoolExecutor(1)
+        self._next: tuple[str, Future[Tensor]] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name`, in memory of its own."""
+        waiting, self._next = self._next, None
+        found = waiting[1].result() if waiting is not None and waiting[0] == name else self.checkpoint.read(name)
+        if (after := self._after.get(name)) is not None:
+            self._next = after, self._reader.submit(self.checkpoint.read, after)
+        return found
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
 
 def _every_tensor(checkpoint: Checkpoint, method: Chooses, given: Given) -> walk.Chosen:

@@ -10,15 +10,21 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from modelwright.maths.slices import SLICE, each
+
 CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
 NORM = 2.4  # the power of the error that it minimises
+Found = TypeVar("Found")
 LEAST_STEP = 1 / 2e4  # of a group's largest size, between its levels in half-quadratic splitting
 ROWS = 256  # whose codes are found together, so that no float copy of all of them is made
+LEAST = 1 << 18  # weights; of a smaller matrix whole-array operations take less time than a compiler takes to load
 
 
 def scales(
@@ -35,15 +41,24 @@ def scales(
     Returns (scale [out, groups] in weight's dtype and always above 0, zero [out, groups] int8 or None).
     Source: IST-DASLab/gptq quant.py; compressed-tensors for the symmetric range.
     """
-    grouped = _grouped(weight, weight.shape[1] // (group or weight.shape[1])).float()
-    low = grouped.amin(-1).clamp_(max=0)
-    high = grouped.amax(-1).clamp_(min=0)
+    own = functools.partial(_scales, groups=weight.shape[1] // (group or weight.shape[1]), kernels=_kernels(weight))
+    found = _by_rows(lambda at: own(weight[at], bits=bits, symmetric=symmetric, mse=mse, even=even), weight)
+    zeros = [zero for _, zero in found if zero is not None]
+    return torch.cat([scale for scale, _ in found]), torch.cat(zeros) if zeros else None
+
+
+def _scales(
+    weight: Tensor, groups: int, kernels: Any, *, bits: int, symmetric: bool, mse: bool, even: bool
+) -> tuple[Tensor, Tensor | None]:
+    low, high = _bounds(weight, groups, kernels)
+    low, high = low.clamp_(max=0), high.clamp_(min=0)
     if symmetric:
         high = torch.maximum(high, low.neg_())
         low = -high
     scale, zero = _scale(low, high, bits, symmetric, weight.dtype, even)
     if not mse:
         return scale, zero
+    grouped = _grouped(weight, groups).float()
     least = _error(grouped, scale, zero, bits)
     for step in range(1, CLIPS):
         shrunk = 1 - step / 100
@@ -111,11 +126,17 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
 
     weight [out, in], scale and zero [out, groups] as `scales` gives them.
     """
-    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for start in range(0, len(weight), ROWS):
-        part = slice(start, start + ROWS)
-        own = _codes(_grouped(weight[part], scale.shape[1]), scale[part], None if zero is None else zero[part], bits)
-        codes[part] = own.view(-1, weight.shape[1])
+    kernels = _kernels(weight)
+    codes = torch.from_numpy(np.empty(weight.shape, np.int8)).to(weight.device)  # numpy asks for large pages
+
+    def work(at: slice) -> None:
+        own = weight[at].detach(), scale[at].detach(), None if zero is None else zero[at].detach()
+        if kernels is None:
+            codes[at] = _codes(_grouped(own[0], scale.shape[1]), *own[1:], bits).view(-1, weight.shape[1])
+        else:
+            _nearest(kernels, *own, bits, codes[at])
+
+    _by_rows(work, weight)
     return codes
 
 
@@ -166,6 +187,11 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     words = packed_words(columns, bits)
     values, width = _unit(bits)
+    if columns * bits == words * 32 and columns % 8 == 0 and (kernels := _kernels(codes)) is not None:
+        out, given = torch.empty(rows, words, dtype=torch.int32), codes.contiguous().view(torch.uint8)
+        loop = kernels.nibbles if bits == 4 else functools.partial(kernels.streams, bits)
+        _by_rows(lambda at: loop(given[at].numpy(), out[at].view(torch.uint8).numpy()), codes)
+        return out
     units = -(-words * 4 // width)
     unsigned = codes.new_zeros(rows, units * values, dtype=torch.uint8)
     unsigned[:, :columns] = codes.view(torch.uint8) + (1 << (bits - 1))
@@ -216,6 +242,48 @@ def unpack_bytes(stream: Tensor, bits: int, columns: int) -> Tensor:
 def packed_words(columns: int, bits: int) -> int:
     """How many 32-bit words a row of codes takes."""
     return -(-columns * bits // 32)
+
+
+def _kernels(values: Tensor) -> Any:
+    """The compiled loops, for matrices whose work takes longer than to load them; None for others, and where numba is missing."""
+    fits = values.dtype in (torch.int8, torch.bfloat16, torch.float16, torch.float32) and values.device.type == "cpu"
+    return compiled() if fits and values.numel() >= LEAST else None
+
+
+@functools.cache
+def compiled() -> Any:
+    """The compiled loops; None where numba is missing."""
+    try:
+        from modelwright.maths import _rounding_kernels
+    except ImportError:
+        return None
+    return _rounding_kernels
+
+
+def _by_rows(work: Callable[[slice], Found], values: Tensor) -> list[Found]:
+    """What `work` gives for a few rows of a matrix at a time, beside each other; so no float copy of all of them is made."""
+    return list(each(work, len(values), max(1, SLICE // values.shape[1])))
+
+
+def _bounds(weight: Tensor, groups: int, kernels: Any) -> tuple[Tensor, Tensor]:
+    """The least and the greatest weight of each group, float32 [out, groups]; NaN where one is NaN."""
+    if kernels is None:
+        grouped = _grouped(weight, groups).float()
+        return grouped.amin(-1), grouped.amax(-1)
+    whole = torch.int32 if weight.dtype == torch.float32 else torch.int16
+    numbers = weight.detach().contiguous().view(whole).numpy()
+    low, high = (torch.empty(len(weight), groups, dtype=whole) for _ in range(2))
+    kernels.bounds(numbers, numbers.dtype.type(torch.iinfo(whole).max), low.numpy(), high.numpy())
+    return low.view(weight.dtype).float(), high.view(weight.dtype).float()
+
+
+def _nearest(kernels: Any, weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, codes: Tensor) -> None:
+    """Fill codes int8 [out, in] with those of `encode`, by a compiled loop."""
+    values = (weight.contiguous().view(torch.uint16) if weight.dtype == torch.bfloat16 else weight.float().contiguous()).numpy()
+    none = torch.zeros(1, 1).expand(scale.shape)
+    before, after = (none, none) if zero is None else (zero.float(), none) if zero.is_floating_point() else (none, zero.float())
+    least, most = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
+    kernels.nearest(values, scale.float().numpy(), before.numpy(), after.numpy(), least, most, codes.numpy())
 
 
 def _unit(bits: int) -> tuple[int, int]:

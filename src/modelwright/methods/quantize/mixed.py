@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
         low = min(self.choices)
         return [f"bits are {self.bits:g} on average, and the least of choices is {low}. Give more, or a lower choice."] * (self.bits < low)
 
-    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
+    def model(self, model: Model, calibration: Sequence[Batch], notes: list[str], details: list[Any]) -> Model:
         module = unwrapped(model.module)
         with torch.no_grad(), split_experts(module):
             sites = [site for site in anatomy_of(module).sites(module) if site.role not in ("embed", "position")]
@@ -64,7 +64,8 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
                 raise SiteError(f"{self.name()}: all chosen matrices are stored otherwise than dense. Quantise a model once.")
             sizes = torch.tensor([weight.numel() for site, _ in chosen if (weight := weight_of(module, site)) is not None])
             costs = sizes[:, None] * torch.tensor(self.choices)
-            places = least_harm(self.harm(model, chosen, first(calibration, self.tries)), costs, self.bits * float(sizes.sum()))
+            harm = self.harm(model, chosen, first(calibration, self.tries))
+            places = least_harm(harm, costs, self.bits * float(sizes.sum()))
             widths = [self.choices[place] for place in places]
             made: list[nn.Module] = []
             for start in track(range(0, len(chosen), TOGETHER), self.name()):
@@ -81,6 +82,8 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
                     made.append(solver.layer(weight, seen if seen.tokens else alike(seen, Gptq.gathers)))
             for (site, _), layer in zip(chosen, made, strict=True):
                 put(module, site, layer)
+        for (site, _), bits, row in zip(chosen, widths, harm.tolist(), strict=True):
+            details.append({"matrix": site.name, "bits": bits, "harm": dict(zip(map(str, self.choices), row, strict=True))})
         spread = ", ".join(f"{matrices} of {bits}" for bits, matrices in sorted(Counter(widths).items()))
         mean = float((sizes * torch.tensor(widths)).sum() / sizes.sum())
         notes.append(f"{self.name()}: {mean:.3f} bits on average; matrices by their bits: {spread}")
