@@ -26,9 +26,8 @@ SETTINGS = {
     "prune.prunenet": {"episodes": 2},
 }
 HOMES = {"prune.reap": ["mixtral"], "prune.precropping": ["resnet"]}  # by default all but the last
-PLACES = [
-    (name, kind) for name in find.names() for kind in HOMES.get(name, KINDS[:-1]) if issubclass(find.find(name), UnitPruner) or name in HOMES
-]
+METHODS = [name for name in find.names() if name in HOMES or issubclass(find.find(name), UnitPruner)]
+PLACES = [(name, kind) for name in METHODS for kind in HOMES.get(name, KINDS[:-1])]
 
 
 def silenced(module, kind, kept):
