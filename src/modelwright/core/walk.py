@@ -449,7 +449,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                             walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
                         )
                         _reorder(walk.module, now, statistics, free, notes)
-                        _rescale(walk, depth, now, statistics, [fold for fold in foldable if fold.depth == depth], notes)
+                        rescale(walk, now, statistics, [fold for fold in foldable if fold.depth == depth], notes)
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -478,10 +478,7 @@ def _survey_blocks(walk: Resident, method: LayerMethod, batches: Sequence[Batch]
             statistics = gather(walk, [site for site, _ in chosen], method.surveys(), functools.partial(_collected, walk, depth, after))
             seen = []
             for site, _ in chosen:
-                if not statistics[site.name].finite():
-                    raise SiteError(
-                        f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it."
-                    )
+                refuse_not_finite(site, statistics[site.name], method)
                 weight = weight_of(walk.module, site)
                 assert weight is not None
                 if statistics[site.name].tokens:
@@ -561,10 +558,8 @@ def _reorder(
             notes.append(f"{local.name()} left the inputs of {site.module} where they are: {why}")
 
 
-def _rescale(
-    walk: Resident, depth: int, chosen: Chosen, statistics: dict[str, Statistics], folds: Sequence[folding.Fold], notes: list[str]
-) -> None:
-    """Let the method scale inputs whose makers can be divided by as much."""
+def rescale(walk: Resident, chosen: Chosen, statistics: dict[str, Statistics], folds: Sequence[folding.Fold], notes: list[str]) -> None:
+    """Let the method scale inputs whose makers can be divided by as much; by the statistics of the matrix that saw the most tokens."""
     local = {site.name: method for site, method in chosen}
     for fold in folds:
         own = [site for site in fold.readers if site.name in local]
@@ -574,11 +569,11 @@ def _rescale(
         if lacking := [name for name in names if name not in dense]:
             notes.append(f"{local[own[0].name].name()} left the inputs of {own[0].module} as they are: {lacking[0]} is stored otherwise")
             continue
-        seen = statistics[own[0].name]
+        seen = max((statistics[site.name] for site in own), key=lambda one: one.tokens)
         if seen.tokens == 0 or not seen.finite():
             continue  # said when it is worked on
         readers = [(local[site.name], weight_of(walk.module, site)) for site in own]
-        factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, depth, fold, own))
+        factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, fold, own))
         if factor is None:
             continue
         folding.apply_fold(walk.module, fold, factor)
@@ -586,7 +581,7 @@ def _rescale(
             one.rescale(1 / factor)
 
 
-def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site]) -> Callable[[Sequence[Tensor]], float]:
+def _harm(walk: Resident, fold: folding.Fold, sites: Sequence[Site]) -> Callable[[Sequence[Tensor]], float]:
     """How far the outputs of what matrices are part of are from what they were, with others in their place: a mean square."""
     scope = walk.module.get_submodule(fold.scope)
     calls: list[tuple[Any, Any, Tensor]] = []
@@ -600,7 +595,7 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
     def harm(weights: Sequence[Tensor]) -> float:
         if not calls:
             handle = scope.register_forward_hook(remember, with_kwargs=True)
-            for _ in walk.run_block(depth):
+            for _ in walk.run_block(fold.depth):
                 pass
             handle.remove()
         held = [tensor for site in sites if (tensor := weight_of(walk.module, site)) is not None]
@@ -624,7 +619,7 @@ def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statis
 
 
 def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Tensor | nn.Module:
-    _refuse_not_finite(site, statistics, method)
+    refuse_not_finite(site, statistics, method)
     if statistics.tokens == 0:
         given.notes.append(f"{method.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
         statistics = alike(statistics, method.gathers)
@@ -636,7 +631,8 @@ def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statis
     return local.layer(weight, **extras)
 
 
-def _refuse_not_finite(site: Site, statistics: Statistics, method: LayerMethod) -> None:
+def refuse_not_finite(site: Site, statistics: Statistics, method: Method) -> None:
+    """Raise SiteError where what enters a matrix is NaN or infinite."""
     if not statistics.finite():
         raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
 
