@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 RECORD = "modelwright.json"
 COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
-PACKED = {"packed", "embedding", "levels", "float8", "static", "planes", "coded", "coded_embedding"}  # kinds of layers that store codes
+PACKED = {  # kinds of layers that store codes
+    "packed", "embedding", "levels", "float8", "static", "planes", "bit_stack", "coded", "coded_embedding",
+}  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
