@@ -100,7 +100,7 @@ class BitStackLinear(Stored):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype."""
-        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        return self.linear(inputs)
 
     def describe(self) -> dict[str, Any]:
         """The kind, sizes and settings, as a JSON object; the places say how many terms there are."""

@@ -24,13 +24,13 @@ from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
+from . import adapters, find, kinds, sharing, training
 from . import data as texts
-from . import find, kinds, sharing, training
 from .errors import LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, Chooses, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
+from .model import PACKED, Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
 from .statistics import Statistics
@@ -179,10 +179,10 @@ def record(model: Model, method: Method, given: Given) -> None:
 
 def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> None:
     """Raise when the model or a donor cannot take the method in its present form."""
-    lacking = method.wants - model.marks
+    lacking = method.lacks(model.marks)
     if lacking:
         raise PlanError(
-            f"{method.name()} wants a model that is {' and '.join(sorted(lacking))}; {model.name} is "
+            f"{method.name()} wants a model that is {' and '.join(lacking)}; {model.name} is "
             f"{', '.join(sorted(model.marks)) or 'none of these'}. Put this step before the one that changed that."
         )
     strangers = [donor for donor in donors if method.donors_want - donor.marks]
@@ -670,14 +670,27 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
 # Adapters
 
 
+def bearing_sites(module: nn.Module) -> list[Site]:
+    """The weights that an adapter can stand beside: dense matrices, and linears that store codes."""
+    anatomy = anatomy_of(module)
+    found = anatomy.sites(module)
+    for path, layer in module.named_modules():
+        if isinstance(layer, Stored) and layer.kind in PACKED and layer.replaces in ("Linear", "Conv1D"):
+            name = f"{path}.weight"
+            found.append(Site(name, path, *(anatomy.role(name) or ("linear", None)), 0))
+    return found
+
+
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     import peft
 
     module: Any = model.module
-    names = [site.name for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
+    names = [site.name for site, _ in choose(module, bearing_sites(module), method, given.notes)]
+    if rounding := [name for name, layer in module.named_modules() if isinstance(layer, Stored) and layer.rounds_inputs]:
+        raise ModelError(f"{method.name()}: {rounding[0]} rounds its inputs, so that no gradient passes it. Round weights alone.")
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)))
+        model.module = peft.get_peft_model(module, adapters.beside_stored(method.adapter(sharing.layers(module, names))))
 
 
 # Training
