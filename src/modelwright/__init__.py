@@ -38,6 +38,7 @@ _HOMES = {
     "unpack_task": "tasks",
     "export_c": "c_code",
     "export": "formats",
+    "resize": "core.resizing",
     "kivi_cache": "caches",
     "fp8_cache": "caches",
     "check": "core.contract",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .core.model import Model, open
     from .core.plan import plan
     from .core.recipe import Recipe, run
+    from .core.resizing import resize
     from .core.walk import apply
     from .deltas import pack_delta, unpack_delta
     from .fit import fit

@@ -21,7 +21,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import socket
 import time
@@ -44,6 +43,7 @@ from modelwright.anatomy import anatomy_of, matches
 from . import __version__, report
 from .core import data as texts
 from .core import find, measure, plan, recipe, walk
+from .core.budget import Budget
 from .core.errors import DataError, ModelError, PlanError, RecipeError
 from .core.files import locked, place_of, publish, refuse_existing, refuse_inputs, write_json, write_text
 from .core.given import Given
@@ -111,36 +111,6 @@ class Effort:
         if parameters <= WHOLE:
             return self
         return self.of(min(self.tokens, max(FEWEST, round(self.tokens * math.sqrt(WHOLE / parameters)))))
-
-
-@dataclass(frozen=True)
-class Budget:
-    """The most bytes that the weight files may take."""
-
-    bytes: int
-    text: str
-
-    @classmethod
-    def parse(cls, text: str | int | float, original: int) -> Budget:
-        """Read "40%", "300MB", "1.5GiB", "2x" (half the size) or a number of bytes.
-
-        Raises:
-            PlanError: not a budget, or one that asks for nothing smaller.
-        """
-        found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(%|x|[kKMGT]?i?B)?\s*", str(text))
-        if not found:
-            raise PlanError(f"A budget is written 40%, 300MB or 2x; got {text!r}.")
-        value, unit = float(found[1]), found[2] or "B"
-        if unit == "%":
-            size = original * value / 100
-        elif unit == "x":
-            size = original / value if value else 0
-        else:
-            step = 1024 if "i" in unit else 1000
-            size = value * step ** ("kMGT".index(unit[0].replace("K", "k")) + 1 if unit not in ("B",) else 0)
-        if size < 1:
-            raise PlanError(f"A budget of {text} leaves no byte. Ask for more.")
-        return cls(int(size), str(text))
 
 
 @dataclass

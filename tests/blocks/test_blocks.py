@@ -7,11 +7,13 @@ import torch
 from torch.nn.functional import embedding, linear
 
 from modelwright.blocks import build
+from modelwright.blocks.bit_stack import BitStackLinear
 from modelwright.blocks.embedding import PackedEmbedding
 from modelwright.blocks.low_rank import LowRankLinear
 from modelwright.blocks.packed import PackedLinear
 from modelwright.blocks.sparse import SparseLinear
 from modelwright.core.errors import ModelError
+from modelwright.maths import residual, signed_low_rank
 from modelwright.maths.rounding import decode, encode, scales
 
 OUT, IN = 12, 40
@@ -47,6 +49,13 @@ def sparse(bias=True, dtype=torch.float32, columns=IN):
     return SparseLinear.from_dense(weight, normal(OUT, dtype=dtype) if bias else None), weight
 
 
+def stacked(bias=True, dtype=torch.float32, columns=IN):
+    weight = normal(OUT, columns)
+    found = residual.stack(weight, 3, lambda rest: signed_low_rank.fit(rest, 2), signed_low_rank.decode)
+    layer = BitStackLinear.of(found, [1, 0], dtype, normal(OUT, dtype=dtype) if bias else None)
+    return layer, residual.total(found, signed_low_rank.decode).to(dtype)
+
+
 LAYERS = [
     packed,
     lambda dtype=torch.float32: packed(bits=3, symmetric=False, dtype=dtype),
@@ -57,6 +66,8 @@ LAYERS = [
     lambda dtype=torch.float32: factored(bias=False, dtype=dtype),
     sparse,
     lambda dtype=torch.float32: sparse(bias=False, columns=13, dtype=dtype),
+    stacked,
+    lambda dtype=torch.float32: stacked(bias=False, columns=13, dtype=dtype),
 ]
 
 

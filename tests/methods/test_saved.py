@@ -15,6 +15,7 @@ from tiny import outputs, tiny, tiny_inputs
 
 import modelwright as mw
 from modelwright.core.model import Model
+from modelwright.methods.encode.bitstack import Bitstack
 from modelwright.methods.factor.svd import Svd
 from modelwright.methods.prune.magnitude import Magnitude
 from modelwright.methods.quantize.gptq import Gptq
@@ -38,6 +39,7 @@ OURS = {
     "asymmetric": ("llama", Rtn(bits=4, group=32, symmetric=False)),
     "experts": ("qwen3_moe", Rtn(bits=4, group=16)),
     "stored the other way": ("gpt2", Rtn(bits=4, group=32)),
+    "terms": ("llama", Bitstack(terms=3, rank=4, tries=2)),
     "factors of integers": ("llama", [Svd(rank=16), Rtn(bits=4, group=16, where="mlp.*")]),
 }
 ORDERS = {
@@ -83,7 +85,8 @@ def loaded(tmp_path_factory):
         module = tiny("llama", **config).to(dtype)
         plain[name] = mw.apply(mw.open(module), method, data=batches(module))
     for name, (kind, method) in OURS.items():
-        ours[name] = mw.apply(mw.open(tiny(kind)), method)
+        module = tiny(kind)
+        ours[name] = mw.apply(mw.open(module), method, data=batches(module))
     models = {order: plain if order == "transformers alone" else ours for order in ORDERS}
     folders = {id(group): saved(group, tmp_path_factory.mktemp("saved")) for group in (plain, ours)}
     running = {order: elsewhere(order, folders[id(group)]) for order, group in models.items()}

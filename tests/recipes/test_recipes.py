@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import standin
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 
-from modelwright.core import plan, recipe
+from modelwright.blocks.levels import LevelsLinear
+from modelwright.core import plan, recipe, walk
 from modelwright.core.errors import NeedError
+from modelwright.core.given import Given
 from modelwright.core.model import open
+from modelwright.methods.quantize.dequantize import Dequantize
 
 FOLDER = Path(__file__).parents[2] / "recipes"
 SHORT = ["samples=4", "length=64"]
@@ -24,6 +28,7 @@ OVERRIDES = {  # what makes each recipe short
     "quantize": SHORT,
     "merge-ties": [],
     "lora": ["steps.1.tokens=2048", "steps.1.length=64"],
+    "qlora": ["steps.0.group=32", "steps.1.rank=4", "steps.2.tokens=2048", "steps.2.length=64", "steps.2.learning_rate=0.01"],
     "sparse-pretrain": ["steps.0.tokens=2048", "steps.0.length=64"],
     "expert": ["steps.0.tokens=2048", "steps.0.length=64"],
 }  # fmt: skip
@@ -89,6 +94,23 @@ def test_lora_folds_into_a_model_without_adapters(tmp_path, stand_in):
     done = recipe.run(made("lora", tmp_path, stand_in))
     assert "adapters" not in done.model.marks
     assert done.account[0]["parameters"] == done.account[-1]["parameters"] < done.account[1]["parameters"]
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, in from_pretrained
+def test_qlora_ends_with_an_adapter_beside_packed_weights_that_plain_peft_reads(tmp_path, stand_in):
+    done = recipe.run(made("qlora", tmp_path, stand_in))
+    assert done.model.marks == {"packed", "adapters"}
+    packed = [layer for layer in done.model.module.modules() if isinstance(layer, LevelsLinear)]
+    assert len(packed) == 7 * standin.CONFIG["num_hidden_layers"]
+    assert {(layer.levels, layer.scales) for layer in packed} == {("nf4", "nested")}
+    assert done.account[1]["bytes_disk"] < 0.5 * done.account[0]["bytes_disk"]
+    base = walk.change(open(tmp_path / "out" / "base"), Dequantize(), Given()).module
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        found = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()(input_ids=ids).logits
+        assert torch.allclose(found, done.model.module(input_ids=ids).logits, atol=1e-4)
+    assert not torch.allclose(found, before, atol=1e-3)
 
 
 def test_prune_and_recover_removes_a_block_and_ends_packed(tmp_path, stand_in):

@@ -69,6 +69,19 @@ class Guest(Described):
         """What the host computes from now on."""
 
 
+class _Remade(torch.autograd.Function):
+    """x Ŵᵀ of a layer, which for the gradient of x makes Ŵ anew, so that no dense weight is kept from one pass to the other."""
+
+    @staticmethod
+    def forward(context: Any, inputs: Tensor, layer: Stored) -> Tensor:  # type: ignore[override]
+        context.layer = layer
+        return nn.functional.linear(inputs, layer.dense().to(inputs.dtype))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ context.layer.dense().to(gradient.dtype), None
+
+
 class Stored(Described):
     """A layer whose weight is stored in another form than a dense matrix."""
 
@@ -76,8 +89,10 @@ class Stored(Described):
     dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
     exact: tuple[str, ...] = ()  # tensors whose dtype is part of the format: `to` another dtype leaves them as they are
     lossless: ClassVar[bool] = False  # holds every bit of the weight, so that it also stands for an embedding and the head tied to it
+    rounds_inputs: bool = False  # so that no gradient passes through
     out_features: int
     in_features: int
+    bias: nn.Parameter | None
 
     def _apply(self, function: Any, recurse: bool = True) -> Self:
         kept = {name: self._buffers[name] for name in self.exact if self._buffers[name] is not None}
@@ -90,6 +105,13 @@ class Stored(Described):
     @abstractmethod
     def dense(self) -> Tensor:
         """The weight that this layer stands for, [out, in]."""
+
+    def linear(self, inputs: Tensor) -> Tensor:
+        """x Ŵᵀ + b with the dense weight, to which no gradient goes: inputs [..., in] → [..., out], in the inputs' dtype."""
+        if torch.is_grad_enabled() and inputs.requires_grad:
+            found = _Remade.apply(inputs, self)
+            return found if self.bias is None else found + self.bias.to(found.dtype)
+        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
 
     @property
     def weight(self) -> Tensor:

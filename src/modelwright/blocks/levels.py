@@ -100,7 +100,7 @@ class LevelsLinear(Stored):
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         found = product(inputs, self.weight_packed, self.bits, self.scale(), table=self.values()) if self.bits == 4 else None
         if found is None:
-            return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+            return self.linear(inputs)
         return found if self.bias is None else found + self.bias
 
     def scheme(self) -> dict[str, Any] | None:

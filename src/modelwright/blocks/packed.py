@@ -47,7 +47,7 @@ class PackedLinear(Stored):
     ):
         super().__init__()
         self.out_features, self.in_features, self.bits, self.group = out_features, in_features, bits, group
-        self.inputs, self.threshold, self.zeros = inputs, threshold, zeros
+        self.inputs, self.threshold, self.zeros, self.rounds_inputs = inputs, threshold, zeros, inputs is not None
         groups = in_features // (group or in_features)
         sizes = [(out_features, packed_words(in_features, bits)), (packed_words(out_features, bits), groups)]
         codes, whole = (torch.empty(size, dtype=torch.int32, device=device) for size in sizes)
@@ -105,7 +105,7 @@ class PackedLinear(Stored):
         if self.inputs is None:
             found = product(inputs, self.weight_packed, self.bits, self.weight_scale, self.weight_zero_point)
             if found is None:
-                return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+                return self.linear(inputs)
             return found if self.bias is None else found + self.bias
         found = self._of_rounded(inputs.reshape(-1, self.in_features)).to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
         return found if self.bias is None else found + self.bias

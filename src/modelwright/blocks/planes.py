@@ -64,7 +64,7 @@ class PlanesLinear(Stored):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype."""
-        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+        return self.linear(inputs)
 
     def describe(self) -> dict[str, Any]:
         """The kind, sizes and settings, as a JSON object."""

@@ -36,7 +36,7 @@ class TernaryLinear(Trained):
     ):
         super().__init__()
         self.out_features, self.in_features, self.packed = out_features, in_features, packed
-        self.exact = ("weight_scale",)
+        self.exact, self.rounds_inputs = ("weight_scale",), packed
         codes = torch.empty(out_features, -(-in_features // ternary.DIGITS), dtype=torch.uint8, device=device)
         self.register_buffer("weight_packed", codes if packed else None)
         self.register_buffer("weight_scale", torch.empty(1, dtype=torch.float32, device=device) if packed else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from modelwright.anatomy import Site, Units
 from modelwright.anatomy.removal import selections
+from modelwright.blocks._stored import Stored
 
 from .errors import ModelError
 from .files import read_json, write_json
@@ -59,7 +61,7 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
         scale = layer.scaling[name]
         if name in layer.lora_embedding_A:
             updates[path] = Update(layer.lora_embedding_B[name].detach() * scale, layer.lora_embedding_A[name].detach())
-        elif isinstance(layer.lora_A[name], nn.Linear) and not layer.lora_variant and layer.__class__.__name__ == "Linear":
+        elif isinstance(layer.lora_A[name], nn.Linear) and not layer.lora_variant and layer.__class__.__name__ in ("Linear", "StoredLora"):
             up: Any = layer.lora_B[name]
             bias = None if up.bias is None else up.bias.detach() * scale
             updates[path] = Update(up.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
@@ -69,6 +71,31 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
         found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
         raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
     return updates, whole
+
+
+@functools.cache
+def _stored_bearer() -> type[nn.Module]:
+    """The class of LoRA's layer around one of ours that is stored in another form."""
+    from peft.tuners.lora.layer import Linear
+
+    class StoredLora(Linear):
+        def __init__(self, base_layer: Any, adapter_name: str, config: Any, **others: Any):
+            config.fan_in_fan_out = base_layer.replaces == "Conv1D"  # as peft sets it where the layer is dense
+            super().__init__(base_layer, adapter_name, config, **others)
+
+        def merge(self, *args: Any, **kwargs: Any) -> None:
+            if isinstance(self.get_base_layer(), Stored):
+                raise ModelError("An update cannot go into a packed weight, which would be rounded anew. Use quantize.dequantize first.")
+            super().merge(*args, **kwargs)
+
+    return StoredLora
+
+
+def beside_stored(config: Any) -> Any:
+    """The config of an adapter, which from now on also knows layers that are stored in another form than a dense matrix."""
+    if hasattr(config, "_register_custom_module"):
+        config._register_custom_module({Stored: _stored_bearer()})
+    return config
 
 
 def bearing(site: Site) -> str:

@@ -229,7 +229,7 @@ def check_page_is_complete(cls: type[Method]) -> None:
 
 
 def check_marks_are_known(cls: type[Method]) -> None:
-    strange = (cls.wants | cls.leaves | cls.drops) - set(MARKS)
+    strange = (cls.wants | cls.suffices | cls.leaves | cls.drops) - set(MARKS)
     assert not strange, f"unknown marks {strange}"
 
 

@@ -20,7 +20,7 @@ def page(name: str) -> str:
     lines += [f"Level: {cls.level}.  Status: {cls.status}."]
     needs = [need for need in cls.needs() if need not in DRIVEN]
     lines += ["Needs: " + (", ".join(needs) if needs else "nothing but the model") + "."]
-    for label, marks in (("Wants", cls.wants), ("Leaves", cls.leaves), ("Drops", cls.drops)):
+    for label, marks in (("Wants", cls.wants), ("In the place of float", cls.suffices), ("Leaves", cls.leaves), ("Drops", cls.drops)):
         if marks:
             lines.append(f"{label}: {', '.join(sorted(marks))}.")
     lines += ["", "Settings" + (" (numbers may be lists over depth or maps by role):" if cls.by_place else ":")]

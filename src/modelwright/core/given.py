@@ -112,3 +112,14 @@ def inputs_of(module: nn.Module, batch: Batch) -> dict[str, Any]:
     """A batch on the module's device."""
     device = next((value.device for value in module.parameters() if not value.is_meta), torch.device("cpu"))
     return {key: value.to(device) for key, value in batch.items()}
+
+
+def first(batches: Sequence[Batch], sequences: int) -> list[Batch]:
+    """The first sequences of batches."""
+    found: list[Batch] = []
+    for batch in batches:
+        rows = len(next(iter(batch.values())))
+        found.append({name: value[:sequences] for name, value in batch.items()})
+        if (sequences := sequences - rows) <= 0:
+            break
+    return found

@@ -24,7 +24,7 @@ import io
 import tokenize
 import typing
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
@@ -71,6 +71,7 @@ class Method(ABC):
     causal: ClassVar[bool] = False  # needs a model that predicts the next token
     neutral: ClassVar[Mapping[str, Any] | None] = None  # settings under which no output may change
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
+    suffices: ClassVar[frozenset[str]] = frozenset()  # marks of which one does in the place of float
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
@@ -135,6 +136,11 @@ class Method(ABC):
         unknown = [name for name in parameters if name not in NEEDS]
         assert not unknown, f"{cls.name()}: {cls.verb} asks for {unknown}, which is not in the closed list of needs"
         return tuple(parameters)
+
+    @classmethod
+    def lacks(cls, marks: Set[str]) -> list[str]:
+        """The marks that it wants and that are not among these."""
+        return sorted(cls.wants - marks - (frozenset({"float"}) if cls.suffices & marks else frozenset()))
 
     @classmethod
     def build(cls, settings: Mapping[str, Any]) -> Self:

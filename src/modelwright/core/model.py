@@ -36,7 +36,9 @@ if TYPE_CHECKING:
 RECORD = "modelwright.json"
 COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
-PACKED = {"packed", "embedding", "levels", "float8", "static", "planes", "coded", "coded_embedding"}  # kinds of layers that store codes
+PACKED = {  # kinds of layers that store codes
+    "packed", "embedding", "levels", "float8", "static", "planes", "bit_stack", "coded", "coded_embedding",
+}  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -469,15 +471,19 @@ def load_module(folder: Path, config: Any, trust_remote_code: bool = False, unre
     """
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
+
+        from .adapters import beside_stored
 
         refuse_pickled(folder)
         base = load_module(base_of(adapter), config, trust_remote_code, unread)
         with quiet():
-            borne: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-        for stated in borne.peft_config.values():
-            if not Path(stated.base_model_name_or_path).is_dir() and (place := beside(adapter, stated.base_model_name_or_path)):
-                stated.base_model_name_or_path = str(place)
+            stated = PeftConfig.from_pretrained(str(folder))
+            stated.inference_mode = False
+            borne: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True, config=beside_stored(stated))
+        for own in borne.peft_config.values():
+            if not Path(own.base_model_name_or_path).is_dir() and (place := beside(adapter, own.base_model_name_or_path)):
+                own.base_model_name_or_path = str(place)
         return borne
     descriptions, ties = stated_descriptions(config), sharing.stated_ties(config)
     if descriptions or ties:

@@ -312,9 +312,7 @@ def _linear_hook(name: str, found: dict[str, Statistics], walk: Resident, turn: 
         else:
             assert found[name] is own, f"{name} was given the input of another matrix in one batch and its own in the next"
             turn["input"] = (x, x._version, own)
-            if mask is not None and mask.shape == x.shape[:2]:
-                x = x[mask.bool()]
-            own.add(x)
+            own.add(x, mask)
         turn["reached"].append(name)
         if len(turn["reached"]) == turn["all"]:
             raise _Gathered

@@ -474,7 +474,7 @@ def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], lis
     makers: dict[str, str] = {}
     for number, step in enumerate(recipe.steps):
         method = step.method
-        for mark in sorted(method.wants - marks):
+        for mark in method.lacks(marks):
             maker = makers.get(f"-{mark}")
             because = f"step {maker} leaves it without" if maker else f"the model is {', '.join(sorted(marks))}"
             sentence = f"step {number}: {method.name()} wants a model that is {mark}, but {because}. Put it earlier."

@@ -15,14 +15,14 @@ SAMPLE = 512  # tokens, twice as many at most, whose inputs are kept
 class Statistics:
     """Sums over the inputs x [tokens, in] of one matrix; only what the method asks for is gathered.
 
-    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "moment", "sample".
+    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "sequence", "moment", "sample".
     """
 
     def __init__(self, inputs: int, gathers: Iterable[str] = (), device: torch.device | str = "cpu"):
         self.inputs = inputs
         self.tokens = 0
         wanted = set(gathers)
-        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "moment", "sample"}
+        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "sequence", "moment", "sample"}
         assert not unknown, f"no such statistics: {unknown}"
 
         def zeros(*names: str) -> Tensor | None:
@@ -33,6 +33,8 @@ class Statistics:
         self._spread = zeros("variance")
         self._absolute = zeros("absolute")
         self._largest = zeros("largest")
+        self._sequence = zeros("sequence")
+        self._sequences = 0
         self._moment: Moment | None = None  # made when the first inputs come
         self._sample = torch.zeros(0, inputs, device=device) if "sample" in wanted else None
         self._apart = 1  # tokens from one that is kept to the next
@@ -43,9 +45,15 @@ class Statistics:
         self.sharers = 0  # matrices with these inputs that are still to be worked on, where that is counted
         self._factor: tuple[float, tuple[Tensor, Tensor, float]] | None = None
 
-    def add(self, x: Tensor) -> None:
-        """Count the rows of x [..., in]."""
-        x = x.detach().reshape(-1, self.inputs).float()
+    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Count the rows of x [..., in], which are tokens of one sequence, or of x [sequences, tokens, in]; 0 in a mask of these: pad."""
+        real = mask.bool().to(x.device) if mask is not None and x.ndim > 2 and mask.shape == x.shape[:2] else None
+        if self._sequence is not None:
+            squares = x.detach().float().square()
+            squares = (squares if real is None else squares.masked_fill(~real[..., None], 0)).sum(-2).view(-1, self.inputs)
+            self._sequence += squares.sqrt().sum(0)
+            self._sequences += len(squares)
+        x = (x if real is None else x[real]).detach().reshape(-1, self.inputs).float()
         if self._spread is not None and len(x):  # before the sums below know of x
             assert self._sum is not None
             mean = x.mean(0)
@@ -102,6 +110,12 @@ class Statistics:
         return self._largest
 
     @property
+    def sequence(self) -> Tensor:
+        """L2 norm of each input over the tokens of a sequence, on average over the sequences [in]."""
+        assert self._sequence is not None, "the method gathers no `sequence`"
+        return self._sequence / max(self._sequences, 1)
+
+    @property
     def sample(self) -> Tensor:
         """Inputs [tokens, in] of tokens at even distances: of all that came, or of more than `SAMPLE` and at most twice that."""
         assert self._sample is not None, "the method gathers no `sample`"
@@ -132,7 +146,7 @@ class Statistics:
         """The inputs trade places: each is now what was at `taken` [in] before. For one matrix's own inputs, without a moment."""
         assert not self._gathers_moment, "a moment cannot be reordered"
         assert self.sharers <= 1, "other matrices have these inputs too"
-        for name in ("_square", "_sum", "_spread", "_absolute", "_largest"):
+        for name in ("_square", "_sum", "_spread", "_absolute", "_largest", "_sequence"):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held[taken.to(held.device)])
@@ -142,7 +156,7 @@ class Statistics:
     def rescale(self, factor: Tensor) -> None:
         """The inputs are multiplied by `factor` [in] above 0 from now on, and so were those that came."""
         self.rescaled = True
-        ones = (self._sample, self._sum, self._absolute, self._largest)
+        ones = (self._sample, self._sum, self._absolute, self._largest, self._sequence)
         for held, power in ((self._square, 2), (self._spread, 2), *((one, 1) for one in ones)):
             if held is not None:
                 held *= factor**power
@@ -151,7 +165,7 @@ class Statistics:
 
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
-        held = (self._sample, self._square, self._sum, self._spread, self._absolute, self._largest)
+        held = (self._sample, self._square, self._sum, self._spread, self._absolute, self._largest, self._sequence)
         sums = all(bool(part.isfinite().all()) for part in held if part is not None)
         return sums and (self._moment is None or self._moment.finite())
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from modelwright.blocks._stored import Stored
 from modelwright.core.companded_adamw import CompandedAdamW
 from modelwright.core.errors import DataError, ModelError, SettingError, WeightsError, refuse
 
@@ -408,10 +409,11 @@ def _gradients(model: nn.Module, batch: Tensor, settings: Training, loss: Loss) 
 
 
 def _to_float32(model: nn.Module) -> list[tuple[Tensor, torch.dtype]]:
-    """Turn every floating-point parameter and buffer into float32; gives those that changed and what they were."""
+    """Turn floating-point parameters and buffers into float32, but those of packed formats; gives those that changed and what they were."""
     changed = []
+    exact = {id(layer._buffers[name]) for layer in model.modules() if isinstance(layer, Stored) for name in layer.exact}
     for value in [*model.parameters(), *model.buffers()]:
-        if value.is_floating_point() and value.dtype != torch.float32:
+        if value.is_floating_point() and value.dtype != torch.float32 and id(value) not in exact:
             changed.append((value, value.dtype))
             value.data = value.data.float()
     return changed

@@ -24,13 +24,13 @@ from modelwright.blocks import experts
 from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
+from . import adapters, find, kinds, sharing, training
 from . import data as texts
-from . import find, kinds, sharing, training
 from .errors import LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .method import AdapterMethod, BlockMethod, Chooses, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
-from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
+from .model import PACKED, Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
 from .statistics import Statistics
@@ -179,10 +179,10 @@ def record(model: Model, method: Method, given: Given) -> None:
 
 def refuse_marks(model: Model, method: Method, donors: Sequence[Model] = ()) -> None:
     """Raise when the model or a donor cannot take the method in its present form."""
-    lacking = method.wants - model.marks
+    lacking = method.lacks(model.marks)
     if lacking:
         raise PlanError(
-            f"{method.name()} wants a model that is {' and '.join(sorted(lacking))}; {model.name} is "
+            f"{method.name()} wants a model that is {' and '.join(lacking)}; {model.name} is "
             f"{', '.join(sorted(model.marks)) or 'none of these'}. Put this step before the one that changed that."
         )
     strangers = [donor for donor in donors if method.donors_want - donor.marks]
@@ -449,7 +449,7 @@ def _change_layers(walk: Resident, method: LayerMethod, given: Given) -> None:
                             walk, [site for site, _ in now], method.gathers, functools.partial(walk.run_block, depth), stop=True
                         )
                         _reorder(walk.module, now, statistics, free, notes)
-                        _rescale(walk, depth, now, statistics, [fold for fold in foldable if fold.depth == depth], notes)
+                        rescale(walk, now, statistics, [fold for fold in foldable if fold.depth == depth], notes)
                         _change_stage(walk.module, method, now, statistics, given)
                 walk.keep(depth, notes[before:])
         if depth + 1 < walk.depths or _chosen_or_none(walk.module, outside, method, []):
@@ -478,10 +478,7 @@ def _survey_blocks(walk: Resident, method: LayerMethod, batches: Sequence[Batch]
             statistics = gather(walk, [site for site, _ in chosen], method.surveys(), functools.partial(_collected, walk, depth, after))
             seen = []
             for site, _ in chosen:
-                if not statistics[site.name].finite():
-                    raise SiteError(
-                        f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it."
-                    )
+                refuse_not_finite(site, statistics[site.name], method)
                 weight = weight_of(walk.module, site)
                 assert weight is not None
                 if statistics[site.name].tokens:
@@ -561,10 +558,8 @@ def _reorder(
             notes.append(f"{local.name()} left the inputs of {site.module} where they are: {why}")
 
 
-def _rescale(
-    walk: Resident, depth: int, chosen: Chosen, statistics: dict[str, Statistics], folds: Sequence[folding.Fold], notes: list[str]
-) -> None:
-    """Let the method scale inputs whose makers can be divided by as much."""
+def rescale(walk: Resident, chosen: Chosen, statistics: dict[str, Statistics], folds: Sequence[folding.Fold], notes: list[str]) -> None:
+    """Let the method scale inputs whose makers can be divided by as much; by the statistics of the matrix that saw the most tokens."""
     local = {site.name: method for site, method in chosen}
     for fold in folds:
         own = [site for site in fold.readers if site.name in local]
@@ -574,11 +569,11 @@ def _rescale(
         if lacking := [name for name in names if name not in dense]:
             notes.append(f"{local[own[0].name].name()} left the inputs of {own[0].module} as they are: {lacking[0]} is stored otherwise")
             continue
-        seen = statistics[own[0].name]
+        seen = max((statistics[site.name] for site in own), key=lambda one: one.tokens)
         if seen.tokens == 0 or not seen.finite():
             continue  # said when it is worked on
         readers = [(local[site.name], weight_of(walk.module, site)) for site in own]
-        factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, depth, fold, own))
+        factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, fold, own))
         if factor is None:
             continue
         folding.apply_fold(walk.module, fold, factor)
@@ -586,7 +581,7 @@ def _rescale(
             one.rescale(1 / factor)
 
 
-def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site]) -> Callable[[Sequence[Tensor]], float]:
+def _harm(walk: Resident, fold: folding.Fold, sites: Sequence[Site]) -> Callable[[Sequence[Tensor]], float]:
     """How far the outputs of what matrices are part of are from what they were, with others in their place: a mean square."""
     scope = walk.module.get_submodule(fold.scope)
     calls: list[tuple[Any, Any, Tensor]] = []
@@ -600,7 +595,7 @@ def _harm(walk: Resident, depth: int, fold: folding.Fold, sites: Sequence[Site])
     def harm(weights: Sequence[Tensor]) -> float:
         if not calls:
             handle = scope.register_forward_hook(remember, with_kwargs=True)
-            for _ in walk.run_block(depth):
+            for _ in walk.run_block(fold.depth):
                 pass
             handle.remove()
         held = [tensor for site in sites if (tensor := weight_of(walk.module, site)) is not None]
@@ -624,7 +619,7 @@ def _change_stage(module: nn.Module, method: LayerMethod, chosen: Chosen, statis
 
 
 def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statistics: Statistics, given: Given) -> Tensor | nn.Module:
-    _refuse_not_finite(site, statistics, method)
+    refuse_not_finite(site, statistics, method)
     if statistics.tokens == 0:
         given.notes.append(f"{method.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
         statistics = alike(statistics, method.gathers)
@@ -636,7 +631,8 @@ def _verb(module: nn.Module, method: LayerMethod, site: Site, local: Any, statis
     return local.layer(weight, **extras)
 
 
-def _refuse_not_finite(site: Site, statistics: Statistics, method: LayerMethod) -> None:
+def refuse_not_finite(site: Site, statistics: Statistics, method: Method) -> None:
+    """Raise SiteError where what enters a matrix is NaN or infinite."""
     if not statistics.finite():
         raise SiteError(f"{site.name}: its inputs are NaN or infinite on the calibration data, so {method.name()} cannot weigh it.")
 
@@ -674,14 +670,27 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
 # Adapters
 
 
+def bearing_sites(module: nn.Module) -> list[Site]:
+    """The weights that an adapter can stand beside: dense matrices, and linears that store codes."""
+    anatomy = anatomy_of(module)
+    found = anatomy.sites(module)
+    for path, layer in module.named_modules():
+        if isinstance(layer, Stored) and layer.kind in PACKED and layer.replaces in ("Linear", "Conv1D"):
+            name = f"{path}.weight"
+            found.append(Site(name, path, *(anatomy.role(name) or ("linear", None)), 0))
+    return found
+
+
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     import peft
 
     module: Any = model.module
-    names = [site.name for site, _ in choose(module, anatomy_of(module).sites(module), method, given.notes)]
+    names = [site.name for site, _ in choose(module, bearing_sites(module), method, given.notes)]
+    if rounding := [name for name, layer in module.named_modules() if isinstance(layer, Stored) and layer.rounds_inputs]:
+        raise ModelError(f"{method.name()}: {rounding[0]} rounds its inputs, so that no gradient passes it. Round weights alone.")
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, method.adapter(sharing.layers(module, names)))
+        model.module = peft.get_peft_model(module, adapters.beside_stored(method.adapter(sharing.layers(module, names))))
 
 
 # Training

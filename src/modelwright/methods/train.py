@@ -20,6 +20,7 @@ class Train(TrainMethod):
     """Train all parameters that are not frozen on the next token; adapters alone, if there are any."""
 
     status: ClassVar[str] = "checked"
+    suffices: ClassVar[frozenset[str]] = frozenset({"adapters"})
     small = dict(tokens=256, batch=2, length=16)
 
     def loss(self, module: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

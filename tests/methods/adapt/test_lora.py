@@ -8,10 +8,8 @@ from peft import PeftModel
 from tiny import outputs, tiny
 
 import modelwright as mw
-from modelwright.core.errors import PlanError
 from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.prune.magnitude import Magnitude
-from modelwright.methods.quantize.rtn import Rtn
 from modelwright.methods.train import Train
 
 BRIEF = Train(tokens=256, batch=4, length=16, learning_rate=1e-2)
@@ -95,8 +93,3 @@ def test_the_same_seed_gives_the_same_adapters():
     states = [copy.deepcopy(model.module.state_dict()) for model in models]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
-
-
-def test_a_model_of_integers_is_refused():
-    with pytest.raises(PlanError, match=r"adapt\.lora wants a model that is float"):
-        mw.apply(mw.open(tiny()), [Rtn(group=32), Lora()])

@@ -19,7 +19,7 @@ class Fold(ModelMethod):
     """Add the adapters' updates to the weights they stand beside, and take the adapters away."""
 
     status: ClassVar[str] = "checked"
-    wants: ClassVar[frozenset[str]] = frozenset({"adapters"})
+    wants: ClassVar[frozenset[str]] = frozenset({"adapters", "float"})
     drops: ClassVar[frozenset[str]] = frozenset({"adapters", "sparse"})  # an update fills zeros in
 
     def model(self, model: Model) -> Model:

@@ -21,6 +21,7 @@ class Lora(AdapterMethod):
     """Add `alpha/rank · B A x` to the output of each chosen matrix; only A and B train."""
 
     status: ClassVar[str] = "checked"
+    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})  # QLoRA: gradients pass packed weights, which stay as they are
     neutral = {}  # B starts at zero: attaching changes no output
 
     rank: int = count(8)  # rows of A, columns of B

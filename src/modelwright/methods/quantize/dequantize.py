@@ -53,7 +53,7 @@ def _dense(module: nn.Module) -> None:
     made: dict[int, nn.Parameter] = {}
     for path, layer in packed.items():
         weight = made.setdefault(id(next(layer.buffers())), nn.Parameter(layer.dense()))
-        old: Any = plain.get(path)
+        old: Any = plain.get(path.removesuffix(".base_layer"))  # of what an adapter stands beside
         transposed = layer.replaces == "Conv1D"
         if old is None:  # one of an expert that was split, or of two factors
             old = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from modelwright.anatomy import anatomy_of
 from modelwright.core.errors import SiteError
-from modelwright.core.given import Batch
+from modelwright.core.given import Batch, first
 from modelwright.core.gradients import logits_of
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, put, unwrapped, weight_of
@@ -126,14 +126,3 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
         """With the choice that is nearest to the average."""
         bits = min(self.choices, key=lambda choice: abs(choice - self.bits))
         return Gptq(bits=bits, group=self.group, symmetric=self.symmetric).planned(weight)
-
-
-def first(batches: Sequence[Batch], sequences: int) -> list[Batch]:
-    """The first sequences of batches."""
-    found: list[Batch] = []
-    for batch in batches:
-        rows = len(next(iter(batch.values())))
-        found.append({name: value[:sequences] for name, value in batch.items()})
-        if (sequences := sequences - rows) <= 0:
-            break
-    return found
