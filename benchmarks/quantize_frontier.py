@@ -52,6 +52,7 @@ def settings(width: int) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:
         line("quantize.mixed", "bits", (2.25, 2.5, 3, 3.5, 4), **whole),
         line("quantize.bipolar", "bits", (2, 3, 4), **whole),
         line("quantize.mergequant", "bits", (4, 6, 8), inputs=8),
+        line("encode.bitstack", "terms", (1, 2, 3), rank=4, measure="error"),
         trained("quantize.bitlinear"),
         trained("quantize.fairy2i", terms=1),
         trained("quantize.fairy2i", terms=2),
