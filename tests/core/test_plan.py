@@ -82,7 +82,7 @@ def test_folding_an_adapter_warns_that_it_fills_zeros(small, text):
 
 def test_steps_out_of_order_are_all_said(small, text):
     made = recipe.read({"model": str(small), "data": str(text), "steps": ["quantize.rtn", "prune.wanda", "adapt.fold"]})
-    with pytest.raises(PlanError, match=r"(?s)2 problems.*step 1: prune.wanda wants.*step 2: adapt.fold wants a model that is adapters"):
+    with pytest.raises(PlanError, match=r"(?s)3 problems.*step 1: prune.wanda wants.*step 2: adapt.fold wants a model that is adapters"):
         plan(made)
 
 

@@ -84,6 +84,15 @@ def test_a_residual_of_the_factors_as_they_are_stored_loses_less_than_one_of_unr
     assert lost(values, ours)[-1] < lost(values, theirs)[-1]
 
 
+def test_a_power_of_four_on_the_values_is_one_of_two_on_the_factors():
+    for one, other in zip(terms(uneven(24, 40), 3, 4), terms(uneven(24, 40) * 16, 3, 4), strict=True):
+        assert torch.equal(one.signs, other.signs)
+        for small, large in ((one.left, other.left), (one.right, other.right)):
+            normal = small.abs() >= torch.finfo(torch.float16).tiny  # below it float16 has fewer digits
+            assert torch.equal(small[normal] * 4, large[normal])
+            assert torch.allclose(small.float() * 4, large.float(), atol=2.0**-22, rtol=0)
+
+
 def test_in_equal_bytes_it_loses_less_than_a_plain_product():
     values = uneven(128, 128)
     term = fit(values, 4)

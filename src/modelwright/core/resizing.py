@@ -127,7 +127,7 @@ def _load(model: Model, skeleton: nn.Module, found: Sequence[Stack], taken: Sequ
     descriptions |= {name: layer.describe() for name, layer in skeleton.named_modules() if isinstance(layer, BitStackLinear)}
     ties = {alias: name for alias, name in ties.items() if alias not in left}
     model.config.quantization_config = {"quant_method": "modelwright", "modules": descriptions, "ties": ties}
-    model.module = model.module  # read now, and then what has no place in it is known
+    model.module.eval()  # which reads it; then it is known what has no place in it
     model.unread = [name for name in model.unread if name not in left]
 
 

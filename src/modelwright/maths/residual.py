@@ -49,7 +49,7 @@ def universal_order(harm: Tensor) -> Tensor:
     harm [levels, stacks]: what is lost when all have so many terms, 1 in the first level, and this stack alone has one more; less goes
     first, and of equals the first. What is not finite counts as the next level's value and the most of its own (BitStack, 2410.23918).
     """
-    filled, after = harm.double().clone(), torch.zeros(harm.shape[1], dtype=torch.float64)
+    filled, after = harm.double().cpu().clone(), torch.zeros(harm.shape[1], dtype=torch.float64)
     for level in reversed(range(len(filled))):
         known = filled[level].isfinite()
         most = filled[level][known].max() if known.any() else filled.new_zeros(())

@@ -4,7 +4,7 @@ Wang et al. 2024, arXiv:2410.23918, section 3: inputs are divided by c, the mean
 matrices multiplied; W ≈ Σ_t S_t ⊙ (A_t B_t), each term the signs of what the terms before leave, and the best product of `rank` for its
 sizes. Further terms are sorted, level by level, by the perplexity when one matrix alone has one more; `modelwright.resize` loads a prefix.
 Differs: what a term leaves is computed with its factors as they are stored, in float16, where the authors take them unrounded. c is over
-the power of 4 nearest to its geometric mean, which scales factors alone, and exactly. Sums and decompositions are in float32 and float64;
+the power of 4 nearest to its geometric mean, which scales factors alone, by a power of 2. Sums are in float32, decompositions in float64;
 a folded weight is rounded to its own dtype. Inputs of o are scaled where every head has its own v; experts stay unscaled but by the norm.
 `measure` error is ours.
 """
