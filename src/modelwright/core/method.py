@@ -256,6 +256,10 @@ class LayerMethod(SiteMethod):
         """
         raise AssertionError(f"{self.name()} wants to scale inputs and writes no rescale")
 
+    def recentre(self, statistics: Any) -> Any:
+        """What to take from the inputs of matrices that share them [in], before `rescale`, where a norm's bias makes that free; or None."""
+        return None
+
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
         return ()
