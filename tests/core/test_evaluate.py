@@ -62,9 +62,10 @@ def test_likelihoods_by_hand(model):
 def test_scores_by_hand(model):
     asked = [{"question": "a", "choices": ["c", "b"], "answer": 1},
              {"question": "a", "choices": ["c", "b"], "answer": 0},
-             {"question": "xa", "choices": ["cc", "b", "x"], "answer": 1}, {"question": "a", "choices": ["x", "c"], "answer": 1}]  # fmt: skip
+             {"question": "xa", "choices": ["cc", "b", "x"], "answer": 1},
+             {"question": "a", "choices": ["x", "c"], "answer": 1}]  # fmt: skip
     assert evaluate.right(model, asked) == 0.75
-    # Over all bytes a long choice would lose: log(1 / 4 / 97) is -6.0 and log(1 / 4 / 95) -5.9; by byte it is half of that.
+    # Not divided, a long choice would lose: log(1 / 4 / 97) is -6.0 and log(1 / 4 / 95) -5.9; by byte it is half of that.
     assert evaluate.right(model, [{"question": "a", "choices": ["x", "cx"], "answer": 1}]) == 1
     pairs = [{"stereotype": "ab", "other": "ac"}, {"stereotype": "ac", "other": "ab"}, {"stereotype": "xy", "other": "yx"}]
     assert evaluate.preferring(model, pairs) == pytest.approx(0.5)
