@@ -13,6 +13,15 @@ def mark_dominated(rows: list[dict[str, Any]], size: str, quality: str, column: 
         one[column] = min(better, key=lambda other: other[quality])["method"] if better else ""
 
 
+def stored_bits(module: Any) -> float:
+    """Bits per weight of a module's stored layers, but for biases; tensors that several have in common count once."""
+    from modelwright.blocks._stored import Stored
+
+    layers = [layer for layer in module.modules() if isinstance(layer, Stored)]
+    held = {id(value): value.nbytes for layer in layers for name, value in layer.state_dict(keep_vars=True).items() if name != "bias"}
+    return 8 * sum(held.values()) / sum(layer.weights() for layer in layers)
+
+
 def plot(rows: list[dict[str, Any]], x: str, panels: dict[str, str], label: str, divided: float = 1.0, begins: bool = False) -> str:
     """The column `x`, over `divided`, against each of the columns `panels` names, with its label: a line for each method, as SVG.
 

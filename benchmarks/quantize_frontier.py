@@ -76,7 +76,6 @@ def main() -> None:
     asked = parser.parse_args()
 
     import modelwright as mw
-    from modelwright.blocks._stored import Stored
     from modelwright.core import data, find
     from modelwright.core.errors import ModelwrightError
     from modelwright.core.measure import quality
@@ -86,12 +85,6 @@ def main() -> None:
 
     def perplexity(model: Any) -> float:
         return quality(model, scored, asked.length, asked.scored)["perplexity"]
-
-    def bits(model: Any) -> float:
-        """Of the stored layers, but for biases; tensors that several have in common count once."""
-        layers = [layer for layer in model.module.modules() if isinstance(layer, Stored)]
-        held = {id(value): value.nbytes for layer in layers for name, value in layer.state_dict(keep_vars=True).items() if name != "bias"}
-        return 8 * sum(held.values()) / sum(layer.weights() for layer in layers)
 
     rows = [{"method": "original", "settings": "", BITS: 16.0, QUALITY: perplexity(original), "seconds": 0.0}]
     for name, points in settings(original.config.get_text_config().hidden_size):
@@ -110,7 +103,8 @@ def main() -> None:
             took = time.perf_counter() - started
             stated = next((given for step, given in steps if step in name), steps[-1][1])
             shown = ", ".join(f"{key} {value}" for key, value in stated.items())
-            rows.append({"method": name, "settings": shown, BITS: bits(model), QUALITY: perplexity(model), "seconds": took})
+            size = _frontier.stored_bits(model.module)
+            rows.append({"method": name, "settings": shown, BITS: size, QUALITY: perplexity(model), "seconds": took})
             print(rows[-1], file=sys.stderr, flush=True)
     _frontier.mark_dominated(rows, BITS, QUALITY, "dominated by")
     model, text = _frontier.source(asked.model, "models"), _frontier.source(asked.data, "text")

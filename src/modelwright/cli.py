@@ -262,6 +262,11 @@ def measure(
     data: Data = "corpus",
     tasks: Annotated[str, typer.Option(help="lm-eval tasks, with commas between.")] = "",
     tokens: Annotated[int | None, typer.Option(min=64, help="The most tokens of text to measure on.")] = None,
+    preset: Annotated[str | None, typer.Option(help="quantization: compare models with the first, their original.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Of a preset: JSON lines with question, choices and answer.")] = None,
+    truths: Annotated[Path | None, typer.Option(help="Of a preset: the same form, of true and false statements.")] = None,
+    pairs: Annotated[Path | None, typer.Option(help="Of a preset: JSON lines with the texts stereotype and other.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Of a preset: the HTML file to write.")] = None,
     trust_remote_code: Trust = False,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -272,15 +277,17 @@ def measure(
     from .core.model import open as opened
     from .core.progress import silence
 
+    if preset is None and page is not None:
+        raise typer.BadParameter("--page goes with --preset quantization")
+    more: dict[str, Any] = {"data": data, "tasks": [task for task in tasks.split(",") if task], "most_tokens": tokens}
+    more |= {"preset": preset, "questions": questions, "truths": truths, "pairs": pairs}
     with silence(quiet):
+        named = [opened(model, trust_remote_code=True) for model in models] if trust_remote_code else models
         rows = []
-        for model in models:
-            rows += measured(
-                opened(model, trust_remote_code=trust_remote_code),
-                data=data,
-                tasks=[task for task in tasks.split(",") if task],
-                most_tokens=tokens,
-            )
+        for part in [named] if preset else [[model] for model in named]:
+            rows += measured(*part, **more)
+    if page is not None:
+        page.write_text(report.grouped_html(rows), "utf-8")
     print(json.dumps(rows, indent=2)) if as_json else out.print(report.table(rows))
 
 

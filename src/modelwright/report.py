@@ -20,6 +20,7 @@ from . import __version__
 from .anatomy import anatomy_of
 from .blocks._stored import Stored
 from .core import loading
+from .core.evaluate import GROUPS
 from .core.model import Model, unwrapped
 
 INK, ACCENT, SOFT, WARM = "#1f2933", "#0b6e99", "#9fb3c8", "#c2410c"
@@ -35,6 +36,11 @@ COLUMNS = {
     "flops_per_token": "FLOPs per token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
+    "questions_right": "questions right",
+    "divergence": "nats from the original",
+    "flips": "other likeliest token",
+    "truths_right": "truths right",
+    "stereotypes_likelier": "stereotype likelier",
     "tokens": "tokens measured",
     "prefill_tokens_per_second": "prefill tokens/s",
     "decode_tokens_per_second": "decode tokens/s",
@@ -374,6 +380,40 @@ def html(page: Page) -> str:
         bits=Markup(bits_plot(page.bits)) if uneven(page.bits) else "",
         frontier=Markup(frontier_plot(page)), sensitivity=Markup(sensitivity_plot(page)), style=Markup(STYLE),
     )  # fmt: skip
+
+
+GROUPED = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Modelwright: what quantising cost {{ rows[0].model }}</title><style>
+{{ style }}</style></head><body>
+<h1>What quantising cost {{ rows[0].model }}</h1>
+<p class="lead">The first model is the original, which the others are compared with. Measured on {{ text }}.</p>
+<div class="wide"><table><tr><th></th>{% for row in rows %}<th>{{ row.model }}</th>{% endfor %}</tr>
+{% for group, columns in groups.items() %}<tr><th colspan="{{ rows|length + 1 }}">{{ group }}</th></tr>
+{% for column in columns %}<tr><td>{{ names[column] }}</td>{% for row in rows %}<td>{{ shown(column, row) }}</td>{% endfor %}</tr>
+{% endfor %}{% endfor %}</table></div>
+<p class="lead">Perplexity with its 95 % interval over windows. Nats from the original: mean KL(original ‖ model) of a token's
+prediction; below it the share of tokens for which another one has become the likeliest. Questions and truths: the share whose answer is
+the likeliest choice, by byte. Stereotype likelier: of pairs of texts, the share whose stereotype the model finds likelier; 0.5 is
+even-handed.</p>
+<p class="lead">Made by Modelwright {{ version }}.</p></body></html>
+"""
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The columns of `core.evaluate.GROUPS` that some row has; a group without any is left out."""
+    found = {group: [column for column in columns if any(column in row for row in rows)] for group, columns in GROUPS.items()}
+    return {group: columns for group, columns in found.items() if columns}
+
+
+def grouped_html(rows: list[dict[str, Any]]) -> str:
+    """A comparison by `measure` with the preset quantization as one self-contained HTML file: a table in three groups."""
+    from markupsafe import Markup
+
+    made = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(GROUPED)
+    return made.render(
+        rows=rows, groups=grouped(rows), names=COLUMNS, shown=shown, text=measured_on(rows), style=Markup(STYLE), version=__version__
+    )
 
 
 LOADS = {

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import CAUSAL, outputs, tiny
 
-from modelwright.anatomy._folding import apply_fold, folds
+from modelwright.anatomy._folding import apply_fold, apply_shift, folds, movable_mean
 from modelwright.core.errors import SiteError
 
 EXPECTED = {"llama": ["norm", "up"], "qwen3": ["norm", "up"], "gemma2": ["norm", "up"], "phi3": ["norm", "up"], "phi": ["norm"],
@@ -22,6 +22,20 @@ def test_a_factor_moves_between_matrices_and_no_output_changes(kind):
         apply_fold(model, fold, 0.3 + 2 * torch.rand(fold.makers[0][2].numel(), generator=generator))
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
         assert {site.name for site in fold.readers} | {name for name, _, _ in fold.makers} <= changed
+    assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
+
+
+@pytest.mark.parametrize("kind", [*CAUSAL, "bert", "vit"])
+def test_what_is_taken_from_inputs_goes_into_biases_and_no_output_changes(kind):
+    model = tiny(kind)
+    before, names = outputs(model), dict(model.named_parameters())
+    found = [fold for fold in folds(model) if movable_mean(fold, names)]
+    assert bool(found) == (kind in ("gpt2", "gpt_neox", "opt", "phi", "vit"))
+    generator = torch.Generator().manual_seed(5)
+    for fold in found:
+        held = {name: names[name].clone() for name in (*(f"{site.module}.bias" for site in fold.readers), fold.makers[-1][0])}
+        apply_shift(model, fold, torch.randn(fold.makers[0][2].numel(), generator=generator))
+        assert not any(torch.equal(names[name], value) for name, value in held.items())
     assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
 
 

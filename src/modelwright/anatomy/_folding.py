@@ -7,6 +7,7 @@ those of o where every head has its own v; up makes those of down where a gate m
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +100,29 @@ def _inner_fold(module: Any, where: Any, shapes: dict[str, Any]) -> Fold | None:
         makers, kind = tuple(one for one in makers if (anatomy.role(one[0]) or ("",))[0] != "mlp.gate"), "up"
     order = inputs[0].argsort()
     return Fold(kind, site.depth, (site,), tuple((name, dim, places.flatten()[order]) for name, dim, places in makers), 0.0, site.module)
+
+
+def movable_mean(fold: Fold, names: Container[str]) -> bool:
+    """Whether something can be taken from the readers' inputs too: a norm with a bias makes them, and biases of the readers take it."""
+    return fold.kind == "norm" and all(name in names for name in [bias_of(fold), *(f"{site.module}.bias" for site in fold.readers)])
+
+
+def bias_of(fold: Fold) -> str:
+    """The name of the bias of what makes a fold's inputs, "" without one."""
+    return next((name for name, _, _ in fold.makers if name.endswith("bias")), "")
+
+
+@torch.no_grad()
+def apply_shift(module: Any, fold: Fold, shift: Tensor) -> None:
+    """Take `shift` [in] from the readers' inputs, W x + b = W (x - shift) + (b + W shift): out of the norm's bias, into theirs.
+
+    Where `movable_mean`; in float32 at least, and back to each dtype. Of RepQ-ViT (2212.08254) the part without scales.
+    """
+    for site in fold.readers:
+        weight, bias = wide(module.get_parameter(site.name)).movedim(input_dim(site), -1), module.get_parameter(f"{site.module}.bias")
+        bias.copy_(wide(bias) + weight @ shift.to(weight))
+    held = module.get_parameter(bias_of(fold))
+    held.copy_(wide(held) - shift.to(held.device))
 
 
 def wide(tensor: Tensor) -> Tensor:

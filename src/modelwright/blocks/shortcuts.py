@@ -26,9 +26,7 @@ class Shortcuts(Guest):
     kind = "shortcuts"
     turns_stream: ClassVar[bool] = True
 
-    def __init__(
-        self, *, ways: Ways, widths: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ):
+    def __init__(self, *, ways: Ways, widths: Sequence[int], dtype: torch.dtype | None = None, device: torch.device | str | None = None):
         super().__init__()
         self.ways, self.widths = [list(way) for way in ways], list(widths)
         sizes = itertools.pairwise(self.widths)

@@ -21,9 +21,7 @@ class SlicedAttention(Guest):
 
     kind = "sliced_attention"
 
-    def __init__(
-        self, *, groups: int, seed: int | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ):
+    def __init__(self, *, groups: int, seed: int | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None):
         super().__init__()
         self.groups, self.seed = groups, seed
 

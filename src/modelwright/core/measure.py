@@ -20,8 +20,8 @@ from modelwright.anatomy import anatomy_of
 from modelwright.blocks._stored import Described, Stored
 
 from . import data as texts
-from . import sharing, stream
-from .errors import DataError, NeedError
+from . import evaluate, sharing, stream
+from .errors import DataError, NeedError, SettingError
 from .model import Model, open, stored_bytes, unwrapped
 from .passage import fill
 from .progress import track
@@ -332,13 +332,22 @@ def continuation(model: Model, prompt: str, new: int = 40) -> str:
 
 
 def measure(
-    *targets: Any, data: Any = "corpus", tasks: Sequence[str] = (), most_tokens: int | None = None, timed: bool = True
-) -> list[dict[str, Any]]:
+    *targets: Any, data: Any = "corpus", tasks: Sequence[str] = (), most_tokens: int | None = None, timed: bool = True,
+    preset: str | None = None, questions: str | Path | None = None, truths: str | Path | None = None, pairs: str | Path | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
     """Measure models side by side: sizes, quality on held-out text, speed, peak memory; a row each.
 
     data: text that none of the models has been fitted to: all of it is read; of "corpus", the held-out part. The row says which.
     tasks: names of lm-eval tasks; needs the package lm-eval.
+    preset: "quantization" compares each model with the first, its original: how far its predictions are from that one's, and scores on the
+        files `questions`, `truths` and `pairs` that are given, whose form `core.evaluate` says. The original is in memory beside each.
     """
+    read = {"asked": questions, "truths": truths, "biases": pairs}
+    if preset is not None:
+        evaluate.check_preset(preset, targets)
+    elif any(read.values()):
+        raise SettingError("Questions, truths and pairs belong to a preset. Add preset: quantization.")
+    files = {key: (evaluate.pairs if key == "biases" else evaluate.questions)(file) for key, file in read.items() if file is not None}
     text = texts.read(data)
     held = text.split()[1] if text.held else text
     rows = []
@@ -355,6 +364,13 @@ def measure(
             model.forget()
         row |= task_scores(model, tasks) if tasks else {}
         rows.append(row)
+    if preset is not None:
+        original = open(targets[0])
+        for row, target in zip(rows, track(targets, "compare"), strict=True):
+            model = original if target is targets[0] else open(target)
+            row |= evaluate.compared(original, model, held, most_tokens, 512, **files)
+            if model is not target and model is not original:
+                model.forget()
     return rows
 
 

@@ -266,6 +266,10 @@ class LayerMethod(SiteMethod):
         """How often every block also runs on the whole text to try things; the plan counts them."""
         return 0
 
+    def recentre(self, statistics: Any) -> Any:
+        """What to take from the inputs of matrices that share them [in], before `rescale`, where a norm's bias makes that free; or None."""
+        return None
+
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""
         return ()

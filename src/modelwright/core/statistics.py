@@ -15,14 +15,15 @@ SAMPLE = 512  # tokens, twice as many at most, whose inputs are kept
 class Statistics:
     """Sums over the inputs x [tokens, in] of one matrix; only what the method asks for is gathered.
 
-    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "sequence", "moment", "sample".
+    gathers: of "norm" (or "square"), "mean", "variance" (and with it "mean"), "absolute", "largest", "range", "sequence", "moment" and
+    "sample".
     """
 
     def __init__(self, inputs: int, gathers: Iterable[str] = (), device: torch.device | str = "cpu"):
         self.inputs = inputs
         self.tokens = 0
         wanted = set(gathers)
-        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "sequence", "moment", "sample"}
+        unknown = wanted - {"norm", "square", "mean", "variance", "absolute", "largest", "range", "sequence", "moment", "sample"}
         assert not unknown, f"no such statistics: {unknown}"
 
         def zeros(*names: str) -> Tensor | None:
@@ -35,6 +36,7 @@ class Statistics:
         self._largest = zeros("largest")
         self._sequence = zeros("sequence")
         self._sequences = 0
+        self._range = torch.tensor([[torch.inf], [-torch.inf]], device=device).repeat(1, inputs) if "range" in wanted else None
         self._moment: Moment | None = None  # made when the first inputs come
         self._sample = torch.zeros(0, inputs, device=device) if "sample" in wanted else None
         self._apart = 1  # tokens from one that is kept to the next
@@ -72,6 +74,8 @@ class Statistics:
             self._absolute += x.abs().sum(0)
         if self._largest is not None and len(x):
             torch.maximum(self._largest, x.abs().amax(0), out=self._largest)
+        if self._range is not None and len(x):
+            self._range = torch.stack([torch.minimum(self._range[0], x.amin(0)), torch.maximum(self._range[1], x.amax(0))])
         if self._gathers_moment:
             assert not self._complete, "the moment has been read, so no inputs can be added"
             if self._moment is None:
@@ -116,6 +120,12 @@ class Statistics:
         return self._sequence / max(self._sequences, 1)
 
     @property
+    def range(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest value of each input ([in], [in])."""
+        assert self._range is not None, "the method gathers no `range`"
+        return self._range[0], self._range[1]
+
+    @property
     def sample(self) -> Tensor:
         """Inputs [tokens, in] of tokens at even distances: of all that came, or of more than `SAMPLE` and at most twice that."""
         assert self._sample is not None, "the method gathers no `sample`"
@@ -146,26 +156,37 @@ class Statistics:
         """The inputs trade places: each is now what was at `taken` [in] before. For one matrix's own inputs, without a moment."""
         assert not self._gathers_moment, "a moment cannot be reordered"
         assert self.sharers <= 1, "other matrices have these inputs too"
-        for name in ("_square", "_sum", "_spread", "_absolute", "_largest", "_sequence"):
+        for name in ("_square", "_sum", "_spread", "_absolute", "_largest", "_range", "_sequence"):
             held = getattr(self, name)
             if held is not None:
-                setattr(self, name, held[taken.to(held.device)])
+                setattr(self, name, held[..., taken.to(held.device)])
         if self._sample is not None:
             self._sample = self._sample[:, taken.to(self._sample.device)]
 
     def rescale(self, factor: Tensor) -> None:
         """The inputs are multiplied by `factor` [in] above 0 from now on, and so were those that came."""
         self.rescaled = True
-        ones = (self._sample, self._sum, self._absolute, self._largest, self._sequence)
+        ones = (self._sample, self._sum, self._absolute, self._largest, self._range, self._sequence)
         for held, power in ((self._square, 2), (self._spread, 2), *((one, 1) for one in ones)):
             if held is not None:
                 held *= factor**power
         if self._moment is not None:
             self._moment.rescale(factor)
 
+    def recentre(self, shift: Tensor) -> None:
+        """`shift` [in] is taken from the inputs from now on, and so it was from those that came. Sums of sizes cannot follow."""
+        held = (self._square, self._spread, self._absolute, self._largest, self._sequence)
+        assert not self._gathers_moment and all(part is None for part in held), "what is gathered cannot be recentred"
+        for part, times in ((self._sample, 1), (self._range, 1), (self._sum, self.tokens)):
+            if part is not None:
+                part -= shift * times
+
     def finite(self) -> bool:
         """Whether no NaN or infinity came in."""
-        held = (self._sample, self._square, self._sum, self._spread, self._absolute, self._largest, self._sequence)
+        held = (
+            self._sample, self._square, self._sum, self._spread, self._absolute, self._largest, self._sequence,
+            self._range if self.tokens else None,
+        )  # fmt: skip
         sums = all(bool(part.isfinite().all()) for part in held if part is not None)
         return sums and (self._moment is None or self._moment.finite())
 

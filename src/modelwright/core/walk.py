@@ -572,12 +572,17 @@ def rescale(walk: Resident, chosen: Chosen, statistics: dict[str, Statistics], f
         seen = max((statistics[site.name] for site in own), key=lambda one: one.tokens)
         if seen.tokens == 0 or not seen.finite():
             continue  # said when it is worked on
+        everywhere = list({id(statistics[site.name]): statistics[site.name] for site in own}.values())
+        if folding.movable_mean(fold, dense) and (shift := local[own[0].name].recentre(seen)) is not None:
+            folding.apply_shift(walk.module, fold, shift)
+            for one in everywhere:
+                one.recentre(shift)
         readers = [(local[site.name], weight_of(walk.module, site)) for site in own]
         factor = local[own[0].name].rescale(fold.kind, readers, seen, _harm(walk, fold, own))
         if factor is None:
             continue
         folding.apply_fold(walk.module, fold, factor)
-        for one in {id(statistics[site.name]): statistics[site.name] for site in own}.values():
+        for one in everywhere:
             one.rescale(1 / factor)
 
 

@@ -189,4 +189,3 @@ def _as(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if values.abs().max() > torch.finfo(dtype).max:
         raise ModelError(f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot. Open the unquantised model.")
     return values.to(dtype)
-

@@ -139,9 +139,7 @@ def _safe(values: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale > 0, values / torch.where(scale > 0, scale, 1), 0)
 
 
-def affine(
-    weight: Tensor, bits: int, group: int | None, *, symmetric: bool = True, search: bool = False, even: bool = False
-) -> Affine:
+def affine(weight: Tensor, bits: int, group: int | None, *, symmetric: bool = True, search: bool = False, even: bool = False) -> Affine:
     """Whole numbers of `bits` bits, fitted as `rounding.scales` does."""
     return Affine(*rounding.scales(weight, bits, group, symmetric=symmetric, mse=search, even=even), bits)
 

@@ -7,6 +7,7 @@ that are still to come. `grid` says which points there are; a preset such as `qu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 
 from modelwright.blocks.levels import LevelsLinear
 from modelwright.blocks.packed import PackedLinear
-from modelwright.core.method import SiteMethod
+from modelwright.blocks.static import StaticLinear
+from modelwright.core.method import LayerMethod, SiteMethod
 from modelwright.core.settings import count
+from modelwright.core.statistics import Statistics
 from modelwright.maths import grids
 from modelwright.maths.grids import Affine, Grid, Scaled
+from modelwright.maths.static_inputs import CLIPS, rounded, steps
 
 SMALLEST_GROUP = 16  # a scale for fewer weights costs more than it saves
 
@@ -75,6 +79,65 @@ class Both(Packer):
 
     def planned(self, weight: Tensor) -> nn.Module:
         return PackedLinear(*weight.shape, **self.form(), dtype=weight.dtype, device="meta")
+
+    def promise(self) -> dict[str, Any]:
+        return {"bits": self.bits} if isinstance(self.bits, int) else {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stepped(Packer, LayerMethod):
+    """Rounds inputs by steps for each channel that are merged into what makes them and into the weights, which are rounded row by row."""
+
+    fails = {"only_chosen_sites_change": "what makes the inputs of a chosen matrix is divided by what they are multiplied by"}
+
+    bits: int = count(4, 2, 8, "bits")  # per weight
+    inputs: int = count(4, 2, 16, "bits")  # per input
+
+    def sizes(self, statistics: Statistics) -> Tensor:
+        """The largest size of each input [in] that a step must reach."""
+        return statistics.largest
+
+    def together(self, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
+        """Of all inputs of a matrix together: what to take from them [1], if anything, and the largest size then [1]."""
+        return None, self.sizes(statistics).max().view(1)
+
+    def columns(self, merged: Tensor, inputs: Tensor) -> list[tuple[Tensor, Tensor] | None]:
+        """Other columns for a merged weight: which input each reads [in], and the share of that one's column; None for its own."""
+        return [None]
+
+    def rescales(self) -> bool:
+        return True
+
+    def rescale(
+        self, kind: str, readers: Sequence[tuple[Stepped, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
+    ) -> Tensor | None:
+        tried = [steps(self.sizes(statistics), clip, self.inputs) for clip in CLIPS]
+        return min(tried, key=lambda step: sum(own.best(weight.float() * step, statistics.sample / step)[0] for own, weight in readers))
+
+    def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
+        tried: list[Tensor | None] = [None]
+        shift, largest = (None, None) if statistics.rescaled else self.together(statistics)
+        if largest is not None:
+            tried = [steps(largest, clip, self.inputs) for clip in CLIPS]
+        found = []
+        for step in tried:
+            given = statistics.sample if shift is None else statistics.sample - shift
+            merged, given = (weight, given) if step is None else (weight.float() * step, given / step)
+            found.append((*self.best(merged.to(weight.dtype), given), step))
+        _, grid, codes, index, step = min(found, key=lambda one: one[0])
+        return StaticLinear.of(codes, grid.scale, bits=self.bits, inputs=self.inputs, step=step, index=index, shift=shift)
+
+    def best(self, merged: Tensor, inputs: Tensor) -> tuple[float, grids.Affine, Tensor, Tensor | None]:
+        """The error on inputs in steps [tokens, in] of a matrix for them, its grid, codes and the inputs that its columns read."""
+        exact, numbers = inputs @ merged.float().T, rounded(inputs, self.inputs)
+        found = []
+        for other in self.columns(merged, inputs):
+            index, columns = (None, merged) if other is None else (other[0], (merged[:, other[0]].float() * other[1]).to(merged.dtype))
+            grid = grids.affine(columns, self.bits, None, even=True)
+            codes = grid.encode(columns)
+            given = numbers if index is None else numbers[:, index]
+            found.append((float((given @ grid.decode(codes).float().T - exact).square().sum()), grid, codes, index))
+        return min(found, key=lambda one: one[0])
 
     def promise(self) -> dict[str, Any]:
         return {"bits": self.bits} if isinstance(self.bits, int) else {}

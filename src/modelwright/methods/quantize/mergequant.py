@@ -11,72 +11,33 @@ outputs. Inputs that nothing before can be divided for have one step for the mat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from modelwright.blocks.static import StaticLinear
-from modelwright.core.method import LayerMethod
-from modelwright.core.settings import count, number
-from modelwright.core.statistics import Statistics
-from modelwright.maths import grids
-from modelwright.maths.static_inputs import CLIPS, reconstruction, rounded, steps
-from modelwright.methods.quantize._mechanism import Packer
+from modelwright.core.settings import number
+from modelwright.maths.static_inputs import reconstruction
+from modelwright.methods.quantize._mechanism import Stepped
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeQuant(Packer, LayerMethod):
+class MergeQuant(Stepped):
     """Round weights and inputs to few bits with nothing computed of the inputs at run time; needs text that shows their ranges."""
 
     status: ClassVar[str] = "checked"
     gathers: ClassVar[tuple[str, ...]] = ("largest", "sample")
-    fails = {
-        "only_chosen_sites_change": "what makes the inputs of a chosen matrix is divided by what they are multiplied by",
+    fails = Stepped.fails | {
         "bytes_are_as_predicted": "which input a column reads is planned for every matrix, and stored where there are columns far out",
     }
 
-    bits: int = count(4, 2, 8, "bits")  # per weight
-    inputs: int = count(4, 2, 16, "bits")  # per input
     deviations: float = number(3.0, low=0)  # from which a column's size counts as far out, above the mean
 
-    def rescales(self) -> bool:
-        return True
-
-    def rescale(
-        self, kind: str, readers: Sequence[tuple[MergeQuant, Tensor]], statistics: Statistics, harm: Callable[[Sequence[Tensor]], float]
-    ) -> Tensor | None:
-        tried = [steps(statistics.largest, clip, self.inputs) for clip in CLIPS]
-        return min(tried, key=lambda step: sum(own.best(weight.float() * step, statistics.sample / step)[0] for own, weight in readers))
-
-    def layer(self, weight: Tensor, statistics: Statistics) -> nn.Module:
-        tried: list[Tensor | None] = [None]
-        if not statistics.rescaled:
-            tried = [steps(statistics.largest.max().view(1), clip, self.inputs) for clip in CLIPS]
-        found = []
-        for step in tried:
-            merged, inputs = (weight, statistics.sample) if step is None else (weight.float() * step, statistics.sample / step)
-            found.append((*self.best(merged.to(weight.dtype), inputs), step))
-        _, grid, codes, index, step = min(found, key=lambda one: one[0])
-        return StaticLinear.of(codes, grid.scale, bits=self.bits, inputs=self.inputs, step=step, index=index)
-
-    def best(self, merged: Tensor, inputs: Tensor) -> tuple[float, grids.Affine, Tensor, Tensor | None]:
-        """The error on inputs in steps [tokens, in] of a matrix for them, its grid, codes and the inputs that its columns read."""
-        exact, numbers = inputs @ merged.float().T, rounded(inputs, self.inputs)
+    def columns(self, merged: Tensor, inputs: Tensor) -> list[tuple[Tensor, Tensor] | None]:
         sizes = merged.float().abs().amax(0)
         read, share = reconstruction(sizes, inputs.square().mean(0) * merged.float().square().sum(0), self.deviations)
-        found = []
-        for index in [None, read] if (share < 1).any() else [None]:
-            columns = merged if index is None else (merged[:, index].float() * share).to(merged.dtype)
-            grid = grids.affine(columns, self.bits, None, even=True)
-            codes = grid.encode(columns)
-            given = numbers if index is None else numbers[:, index]
-            found.append((float((given @ grid.decode(codes).float().T - exact).square().sum()), grid, codes, index))
-        return min(found, key=lambda one: one[0])
+        return [None, (read, share)] if (share < 1).any() else [None]
 
     def planned(self, weight: Tensor) -> nn.Module:
         return StaticLinear(*weight.shape, bits=self.bits, inputs=self.inputs, gathered=True, dtype=weight.dtype, device="meta")
-
-    def promise(self) -> dict[str, float]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}
