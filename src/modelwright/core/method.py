@@ -226,8 +226,25 @@ class TensorMethod(SiteMethod):
         raise AssertionError(f"{self.name()} asks for a survey and writes none")
 
 
+class Rescales:
+    """Can scale and move the inputs of matrices that share them, where what makes the inputs is changed to make up for it."""
+
+    def rescale(self, kind: str, readers: Sequence[tuple[Self, Any]], statistics: Any, harm: Callable[[Sequence[Any]], float]) -> Any:
+        """What to multiply the inputs of matrices by that share them, before the verb is called, [in] above 0; None to leave them.
+
+        kind: what makes the inputs: a "norm", or the matrix "value" or "up". readers: of each matrix the method with its settings, and
+        the weight [out, in]. harm: of weights in their place, the mean square by which what the matrices are part of (the attention,
+        the MLP, the matrix) then misses its outputs.
+        """
+        raise AssertionError(f"{type(self).__name__} wants to scale inputs and writes no rescale")
+
+    def recentre(self, statistics: Any) -> Any:
+        """What to take from the inputs of matrices that share them [in], before `rescale`, where a norm's bias makes that free; or None."""
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class LayerMethod(SiteMethod):
+class LayerMethod(SiteMethod, Rescales):
     """Needs a weight's inputs: `layer(weight [out, in], statistics, ...)` returns a tensor or a layer of `blocks`."""
 
     level: ClassVar[str] = "layer"
@@ -253,22 +270,9 @@ class LayerMethod(SiteMethod):
         """Whether `rescale` is asked for matrices whose inputs can be scaled for free; by default it is not."""
         return False
 
-    def rescale(self, kind: str, readers: Sequence[tuple[Self, Any]], statistics: Any, harm: Callable[[Sequence[Any]], float]) -> Any:
-        """What to multiply the inputs of matrices by that share them, before the verb is called, [in] above 0; None to leave them.
-
-        kind: what makes the inputs: a "norm", or the matrix "value" or "up". readers: of each matrix the method with its settings, and
-        the weight [out, in]. harm: of weights in their place, the mean square by which what the matrices are part of (the attention,
-        the MLP, the matrix) then misses its outputs.
-        """
-        raise AssertionError(f"{self.name()} wants to scale inputs and writes no rescale")
-
     def reruns(self) -> float:
         """How often every block also runs on the whole text to try things; the plan counts them."""
         return 0
-
-    def recentre(self, statistics: Any) -> Any:
-        """What to take from the inputs of matrices that share them [in], before `rescale`, where a norm's bias makes that free; or None."""
-        return None
 
     def surveys(self) -> tuple[str, ...]:
         """The statistics with which `survey` looks at every block of the unchanged model first; by default it does not."""

@@ -27,7 +27,7 @@ from modelwright.core.budget import Budget
 from modelwright.core.errors import PlanError, SiteError, refuse
 from modelwright.core.given import Batch, first
 from modelwright.core.gradients import text_loss
-from modelwright.core.method import ModelMethod, Places
+from modelwright.core.method import ModelMethod, Places, Rescales
 from modelwright.core.model import Model, emptied, put, stored_bytes, unwrapped, weight_of, why_not_stored
 from modelwright.core.passage import Resident, statistics_of
 from modelwright.core.progress import track
@@ -40,7 +40,7 @@ LEAST = 1e-3  # that is added to each channel's norm
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bitstack(ModelMethod):
+class Bitstack(ModelMethod, Rescales):
     """Store a model of which any number of bytes can be loaded: each matrix is a sum of terms of about a bit for each weight."""
 
     status: ClassVar[str] = "checked"
