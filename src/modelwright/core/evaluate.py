@@ -46,6 +46,7 @@ def questions(file: str | Path) -> list[dict[str, Any]]:
 
 def pairs(file: str | Path) -> list[dict[str, Any]]:
     """The pairs of texts of a file. Raises DataError with every line that is none."""
+
     def fault(row: dict[str, Any]) -> str:
         return "" if _text(row.get("stereotype")) and _text(row.get("other")) else "needs the texts stereotype and other"
 
