@@ -54,12 +54,13 @@ def tie(module: nn.Module, ties: Mapping[str, str]) -> None:
 
 def release(module: nn.Module, path: str) -> None:
     """Have the architecture no longer tie the weight of the layer at `path`, which is stored in another form."""
-    for prefix, part in module.named_modules():
-        inside = f"{path}.weight".removeprefix(f"{prefix}.")
+    part, inside = module, f"{path}.weight"
+    for name in path.split("."):  # the modules that the layer lies in, which alone can name it
         for record in ("_tied_weights_keys", "all_tied_weights_keys"):
             ties = getattr(part, record, None)
             if isinstance(ties, dict) and (inside in ties or inside in ties.values()):
                 setattr(part, record, {alias: source for alias, source in ties.items() if inside not in (alias, source)})
+        part, inside = part.get_submodule(name), inside.removeprefix(f"{name}.")
 
 
 def leave_out(module: nn.Module, ties: Mapping[str, str]) -> None:
