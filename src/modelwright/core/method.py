@@ -193,6 +193,10 @@ class SiteMethod(Method):
         """Why a weight of this shape [out, in] cannot take the method, as the end of a sentence; "" if it can."""
         return ""
 
+    def otherwise(self, shape: tuple[int, ...]) -> str:
+        """What happens to a weight of this shape [out, in] otherwise than the settings say, as the end of a sentence; "" if nothing."""
+        return ""
+
     def planned(self, weight: Any) -> Any:
         """What the verb would return for this empty weight [out, in], for sizes before any work."""
         return weight

@@ -477,7 +477,9 @@ def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], lis
         for mark in method.lacks(marks):
             maker = makers.get(f"-{mark}")
             because = f"step {maker} leaves it without" if maker else f"the model is {', '.join(sorted(marks))}"
-            sentence = f"step {number}: {method.name()} wants a model that is {mark}, but {because}. Put it earlier."
+            packed = mark == "float" and not maker and "packed" in marks
+            advice = "Make it dense before, with `quantize.dequantize`." if packed else "Put it earlier."
+            sentence = f"step {number}: {method.name()} wants a model that is {mark}, but {because}. {advice}"
             problems.setdefault(number, []).append(sentence)
         for mark in sorted(method.drops & marks):
             if mark == "sparse":

@@ -29,7 +29,9 @@ class Range:
 
     def __str__(self) -> str:
         low, high = self.low, self.high
-        if low is not None and high is not None:
+        if low is not None and low == high:
+            text = f"of exactly {low:g}"
+        elif low is not None and high is not None:
             text = f"from {low:g} to {high:g}"
         elif low is not None:
             text = f"of at least {low:g}"

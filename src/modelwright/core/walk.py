@@ -237,7 +237,7 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
     every = isinstance(method, SiteMethod) and method.every
     where = method.where or (None if every else method.sites)
     chosen: Chosen = []
-    left, unfit = [], []
+    left, unfit, otherwise = [], [], dict[str, list[str]]()
     for site in sites:
         if where and not matches(site, None, where) or method.skip and matches(site, None, method.skip):
             continue
@@ -247,6 +247,8 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
             continue
         if module is not None and isinstance(local, SiteMethod) and (why := _unfit(module, site, local)):
             unfit.append(f"{site.name} {why}")
+        if module is not None and notes is not None and isinstance(local, SiteMethod) and (place := standing_of(module, site)):
+            otherwise.setdefault(local.otherwise(place.shape), []).append(site.module)
         chosen.append((site, local))
     if unfit:
         raise SiteError(f"{method.name()}: {len(unfit)} weights cannot take it: {unfit[0]}.")
@@ -255,6 +257,9 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
         raise LayoutError(
             f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}."
         )
+    for what, modules in otherwise.items():
+        if what and notes is not None:
+            notes.append(f"{method.name()}: {len(modules)} weights {what}; first {modules[0]}")
     if left and notes is not None:
         notes.append(f"{method.name()} left {len(left)} weights alone, whose roles its maps do not name; first {left[0]}")
     return chosen

@@ -154,6 +154,14 @@ class Grouped(Packer):
         group = math.gcd(self.group, columns) if self.group else columns
         return None if group == columns or group < min(self.group, SMALLEST_GROUP) else group
 
+    def otherwise(self, shape: tuple[int, ...]) -> str:
+        columns = shape[-1]
+        if not self.group or columns <= self.group or columns % self.group == 0:
+            return ""
+        group = self.group_of(columns)
+        found = f"groups of {group}" if group else "one scale for a row"
+        return f"have {found}, because {self.group} does not divide their {columns} inputs"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Quantizer(Grouped):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from modelwright.anatomy import anatomy_of
 from modelwright.anatomy._rotation import fold_norms, rotate_stream, stream_of
 from modelwright.anatomy.reorder import movable, turn
 from modelwright.core.method import ModelMethod
@@ -32,10 +33,12 @@ class Rotate(ModelMethod):
     values: bool = True  # turn what attentions read from values, head by head, too
 
     @torch.no_grad()
-    def model(self, model: Model, rng: torch.Generator) -> Model:
+    def model(self, model: Model, rng: torch.Generator, notes: list[str]) -> Model:
         module = unwrapped(model.module)
-        width = stream_of(module).count
+        width, tied = stream_of(module).count, anatomy_of(module).tied(module)
         fold_norms(module)
+        if tied and not anatomy_of(module).tied(module):
+            notes.append(f"{self.name()}: the head was the embedding and is stored by itself now, because the final norm went into it")
         rotate_stream(module, spreading(width, rng))
         for where in movable(module).values() if self.values else ():
             if where.site.role == "attn.o":
