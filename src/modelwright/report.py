@@ -255,14 +255,14 @@ def bits_plot(rows: list[dict[str, Any]]) -> str:
     blocks = inside + [None] * any(row["block"] is None for row in rows)
     fewest = min((min(row["harm"]) for row in rows if row["harm"]), default=0)
     panels: list[tuple[str, Callable[[dict[str, Any]], float | None]]] = [("bits", lambda row: row["bits"])]
-    if any((row["harm"].get(fewest) or 0) > 0 for row in rows):
-        panels.append((f"harm of rounding it alone to {fewest} bits, nats per token", lambda row: row["harm"].get(fewest)))
+    if any(0 < (row["harm"].get(fewest) or 0) < math.inf for row in rows):
+        panels.append((f"harm of rounding it alone to {fewest} bits, nats per token", lambda row: _drawn(row["harm"].get(fewest))))
     width = min(12.0, max(5.0, 2.2 + 0.42 * len(blocks)))
     figure, axes = figure_of(width, (0.7 + 0.27 * len(roles)) * len(panels) + 0.3, len(panels))
     for place, (panel, (title, value)) in enumerate(zip([axes] if len(panels) == 1 else axes, panels, strict=True)):
         table = [[_mean([found for row in rows if (row["role"], row["block"]) == (role, block) and (found := value(row)) is not None])
                   for block in blocks] for role in roles]  # fmt: skip
-        known = [cell for line in table for cell in line if cell == cell and (cell > 0 or not place)]
+        known = [cell for line in table for cell in line if cell == cell]
         norm = LogNorm(min(known), max(max(known), 1.01 * min(known))) if place else None
         shades = LinearSegmentedColormap.from_list("shades", ["#e4ecf2", WARM if place else ACCENT])
         drawn = panel.pcolormesh(range(len(blocks) + 1), range(len(roles) + 1), table, cmap=shades, norm=norm, edgecolors="white", lw=1.5)
@@ -287,6 +287,11 @@ def bits_plot(rows: list[dict[str, Any]]) -> str:
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("block", fontsize=9)
     return svg_of(figure)
+
+
+def _drawn(harm: float | None) -> float | None:
+    """What a logarithmic scale can show of a harm: rounding alone may leave less than nothing, and an overflow leaves infinity."""
+    return harm if harm is not None and 0 < harm < math.inf else None
 
 
 def _mean(values: list[float]) -> float:

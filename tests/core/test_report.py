@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import pytest
@@ -56,6 +57,14 @@ def test_the_plot_has_a_panel_of_bits_and_one_of_harm(mixed):
     few = [{"role": "attn.q", "block": 0, "bits": 7, "harm": {}}, {"role": "mlp.up", "block": 1, "bits": 5, "harm": {}}]
     words = texts_in(report.bits_plot(few))
     assert words == ["0", "1", "block", "attn.q", "mlp.up", "7", "5", "bits"]  # nothing where there is no matrix
+
+
+def test_harms_that_no_logarithm_shows_are_left_out():
+    def rows(*harms):
+        return [{"role": "attn.q", "block": n % 2, "bits": 3 + n % 2, "harm": {2: harm}} for n, harm in enumerate(harms)]
+
+    assert "harm" not in " ".join(texts_in(report.bits_plot(rows(-1e-3, math.inf, 0.0))))
+    assert "harm" in " ".join(texts_in(report.bits_plot(rows(1e-3, math.inf, -2e-3))))
 
 
 def test_what_is_dense_or_alike_has_no_plot():

@@ -1,9 +1,12 @@
 # ruff: noqa: PT012
 import builtins
 import errno
+import gc
 import json
+import math
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -670,3 +673,28 @@ def test_small_tensors_that_wait_for_the_end_are_written_after_much_went_to_the_
     monkeypatch.setattr(weights, "BEHIND", 8)
     write(tmp_path / "new", {"large": torch.ones(64), "small": torch.ones(3, dtype=torch.uint8)})
     assert Checkpoint(tmp_path / "new").read("small").tolist() == [1, 1, 1]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files are counted as Linux shows them")
+def test_all_tensors_of_a_file_share_one_open_file(folder, tensors):
+    def opened():
+        return len(os.listdir("/proc/self/fd"))
+
+    before = opened()
+    held = [Checkpoint(folder).on_disk(name) for name in tensors for _ in range(50)]
+    assert opened() == before + 1
+    with ThreadPoolExecutor(4) as pool:
+        read = list(pool.map(lambda one: one[0 : math.prod(one.shape)].view(one.shape), held))
+    assert all(torch.equal(read[50 * number], value) for number, value in enumerate(tensors.values()))
+    del held
+    gc.collect()
+    assert opened() == before
+
+
+def test_a_file_that_was_written_anew_is_another(tmp_path):
+    found = []
+    for value in (1.0, 2.0):
+        with Writer(tmp_path / "model", overwrite=True) as out:
+            out.add("x", torch.full((8,), value))
+        found.append(Checkpoint(tmp_path / "model").on_disk("x"))
+    assert [one[0:8].unique().tolist() for one in found] == [[1.0], [2.0]]

@@ -70,16 +70,17 @@ class Guest(Described):
 
 
 class _Remade(torch.autograd.Function):
-    """x Ŵᵀ of a layer, which for the gradient of x makes Ŵ anew, so that no dense weight is kept from one pass to the other."""
+    """x Ŵᵀ + b of a layer, which for the gradient of x makes Ŵ anew, so that no dense weight is kept from one pass to the other."""
 
     @staticmethod
-    def forward(context: Any, inputs: Tensor, layer: Stored) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, inputs: Tensor, bias: Tensor | None, layer: Stored) -> Tensor:  # type: ignore[override]
         context.layer = layer
-        return nn.functional.linear(inputs, layer.dense().to(inputs.dtype))
+        return layer.product(inputs, bias)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return gradient @ context.layer.dense().to(gradient.dtype), None
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:  # type: ignore[override]
+        of_bias = gradient.flatten(0, -2).sum(0) if context.needs_input_grad[1] else None
+        return gradient @ context.layer.dense().to(gradient.dtype), of_bias, None
 
 
 class Stored(Described):
@@ -109,9 +110,12 @@ class Stored(Described):
     def linear(self, inputs: Tensor) -> Tensor:
         """x Ŵᵀ + b with the dense weight, to which no gradient goes: inputs [..., in] → [..., out], in the inputs' dtype."""
         if torch.is_grad_enabled() and inputs.requires_grad:
-            found = _Remade.apply(inputs, self)
-            return found if self.bias is None else found + self.bias.to(found.dtype)
-        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), self.bias)
+            return _Remade.apply(inputs, None if self.bias is None else self.bias.to(inputs.dtype), self)
+        return self.product(inputs, self.bias)
+
+    def product(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """x Ŵᵀ + b, rounded once."""
+        return nn.functional.linear(inputs, self.dense().to(inputs.dtype), bias)
 
     @property
     def weight(self) -> Tensor:

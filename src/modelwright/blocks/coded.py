@@ -60,10 +60,13 @@ class CodedLinear(CodedWeight):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """inputs [..., in] → [..., out], in the inputs' dtype; the bits are those of the layer that stood here."""
-        if self.transposed and self.bias is not None and not inputs.requires_grad:
-            weight = self.dense().to(inputs.dtype)
-            return torch.addmm(self.bias, inputs.reshape(-1, self.in_features), weight.T).view(*inputs.shape[:-1], self.out_features)
         return self.linear(inputs)
+
+    def product(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        if not self.transposed or bias is None:
+            return super().product(inputs, bias)
+        found = torch.addmm(bias, inputs.reshape(-1, self.in_features), self.dense().to(inputs.dtype).T)
+        return found.view(*inputs.shape[:-1], self.out_features)
 
     def why_not(self, old: nn.Module) -> str:
         return "" if isinstance(old, nn.Embedding) else super().why_not(old)

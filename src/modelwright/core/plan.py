@@ -280,7 +280,8 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
         if not streams:
             held += others * shape.size
         surveyed = SURVEYED * sum(value.numel() for _, value in places) if "survey" in method.needs() else 0
-        return held + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest) + surveyed
+        ahead = shape.bytes * largest if streams and not method.in_parts else 0  # the next tensor, read while this one is worked on
+        return held + ahead + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest) + surveyed
     if isinstance(method, AdapterMethod):
         return program + (0 if streaming else shape.size)  # the weights stay in their files, mapped and not touched
     if isinstance(method, ModelMethod):

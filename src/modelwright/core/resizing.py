@@ -38,8 +38,9 @@ class Stack(NamedTuple):
 def stacks(module: nn.Module, places: Mapping[str, Sequence[int]] | None = None) -> list[Stack]:
     """The matrices in terms of a module; places: of files that may have more terms of them than are in memory, by name."""
     found: dict[int, Stack] = {}
-    for name, layer in module.named_modules():
+    for path, layer in module.named_modules():
         if isinstance(layer, BitStackLinear):
+            name = path.removesuffix(".base_layer")  # where an adapter stands beside it
             own = max(layer.places, list((places or {}).get(name, ())), key=len)
             found.setdefault(id(layer.get_buffer(f"{PARTS[0]}_0")), Stack(name, [], own)).layers.append(layer)
     return list(found.values())

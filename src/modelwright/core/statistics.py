@@ -50,7 +50,7 @@ class Statistics:
     def add(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Count the rows of x [..., in], which are tokens of one sequence, or of x [sequences, tokens, in]; 0 in a mask of these: pad."""
         real = mask.bool().to(x.device) if mask is not None and x.ndim > 2 and mask.shape == x.shape[:2] else None
-        if self._sequence is not None:
+        if self._sequence is not None and x.numel():  # an expert may see no token
             squares = x.detach().float().square()
             squares = (squares if real is None else squares.masked_fill(~real[..., None], 0)).sum(-2).view(-1, self.inputs)
             self._sequence += squares.sqrt().sum(0)

@@ -1,4 +1,4 @@
-"""From disk to disk: one tensor in memory, or one block with the activations that enter it; never the whole model."""
+"""From disk to disk, never the whole model: a tensor in memory and the next one, which is read meanwhile, or a block and its inputs."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -163,6 +163,25 @@ class Checkpoint:
         return read_json(file, WeightsError, AGAIN) if file.is_file() else {}
 
 
+class _Opened:
+    """A file that is open for as long as someone reads from it; all its tensors share it, as systems allow few open files."""
+
+    known: ClassVar[weakref.WeakValueDictionary[tuple[int, int], _Opened]] = weakref.WeakValueDictionary()
+
+    def __init__(self, descriptor: int):
+        self.descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    @classmethod
+    def of(cls, file: Path) -> _Opened:
+        """The open file; one that was written anew in its place is another."""
+        stands = os.stat(file)
+        found = cls.known.get((stands.st_dev, stands.st_ino))
+        if found is None:
+            found = cls.known[stands.st_dev, stands.st_ino] = cls(os.open(file, os.O_RDONLY))
+        return found
+
+
 class OnDisk:
     """A stored tensor, read by slices of its flattened entries: x[start:stop]; memory never holds the whole.
 
@@ -173,8 +192,7 @@ class OnDisk:
         self.place = place
         self.shape, self.dtype = place.shape, place.dtype
         self._last = threading.local()
-        self._file = os.open(place.file, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._file)
+        self._file = _Opened.of(place.file)
 
     def __getitem__(self, at: slice) -> Tensor:
         size = self.dtype.itemsize
@@ -182,7 +200,7 @@ class OnDisk:
         assert step == 1, at
         if getattr(self._last, "at", None) != (start, stop):
             values = torch.empty(max(0, stop - start), dtype=self.dtype)
-            _fill(self._file, self.place.file, values.view(torch.uint8), self.place.start + start * size)
+            _fill(self._file.descriptor, self.place.file, values.view(torch.uint8), self.place.start + start * size)
             self._last.values, self._last.at = values, (start, stop)
         return self._last.values
 

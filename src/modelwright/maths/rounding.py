@@ -262,6 +262,8 @@ def compiled() -> Any:
 
 def _by_rows(work: Callable[[slice], Found], values: Tensor) -> list[Found]:
     """What `work` gives for a few rows of a matrix at a time, beside each other; so no float copy of all of them is made."""
+    if not values.numel():
+        return [work(slice(0, len(values)))]
     return list(each(work, len(values), max(1, SLICE // values.shape[1])))
 
 

@@ -155,7 +155,9 @@ def each(work: Callable[[slice], Found], count: int, size: int | None = None) ->
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """The threads of `each`, kept from one tensor to the next: to start them takes as long as a small tensor's work."""
-    return ThreadPoolExecutor(threads, initializer=_alone)
+    pool, all_there = ThreadPoolExecutor(threads, initializer=_alone), threading.Barrier(threads)
+    list(pool.map(lambda _: all_there.wait(), range(threads)))  # so that none sets its number later, after the reader has restored his
+    return pool
 
 
 def _alone() -> None:

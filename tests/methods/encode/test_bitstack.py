@@ -18,6 +18,7 @@ from modelwright.core.statistics import Statistics
 from modelwright.core.weights import Checkpoint
 from modelwright.maths import residual
 from modelwright.maths.signed_low_rank import decode
+from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.encode.bitstack import Bitstack
 from modelwright.methods.quantize.dequantize import Dequantize
 from modelwright.methods.share.depth import Depth
@@ -195,6 +196,15 @@ def test_terms_that_went_come_back_bit_by_bit(folder):
     mw.resize(model, "100%")
     assert same(tensors(model.module), before)
     assert torch.equal(outputs(model.module), wanted)
+
+
+def test_terms_come_back_beside_an_adapter(folder):
+    model = mw.apply(mw.open(folder), Lora(rank=2))
+    before = outputs(model.module)
+    mw.resize(model, "60%")
+    assert not torch.equal(outputs(model.module), before)
+    mw.resize(model, "100%")
+    assert torch.equal(outputs(model.module), before)
 
 
 def test_a_folder_is_opened_with_what_fits_and_with_nothing_else(folder):

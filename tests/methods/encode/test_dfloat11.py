@@ -1,3 +1,4 @@
+import copy
 import os
 import re
 import subprocess
@@ -111,3 +112,18 @@ def test_what_it_does_not_code_is_named():
     assert type(module.lm_head).__name__ == "Linear"
     convolutions = mw.apply(mw.open(tiny("vit")), Dfloat11()).history[-1]["notes"]
     assert any("shape [64, 3, 4, 4] as it is" in note for note in convolutions)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_outputs_and_gradients_are_those_of_the_dense_layer_while_others_train(kind):
+    dense = tiny(kind).bfloat16()
+    coded = mw.apply(copy.deepcopy(dense), Dfloat11())
+    ids = tiny_inputs(dense)["input_ids"][:1]
+    found = []
+    for module in (dense, coded):
+        inputs = module.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = module(inputs_embeds=inputs).logits
+        logits.float().square().sum().backward()
+        found.append((logits.detach(), inputs.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.allclose(found[0][1].float(), found[1][1].float(), rtol=0.05, atol=0.05 * float(found[0][1].abs().max()))

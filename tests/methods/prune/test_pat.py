@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM
 
 import modelwright as mw
 from modelwright.core.contract import LETTERS
-from modelwright.core.errors import PlanError, SettingError, SiteError
+from modelwright.core.errors import LayoutError, PlanError, SettingError
 from modelwright.core.training import Training, next_token, train
 from modelwright.maths.channel_masks import not_orthogonal
 from modelwright.methods.prune._channels import NAME
@@ -189,7 +189,7 @@ def test_without_a_share_to_lose_it_only_tunes():
 def test_models_whose_channels_cannot_leave_are_refused_unchanged(name, text):
     model = lettered(name)
     before = outputs(model.module)
-    with pytest.raises(SiteError, match="to remove"):
+    with pytest.raises(LayoutError, match="cannot be turned"):
         mw.apply(model, Pat(tokens=256, batch=2, length=16, mixing=8), data=text)
     assert torch.equal(outputs(model.module), before)
     assert all(value.requires_grad for value in model.module.parameters())

@@ -253,9 +253,9 @@ def test_the_first_use_attends_within_consecutive_tokens_and_further_ones_within
     ("kind", "settings", "words"),
     [
         ("llama", {"slices": 2}, "slices are for those that see all"),
-        ("olmo2", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
-        ("gemma2", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
-        ("phi", {"residual_scales": True}, "laid out otherwise than with one norm of its own"),
+        ("olmo2", {"residual_scales": True}, "laid out otherwise than with one norm before it"),
+        ("gemma2", {"residual_scales": True}, "laid out otherwise than with one norm before it"),
+        ("phi", {"residual_scales": True}, "laid out otherwise than with one norm before it"),
         ("bert", {"slices_again": 2}, "laid out otherwise"),
         ("opt", {"residual_scales": True}, "laid out otherwise"),
     ],
