@@ -5,6 +5,7 @@ import torch
 
 from modelwright.blocks.packed import PackedLinear
 from modelwright.maths import packed_products
+from modelwright.maths._kernels import kernels
 from modelwright.maths.rounding import encode, half_quadratic, scales
 from modelwright.methods.quantize.nf4 import Nf4
 from modelwright.methods.quantize.nvfp4 import Nvfp4
@@ -17,13 +18,13 @@ OUT, IN = 19, 160  # rows that fill neither the words of packed zero points nor 
 def interpreted(monkeypatch):
     """The kernel in the place of the processor's, for matrices of any size, in small steps, since an interpreter takes its time."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    packed_products.accelerated.cache_clear()
+    kernels.cache_clear()
     for name, value in (("TALL", 4), ("WIDE", 32)):
         monkeypatch.setattr(packed_products.accelerated(), name, value)
     monkeypatch.setattr(packed_products, "LEAST", 1)
     monkeypatch.setattr(packed_products, "_on_processor", packed_products._on_accelerator)
     yield
-    packed_products.accelerated.cache_clear()
+    kernels.cache_clear()
 
 
 def normal(*shape):

@@ -5,6 +5,7 @@ import torch
 
 from modelwright.core.errors import WeightsError
 from modelwright.maths import prefix_codes
+from modelwright.maths._kernels import kernels
 from modelwright.maths.coded_floats import SPLITS, encode
 from modelwright.maths.prefix_codes import Coded, Reader, merged
 
@@ -16,12 +17,12 @@ COUNT = 2 * 4 * 16 + 37  # of the small blocks below
 def small(monkeypatch):
     """Blocks of few lanes and steps, since an interpreter takes its time."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    prefix_codes.accelerated.cache_clear()
+    kernels.cache_clear()
     for name, value in (("LANES", 4), ("STEPS", 16), ("BLOCK", 64)):
         monkeypatch.setattr(prefix_codes, name, value)
     monkeypatch.setattr(prefix_codes, "compiled", lambda: None)
     yield
-    prefix_codes.accelerated.cache_clear()
+    kernels.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", list(SPLITS))

@@ -117,6 +117,15 @@ class Stored(Described):
         """x Ŵᵀ + b, rounded once."""
         return nn.functional.linear(inputs, self.dense().to(inputs.dtype), bias)
 
+    def describe(self) -> dict[str, Any]:
+        """The kind, sizes and settings, as a JSON object."""
+        sizes = {"kind": self.kind, "out_features": self.out_features, "in_features": self.in_features}
+        return sizes | self.settings() | {"bias": self.bias is not None}
+
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {}
+
     @property
     def weight(self) -> Tensor:
         """The dense weight, made anew, for code that looks at a linear's weight."""

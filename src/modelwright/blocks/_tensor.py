@@ -100,18 +100,9 @@ class TensorMatrix(TensorStored):
         whole = contract(terms(self.form, ways), self.unfolded(), out).reshape(prod(self.rows), prod(self.columns))
         return whole[: self.out_features, : self.in_features]
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "form": self.form,
-            "ranks": list(self.ranks),
-            "rows": list(self.rows),
-            "columns": list(self.columns),
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"form": self.form, "ranks": list(self.ranks), "rows": list(self.rows), "columns": list(self.columns)}
 
 
 def as_tensor(weight: Tensor, rows: Sequence[int], columns: Sequence[int]) -> Tensor:

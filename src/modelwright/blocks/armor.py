@@ -66,13 +66,6 @@ class ArmorLinear(Stored):
         """How many values of A, B and C are not zero."""
         return self.core.nonzeros() + self.left.numel() + self.right.numel()
 
-    def describe(self) -> dict[str, Any]:
-        """The kind and sizes, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "size": self.size,
-            "nonzeros": self.core.weight_values.numel(),
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"size": self.size, "nonzeros": self.core.weight_values.numel()}

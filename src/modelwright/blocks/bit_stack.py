@@ -58,12 +58,10 @@ class BitStackLinear(Stored):
 
     def empty(self, device: torch.device | str | None = None) -> Signed:
         """A term without values."""
-        factors = dict(dtype=torch.float16, device=device)
-        return Signed(
-            torch.empty(-(-self.weights() // 8), dtype=torch.uint8, device=device),
-            torch.empty(self.out_features, self.rank, **factors),  # type: ignore[arg-type]
-            torch.empty(self.rank, self.in_features, **factors),  # type: ignore[arg-type]
-        )
+        signs = torch.empty(-(-self.weights() // 8), dtype=torch.uint8, device=device)
+        left, right = (torch.empty(shape, dtype=torch.float16, device=device)
+                       for shape in ((self.out_features, self.rank), (self.rank, self.in_features)))  # fmt: skip
+        return Signed(signs, left, right)
 
     @property
     def terms(self) -> int:
@@ -102,13 +100,6 @@ class BitStackLinear(Stored):
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         return self.linear(inputs)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object; the places say how many terms there are."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "rank": self.rank,
-            "places": list(self.places),
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object; the places say how many terms there are."""
+        return {"rank": self.rank, "places": list(self.places)}

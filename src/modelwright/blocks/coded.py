@@ -79,13 +79,6 @@ class CodedLinear(CodedWeight):
 
         return CodedEmbedding.from_linear(self, multiplier=float(getattr(old, "embed_scale", 1.0))).standing_for(old)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "transposed": self.transposed,
-            "bias": self.bias is not None,
-            **self.describe_parts(),
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"transposed": self.transposed, **self.describe_parts()}

@@ -64,12 +64,6 @@ class Float8Linear(Stored):
         weights = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy}
         return {"format": "float-quantized", "weights": weights | ({"block_structure": [TILE, TILE]} if self.scope == "tile" else {})}
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "scope": self.scope,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"scope": self.scope}

@@ -76,19 +76,15 @@ class HashedLinear(Stored):
             memory.divided_by = key, divisor(maps, self.map.size, self.scaling, memory.device)
         return memory.divided_by[1]
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
         return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
             "size": self.map.size,
             "form": self.map.form,
             "seed": self.map.seed,
             "offset": self.map.offset,
             "scale": self.map.scale,
             "scaling": self.scaling,
-            "bias": self.bias is not None,
         }
 
 

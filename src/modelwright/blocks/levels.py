@@ -111,15 +111,6 @@ class LevelsLinear(Stored):
         weights = {"num_bits": 4, "type": "float", "symmetric": True, "dynamic": False, "strategy": strategy, "group_size": self.group}
         return {"format": f"{name}-pack-quantized", "weights": weights | {"scale_dtype": f"torch.{kind}", "zp_dtype": f"torch.{kind}"}}
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "levels": self.levels,
-            "bits": self.bits,
-            "group": self.group,
-            "scales": self.scales,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"levels": self.levels, "bits": self.bits, "group": self.group, "scales": self.scales}

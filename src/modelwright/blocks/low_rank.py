@@ -63,12 +63,6 @@ class LowRankLinear(Stored):
         """inputs [..., in] → [..., out]."""
         return self.b(self.a(inputs))
 
-    def describe(self) -> dict[str, Any]:
-        """The kind and sizes, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "rank": self.rank,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"rank": self.rank}

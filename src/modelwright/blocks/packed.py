@@ -144,16 +144,8 @@ class PackedLinear(Stored):
 
         return PackedEmbedding.from_linear(self, multiplier=float(getattr(old, "embed_scale", 1.0))).standing_for(old)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
         extra: dict[str, Any] = {"zeros": "float"} if self.zeros == "float" else {}
         extra |= {"inputs": self.inputs, "threshold": self.threshold} if self.inputs else {}
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "bits": self.bits,
-            "group": self.group,
-            "symmetric": self.weight_zero_point is None,
-            "bias": self.bias is not None,
-        } | extra
+        return {"bits": self.bits, "group": self.group, "symmetric": self.weight_zero_point is None} | extra

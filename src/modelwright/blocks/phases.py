@@ -91,14 +91,6 @@ class PhaseLinear(Trained):
         weight = self.dense() if self.weight_master is None else rounding.straight_through(self.weight_master, self.dense())
         return nn.functional.linear(inputs, weight.to(inputs.dtype), self.bias)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "terms": self.terms,
-            "by_row": self.by_row,
-            "packed": self.packed,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"terms": self.terms, "by_row": self.by_row, "packed": self.packed}

@@ -66,13 +66,6 @@ class PlanesLinear(Stored):
         """inputs [..., in] → [..., out], in the inputs' dtype."""
         return self.linear(inputs)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "bits": self.bits,
-            "group": self.group,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"bits": self.bits, "group": self.group}

@@ -64,12 +64,6 @@ class SparseLinear(Stored):
         """inputs [..., in] → [..., out]."""
         return nn.functional.linear(inputs, self.dense(), self.bias)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind and sizes, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "nonzeros": self.weight_values.numel(),
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"nonzeros": self.weight_values.numel()}

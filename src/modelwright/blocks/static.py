@@ -84,15 +84,11 @@ class StaticLinear(PackedLinear):
     why_not = Stored.why_not
     standing_for = Stored.standing_for
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
         return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
             "bits": self.bits,
             "inputs": self.inputs,
             "merged": self.input_step is None,
             "gathered": self.weight_index is not None,
-            "bias": self.bias is not None,
         } | ({"shifted": True} if self.input_shift is not None else {})

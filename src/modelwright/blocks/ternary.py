@@ -71,12 +71,6 @@ class TernaryLinear(Trained):
             found = ternary.trained_product(inputs, self.norm, self.weight_master)
         return (found if self.bias is None else found + self.bias).to(inputs.dtype)
 
-    def describe(self) -> dict[str, Any]:
-        """The kind, sizes and settings, as a JSON object."""
-        return {
-            "kind": self.kind,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "packed": self.packed,
-            "bias": self.bias is not None,
-        }
+    def settings(self) -> dict[str, Any]:
+        """What makes such a layer beside its sizes, as a JSON object."""
+        return {"packed": self.packed}

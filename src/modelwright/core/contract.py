@@ -309,9 +309,9 @@ def check_defaults_do_something(case: Case) -> None:
 def check_what_is_given_stays_as_it_is(case: Case) -> None:
     made = once(case)
     assert all(same(one, two) for one, two in zip(made.others, _others(made.given), strict=True)), "a donor or the teacher changed"
+    after: Any = made.given.data
     if made.data is not None:
-        pairs: Any = zip(made.data, made.given.data, strict=True)  # type: ignore[arg-type]
-        assert all(torch.equal(one[key], two[key]) for one, two in pairs for key in one), "the data changed"
+        assert all(torch.equal(one[key], two[key]) for one, two in zip(made.data, after, strict=True) for key in one), "the data changed"
 
 
 def check_only_chosen_sites_change(case: Case) -> None:

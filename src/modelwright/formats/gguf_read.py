@@ -213,7 +213,7 @@ class Gguf(Made):
         self._write_tokenizer(folder)
 
     def _write_tokenizer(self, folder: Path) -> None:
-        """The tokenizer that lies beside the file, where it has the same tokens, or the one in the file."""
+        """The tokenizer that lies beside the file, where no word of it has another number, or the one in the file."""
         from transformers import AutoTokenizer
 
         if self._tokenizer is not None:
@@ -237,7 +237,7 @@ class Gguf(Made):
         console.print(f"note: {self.file.name} is opened without a tokenizer, for {why}; give one with `tokenizer=`", markup=False)
 
     def _same(self, tokenizer: Any) -> bool:
-        """Whether a tokenizer numbers the words as the file does."""
+        """Whether no word of a tokenizer has another number in the file."""
         known = dict(enumerate(self.tokens))
         return all(known.get(number, word) == word for word, number in tokenizer.get_vocab().items())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ LOOSE = {"reassoc", "contract", "nsz"}  # sums in any order, so that the process
 
 
 @partial(compiled, fastmath=LOOSE)
-def real(scale, row, group):  # type: ignore[no-untyped-def]
+def real(scale: Any, row: Any, group: Any) -> Any:
     """An entry of scales as float32; unsigned numbers of 16 bits are the upper halves of one."""
     if scale.itemsize == 2:
         return np.uint32(np.uint32(scale[row, group]) << HALVES).view(np.float32)
@@ -21,7 +22,7 @@ def real(scale, row, group):  # type: ignore[no-untyped-def]
 
 
 @partial(compiled, fastmath=LOOSE)
-def shift(zero, bits, row, group):  # type: ignore[no-untyped-def]
+def shift(zero: Any, bits: Any, row: Any, group: Any) -> Any:
     """What is taken from each unsigned code of a group: its zero point, one of floats [out, groups] or in the bytes of packed words."""
     if zero is None:
         return np.float32(1 << (bits - 1))
@@ -32,7 +33,7 @@ def shift(zero, bits, row, group):  # type: ignore[no-untyped-def]
 
 
 @partial(compiled, fastmath=LOOSE)
-def nibbles(packed, scale, zero, x, sums, out, first, last):  # type: ignore[no-untyped-def]
+def nibbles(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, first: Any, last: Any) -> Any:
     """Rows `first` to `last` of codes of 4 bits, times x float32 [count, 2, in / 2], the even columns and the odd ones, into out."""
     groups = scale.shape[1]
     size = x.shape[2] // groups
@@ -51,7 +52,7 @@ def nibbles(packed, scale, zero, x, sums, out, first, last):  # type: ignore[no-
 
 
 @partial(compiled, fastmath=LOOSE)
-def levels(packed, scale, table, x, out, first, last):  # type: ignore[no-untyped-def]
+def levels(packed: Any, scale: Any, table: Any, x: Any, out: Any, first: Any, last: Any) -> Any:
     """The same where a code is a place in a table of 16 levels."""
     groups = scale.shape[1]
     size = x.shape[2] // groups
@@ -70,7 +71,7 @@ def levels(packed, scale, table, x, out, first, last):  # type: ignore[no-untype
 
 
 @partial(compiled, fastmath=LOOSE)
-def bytewise(packed, scale, zero, x, sums, out, first, last):  # type: ignore[no-untyped-def]
+def bytewise(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, first: Any, last: Any) -> Any:
     """The same for codes of 8 bits, with x [count, 1, in]."""
     groups = scale.shape[1]
     size = x.shape[2] // groups

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from modelwright.maths._compiled import compiled
@@ -13,7 +15,7 @@ FOUR = np.uint64(4)  # codes that a window of 64 bits holds, whatever their leng
 
 
 @compiled
-def measure(symbols, lengths, bits, first, last):  # type: ignore[no-untyped-def]
+def measure(symbols: Any, lengths: Any, bits: Any, first: Any, last: Any) -> Any:
     """The bits of each lane of blocks `first` to `last` (not included), into `bits`."""
     for block in range(first, last):
         base = block * BLOCK
@@ -27,7 +29,7 @@ def measure(symbols, lengths, bits, first, last):  # type: ignore[no-untyped-def
 
 
 @compiled
-def write(symbols, codes, lengths, starts, words, first, last):  # type: ignore[no-untyped-def]
+def write(symbols: Any, codes: Any, lengths: Any, starts: Any, words: Any, first: Any, last: Any) -> Any:
     """The codes of blocks `first` to `last`, lane after lane, into the words from each block's start on."""
     for block in range(first, last):
         base = block * BLOCK
@@ -50,7 +52,7 @@ def write(symbols, codes, lengths, starts, words, first, last):  # type: ignore[
 
 
 @compiled
-def value(symbol, signs, rest, exponent, mantissa, at):  # type: ignore[no-untyped-def]
+def value(symbol: Any, signs: Any, rest: Any, exponent: Any, mantissa: Any, at: Any) -> Any:
     """`prefix_codes.merged` for the entry at one place; the symbol itself without `signs`."""
     if signs is None:
         return symbol
@@ -62,7 +64,10 @@ def value(symbol, signs, rest, exponent, mantissa, at):  # type: ignore[no-untyp
 
 
 @compiled
-def read(words, starts, bits, table, count, blocks, first, last, signs, rest, exponent, mantissa, out):  # type: ignore[no-untyped-def]
+def read(
+    words: Any, starts: Any, bits: Any, table: Any, count: Any, blocks: Any, first: Any, last: Any,
+    signs: Any, rest: Any, exponent: Any, mantissa: Any, out: Any,
+) -> Any:  # fmt: skip
     """Decode the `first` to `last` of `blocks` into their places of `out`; returns how many lanes ended elsewhere than they should.
 
     All numbers are unsigned, so that no index is looked at for its sign; none reads outside of the words, whatever they say.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ HALVES = np.uint32(16)
 
 
 @compiled
-def bounds(numbers, size, low, high):  # type: ignore[no-untyped-def]
+def bounds(numbers: Any, size: Any, low: Any, high: Any) -> Any:
     """The least and the greatest float of each group, all of them as whole numbers of their bits.
 
     numbers [rows, in], low and high [rows, groups]. size: a mask of the bits beside the sign. With these turned over in negative ones,
@@ -34,7 +35,7 @@ def bounds(numbers, size, low, high):  # type: ignore[no-untyped-def]
 
 
 @partial(compiled, error_model="numpy")
-def nearest(values, scale, before, after, least, most, codes):  # type: ignore[no-untyped-def]
+def nearest(values: Any, scale: Any, before: Any, after: Any, least: Any, most: Any, codes: Any) -> Any:
     """Codes int8 [rows, in]: round(value / scale + before) + after, at least `least` and at most `most`.
 
     values: float32, or the upper halves of floats as whole numbers of 16 bits. The others float32 [rows, groups].
@@ -54,7 +55,7 @@ def nearest(values, scale, before, after, least, most, codes):  # type: ignore[n
 
 
 @compiled
-def nibbles(codes, out):  # type: ignore[no-untyped-def]
+def nibbles(codes: Any, out: Any) -> Any:
     """Two signed codes of 4 bits in a byte, the first one low: codes uint8 [rows, 2 n], out uint8 [rows, n or more]."""
     for row in range(len(codes)):
         own, stream = codes[row], out[row]
@@ -63,7 +64,7 @@ def nibbles(codes, out):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def streams(bits, codes, out):  # type: ignore[no-untyped-def]
+def streams(bits: Any, codes: Any, out: Any) -> Any:
     """Eight codes in as many bytes as a code has bits: codes uint8 [rows, 8 n], out uint8 [rows, bits · n or more]."""
     most, half = np.uint64((1 << bits) - 1), np.uint64(1 << (bits - 1))
     for row in range(len(codes)):

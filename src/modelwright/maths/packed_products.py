@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modelwright.maths._kernels import kernels
+
 ROWS = 8  # more inputs than this make it worth to have the weight
 LEAST = 1 << 15  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
 SHARE = 1 << 19  # weights for which a thread of its own is worth waking
+compiled = functools.partial(kernels, "_packed_kernels")
+accelerated = functools.partial(kernels, "_packed_triton")
 
 
 def product(
@@ -67,32 +71,13 @@ def _on_accelerator(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: T
     if bits != 4 or (kernels := accelerated()) is None:
         return None
     with torch.cuda.device_of(x):  # triton runs on the current one
-        return kernels.products(packed.contiguous().view(torch.uint8), scale, zero, table, _apart(x, bits))  # type: ignore[no-any-return]
+        found: Tensor = kernels.products(packed.contiguous().view(torch.uint8), scale, zero, table, _apart(x, bits))
+        return found
 
 
 def _apart(x: Tensor, bits: int) -> Tensor:
     """x [count, in] as [count, codes in a byte, in / these]: the inputs of the first code of each byte, then of the second."""
     return x.view(len(x), -1, 8 // bits).transpose(1, 2).contiguous()
-
-
-@functools.cache
-def compiled() -> Any:
-    """The compiled kernels; None where numba is missing."""
-    try:
-        from modelwright.maths import _packed_kernels
-    except ImportError:
-        return None
-    return _packed_kernels
-
-
-@functools.cache
-def accelerated() -> Any:
-    """The kernel for accelerators; None where triton is missing."""
-    try:
-        from modelwright.maths import _packed_triton
-    except ImportError:
-        return None
-    return _packed_triton
 
 
 def _numbers(values: Tensor | None) -> Any:

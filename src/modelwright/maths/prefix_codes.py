@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import WeightsError
+from modelwright.maths._kernels import kernels
 from modelwright.maths.slices import each
 
 LONGEST = 12  # bits of a code: one table of 4096 entries decodes each
@@ -25,6 +26,8 @@ STEPS = 1 << 10  # symbols of a lane, at most
 BLOCK = LANES * STEPS
 BATCH = 4  # blocks that a thread works on at a time, as many entries as `slices.SLICE`
 WORD = 64  # bits
+compiled = functools.partial(kernels, "_prefix_kernels")
+accelerated = functools.partial(kernels, "_prefix_triton")
 
 
 class Coded(NamedTuple):
@@ -276,26 +279,6 @@ def merged(exponents: Tensor, signs: Tensor, rest: Tensor | None, split: tuple[i
         width = 8 * rest.element_size()
         found = found << width | (rest.long() & ((1 << width) - 1))
     return found.to(dtype)  # keeps the lowest bits
-
-
-@functools.cache
-def compiled() -> Any:
-    """The compiled kernels; None where numba is missing, and then whole arrays are worked on."""
-    try:
-        from modelwright.maths import _prefix_kernels
-    except ImportError:
-        return None
-    return _prefix_kernels
-
-
-@functools.cache
-def accelerated() -> Any:
-    """The kernels for accelerators; None where triton is missing."""
-    try:
-        from modelwright.maths import _prefix_triton
-    except ImportError:
-        return None
-    return _prefix_triton
 
 
 def _unsigned(values: Tensor) -> np.ndarray[Any, Any]:

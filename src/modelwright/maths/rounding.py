@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modelwright.maths.slices import SLICE, each
+from modelwright.maths._kernels import kernels
+from modelwright.maths.slices import SLICE, each, slices
 
 CLIPS = 80  # clipping factors that the search tries: 1.00, 0.99, ..., 0.21
 NORM = 2.4  # the power of the error that it minimises
@@ -25,6 +26,7 @@ Found = TypeVar("Found")
 LEAST_STEP = 1 / 2e4  # of a group's largest size, between its levels in half-quadratic splitting
 ROWS = 256  # whose codes are found together, so that no float copy of all of them is made
 LEAST = 1 << 18  # weights; of a smaller matrix whole-array operations take less time than a compiler takes to load
+compiled = functools.partial(kernels, "_rounding_kernels")
 
 
 def scales(
@@ -127,7 +129,9 @@ def encode(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
     weight [out, in], scale and zero [out, groups] as `scales` gives them.
     """
     kernels = _kernels(weight)
-    codes = torch.from_numpy(np.empty(weight.shape, np.int8)).to(weight.device)  # numpy asks for large pages
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    if weight.device.type == "cpu":
+        codes = torch.from_numpy(np.empty(weight.shape, np.int8))  # numpy asks for large pages
 
     def work(at: slice) -> None:
         own = weight[at].detach(), scale[at].detach(), None if zero is None else zero[at].detach()
@@ -250,21 +254,14 @@ def _kernels(values: Tensor) -> Any:
     return compiled() if fits and values.numel() >= LEAST else None
 
 
-@functools.cache
-def compiled() -> Any:
-    """The compiled loops; None where numba is missing."""
-    try:
-        from modelwright.maths import _rounding_kernels
-    except ImportError:
-        return None
-    return _rounding_kernels
-
-
 def _by_rows(work: Callable[[slice], Found], values: Tensor) -> list[Found]:
     """What `work` gives for a few rows of a matrix at a time, beside each other; so no float copy of all of them is made."""
     if not values.numel():
         return [work(slice(0, len(values)))]
-    return list(each(work, len(values), max(1, SLICE // values.shape[1])))
+    rows = max(1, SLICE // values.shape[1])
+    if values.device.type != "cpu":  # other threads would have streams of their own
+        return [work(at) for at in slices(len(values), rows)]
+    return list(each(work, len(values), rows))
 
 
 def _bounds(weight: Tensor, groups: int, kernels: Any) -> tuple[Tensor, Tensor]:

@@ -66,9 +66,10 @@ def test_what_is_taken_out_was_silenced(name, kind, monkeypatch) -> None:
     model = Model(name=kind, module=module, tokenizer=letters() if kind in CAUSAL else None)
     if "adapters" in cls.wants:
         mw.apply(model, find.find("adapt.lora")(rank=2))
-    try:
-        mw.apply(model, cls(**settings), data=batches)
-    except LayoutError as error:
-        pytest.skip(f"{kind}: {error}")
+    if (name, kind) == ("prune.prunenet", "mixtral"):  # which takes neurons, and these are all in experts
+        with pytest.raises(LayoutError, match="has no mlp to remove"):
+            mw.apply(model, cls(**settings), data=batches)
+        return
+    mw.apply(model, cls(**settings), data=batches)
     assert apart
     assert all(gap < 1e-5 for what, gap in apart.items() if what != "experts"), apart  # a silenced expert would still be chosen

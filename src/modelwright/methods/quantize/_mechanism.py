@@ -52,6 +52,10 @@ class Packer(SiteMethod):
     def unfit(self, shape: tuple[int, ...]) -> str:
         return "" if len(shape) == 2 else f"has the shape {list(shape)}, and packed weights are for matrices"
 
+    def promise(self) -> dict[str, Any]:
+        bits = getattr(self, "bits", None)  # of those that have one number of them for all places
+        return {"bits": bits} if isinstance(bits, int) else {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trainable(Packer):
@@ -79,9 +83,6 @@ class Both(Packer):
 
     def planned(self, weight: Tensor) -> nn.Module:
         return PackedLinear(*weight.shape, **self.form(), dtype=weight.dtype, device="meta")
-
-    def promise(self) -> dict[str, Any]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,9 +139,6 @@ class Stepped(Packer, LayerMethod):
             given = numbers if index is None else numbers[:, index]
             found.append((float((given @ grid.decode(codes).float().T - exact).square().sum()), grid, codes, index))
         return min(found, key=lambda one: one[0])
-
-    def promise(self) -> dict[str, Any]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +207,3 @@ class Quantizer(Grouped):
         if (kind := KINDS.get(self.grid)) is None:
             return PackedLinear(**sizes, symmetric=self.symmetric)
         return LevelsLinear(**sizes, levels=kind.levels, scales="nested" if self.nested else kind.scales)
-
-    def promise(self) -> dict[str, Any]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}

@@ -9,7 +9,7 @@ what the kernels compute. A weight in the middle of two numbers takes the one wh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -36,6 +36,3 @@ class Bipolar(Grouped, TensorMethod):
 
     def planned(self, weight: Tensor) -> nn.Module:
         return PlanesLinear(*weight.shape, bits=self.bits, group=self.group_of(weight.shape[1]), dtype=weight.dtype, device="meta")
-
-    def promise(self) -> dict[str, Any]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}

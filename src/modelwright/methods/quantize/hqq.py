@@ -8,7 +8,7 @@ Differs: each group keeps the best zero point that it has seen; the published co
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -44,6 +44,3 @@ class Hqq(Grouped, TensorMethod):
     def planned(self, weight: Tensor) -> nn.Module:
         return PackedLinear(*weight.shape, bits=self.bits, group=self.group_of(weight.shape[1]), symmetric=False, zeros="float",
                             dtype=weight.dtype, device="meta")  # fmt: skip
-
-    def promise(self) -> dict[str, Any]:
-        return {"bits": self.bits} if isinstance(self.bits, int) else {}

@@ -26,7 +26,7 @@ from modelwright.core.model import Model, put, unwrapped, weight_of
 from modelwright.core.passage import Resident, real, statistics_of
 from modelwright.core.progress import track
 from modelwright.core.settings import count, number
-from modelwright.core.walk import Chosen, alike, choose, dense_sites, split_experts
+from modelwright.core.walk import Chosen, alike, choose, dense_sites, refuse_not_finite, split_experts
 from modelwright.maths import grids
 from modelwright.maths.allocation import least_harm
 from modelwright.methods.quantize._mechanism import Grouped
@@ -55,6 +55,9 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
         low = min(self.choices)
         return [f"bits are {self.bits:g} on average, and the least of choices is {low}. Give more, or a lower choice."] * (self.bits < low)
 
+    def promise(self) -> dict[str, Any]:
+        return {}  # the bits are an average
+
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str], details: list[Any]) -> Model:
         module = unwrapped(model.module)
         with torch.no_grad(), split_experts(module):
@@ -74,8 +77,7 @@ class Mixed(Grouped, ModelMethod):  # type: ignore[misc]  # sizes are planned ma
                 for site, bits in zip(part, widths[start:], strict=False):
                     weight, seen = weight_of(module, site), found.pop(site.name)
                     assert weight is not None
-                    if not seen.finite():
-                        raise SiteError(f"{site.name}: its inputs are NaN or infinite on the text, so {self.name()} cannot weigh it.")
+                    refuse_not_finite(site, seen, self)
                     if not seen.tokens:
                         notes.append(f"{self.name()}: {site.module} saw no calibration token; it was worked on as if all inputs were alike")
                     solver = Gptq(bits=bits, group=self.group, symmetric=self.symmetric)
