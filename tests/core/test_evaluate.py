@@ -9,17 +9,17 @@ import types
 import pytest
 import torch
 from standin import documents
+from tiny import tiny
 from torch import nn
 from typer.testing import CliRunner
 
 import modelwright as mw
 from modelwright import report
 from modelwright.cli import app
-from modelwright.core import evaluate
+from modelwright.core import data, evaluate
 from modelwright.core.contract import letters
 from modelwright.core.errors import DataError, SettingError
 from modelwright.core.model import Model
-from modelwright.maths.divergence import mixed_kl
 from modelwright.methods.quantize.rtn import Rtn
 
 
@@ -77,12 +77,18 @@ def test_distances_by_hand(model):
     with torch.no_grad():
         other.logs[letter("b"), letter("d")] = 5.0
     ids = torch.tensor(list(map(letter, "abxaybacz")))
-    one, two = model.module.logs[ids[:-1]], other.logs[ids[:-1]]
+    one, two = (module.logs.detach()[ids[:-1]].double().log_softmax(-1) for module in (model.module, other))
     found = evaluate.apart(model.module, other, ids, 4)
-    assert found["divergence"] == pytest.approx(float(mixed_kl(one.detach(), two.detach())), rel=1e-4)
+    assert found["divergence"] == pytest.approx(float((one.exp() * (one - two)).sum(-1).mean()), rel=1e-4)
     assert found["flips"] == pytest.approx(float((one.argmax(-1) != two.argmax(-1)).float().mean()))
     assert found["flips"] == 5 / 8  # after the three a and the two b
     assert evaluate.apart(model.module, model.module, ids, 4) == {"divergence": 0.0, "flips": 0.0}
+
+
+def test_models_of_other_vocabularies_are_not_compared():
+    other = Model(name="other", module=tiny("llama", vocab_size=50), tokenizer=letters())
+    with pytest.raises(SettingError, match="other has 50 tokens and its original 97"):
+        evaluate.compared(Model(name="one", module=tiny("llama"), tokenizer=letters()), other, data.read(["abc " * 200]))
 
 
 @pytest.mark.parametrize(

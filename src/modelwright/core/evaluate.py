@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelwright.maths.divergence import mixed_kl
+
 from . import data as texts
 from .errors import DataError, SettingError, nearest, refuse
 from .model import Model
@@ -95,8 +97,7 @@ def likelihood(model: Model, before: str, text: str) -> float:
     Of texts longer than the model takes, the end counts.
     """
     ids = model.tokenizer(before + text, add_special_tokens=False)["input_ids"]
-    given = len(model.tokenizer(before, add_special_tokens=False)["input_ids"]) if before else 1
-    given = min(given, len(ids) - 1) if before else given
+    given = min(len(model.tokenizer(before, add_special_tokens=False)["input_ids"]), len(ids) - 1) if before else 1
     kept = ids[-texts.within(model.config, len(ids)) :] if len(ids) > 1 else ids
     asked = min(len(ids) - given, len(kept) - 1)
     if asked < 1:
@@ -128,10 +129,10 @@ def apart(original: nn.Module, other: nn.Module, ids: Tensor, length: int) -> di
     for start in range(0, len(ids) - 1, length - 1):
         row = ids[None, start : start + length]
         before, after = (
-            module(input_ids=row.to(next(module.parameters()).device), use_cache=False).logits[0, :-1].float().cpu().log_softmax(-1)
+            module(input_ids=row.to(next(module.parameters()).device), use_cache=False).logits[0, :-1].float().cpu()
             for module in (original, other)
         )
-        total += float((before.exp() * (before - after)).double().sum())
+        total += float(mixed_kl(before, after)) * len(before)
         flips += int((before.argmax(-1) != after.argmax(-1)).sum())
         count += len(before)
     return {"divergence": max(total / count, 0.0), "flips": flips / count}
