@@ -72,11 +72,10 @@ def lengths(module: nn.Module, found: Sequence[Stack], budget: Budget) -> list[i
     return taken
 
 
-def shorten(module: nn.Module, budget: str | int | float, whole: int | None = None) -> None:
-    """Take from memory the terms that a budget has no room for; a share is of `whole` bytes, or of the module as it is."""
+def shorten(module: nn.Module, budget: str | int | float, whole: int) -> None:
+    """Take from memory the terms that a budget has no room for; a share is of `whole` bytes."""
     found = stacks(module)
-    parsed = Budget.parse(budget, sizes(module, found)[1] if whole is None else whole)
-    for stack, terms in zip(found, lengths(module, found, parsed), strict=True):
+    for stack, terms in zip(found, lengths(module, found, Budget.parse(budget, whole)), strict=True):
         for layer in stack.layers:
             layer.keep(terms)
 

@@ -63,6 +63,14 @@ def test_the_scale_is_the_mean_norm_of_a_sequence_by_hand():
     statistics.add(32 * x[:, :2])  # norms of 160 and 32 · √1, of 0 and 64, beside them
     expected = torch.tensor([(5 + 1 + 160 + 32) / 4, (0 + 2 + 0 + 64) / 4]) + 1e-3
     assert METHOD.rescale("norm", [], statistics, lambda _: 0.0).tolist() == pytest.approx((expected / 4**2).tolist())
+    large = Statistics(2, ("sequence",))
+    large.add(torch.full((2, 4, 2), 500.0))  # of which four are 1000 long, 2^9.97: 4^5 is nearest
+    assert METHOD.rescale("norm", [], large, lambda _: 0.0).tolist() == pytest.approx([1000.001 / 4**5] * 2)
+
+
+def test_defaults_are_those_of_the_paper():
+    assert (Bitstack().terms, Bitstack().rank, Bitstack().tries, Bitstack().measure) == (16, 16, 32, "perplexity")
+    assert (Bitstack(terms=3).passes(2), Bitstack(terms=3, measure="error").passes(2)) == (2 + 7 * 2 * 2, 2)
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,13 @@ NOISE = 1.0
 @pytest.fixture(scope="module")
 def trained():
     """A ViT that knows its images, and the same one with unlike channels behind its norms."""
-    torch.set_num_threads(1)
+    known = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that it learns the same on every machine
     plain = vit.trained(110, NOISE)
     uneven = copy.deepcopy(plain)
     vit.uneven(uneven)
-    return {"plain": plain, "uneven": uneven}
+    yield {"plain": plain, "uneven": uneven}
+    torch.set_num_threads(known)
 
 
 def right(module):
