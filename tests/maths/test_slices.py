@@ -1,10 +1,11 @@
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from modelwright.maths import slices
-from modelwright.maths.slices import Joined, Sliced, each, flat
+from modelwright.maths.slices import Joined, Sliced, Stacked, each, flat
 
 
 @pytest.fixture(autouse=True, params=[1, 3], ids=["one thread", "three threads"])
@@ -120,3 +121,17 @@ def test_threads_made_afterwards_have_torchs_number_of_threads(threads):
     later.start()
     later.join()
     assert found == [threads]
+
+
+def test_stacked_values_are_those_of_each_slice_whatever_came_before():
+    one, two = torch.arange(20.0).bfloat16(), torch.arange(20.0, 40.0)
+    stacked = Stacked([flat(one), flat(two)], torch.float32)
+    for at in (slice(3, 8), slice(0, 20), slice(5, 7), slice(2, 19)):  # longer and shorter than what is held
+        rows = stacked(at)
+        assert rows.dtype == torch.float32
+        assert torch.equal(rows, torch.stack([one[at].float(), two[at]]))
+    first = stacked(slice(0, 4))
+    with ThreadPoolExecutor(1) as pool:  # has memory of its own
+        other = pool.submit(stacked, slice(10, 14)).result()
+    assert torch.equal(first[0], one[:4].float())
+    assert torch.equal(other[0], one[10:14].float())
