@@ -13,7 +13,7 @@ from modelwright.core.errors import ModelError, WeightsError
 from modelwright.core.plan import plan
 from modelwright.core.recipe import Recipe, Step
 from modelwright.formats.gguf import halved, interleaved
-from modelwright.maths import gguf_blocks
+from modelwright.maths import gguf_blocks, slices
 from modelwright.methods.prune.magnitude import Magnitude
 
 gguf = pytest.importorskip("gguf")
@@ -65,6 +65,15 @@ def test_each_value_is_what_its_block_stands_for_and_rows_are_as_they_were(kind,
         elif held.name != "F32":
             value = value.to({"F16": torch.float16, "BF16": torch.bfloat16}[held.name])
         assert torch.equal(after[name].float(), value.float()), name
+
+
+@pytest.mark.parametrize("form", ["gguf-bf16", "gguf-q8_0", "gguf-q4_k_m"])
+def test_slices_of_a_tensor_are_read_from_their_own_bytes(form, tmp_path, monkeypatch):
+    file = written(tiny("llama", **SIZES), tmp_path / "out", form)
+    whole = mw.open(file).module.state_dict()
+    monkeypatch.setattr(slices, "SLICE", 1 << 13)  # so that every matrix has many
+    for name, value in mw.open(file).module.state_dict().items():
+        assert torch.equal(value, whole[name]), name
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
