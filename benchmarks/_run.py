@@ -38,13 +38,14 @@ class Measured:
 
 
 def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> Measured:
-    """Run a command to its end. Raises SystemExit with the end of its output when it fails."""
+    """Run a command until what it wrote is on the disk. Raises SystemExit with the end of its output when it fails."""
     os.sync()  # so that no subject waits for what another one wrote
     with tempfile.TemporaryFile() as out:
         started = time.perf_counter()
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | dict(env or {})
         process = subprocess.Popen([str(part) for part in command], stdout=out, stderr=subprocess.STDOUT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
+        os.sync()
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)

@@ -1,4 +1,4 @@
-"""Merges against mergekit: three bfloat16 checkpoints in, one out.
+"""Merges against mergekit and a copy of all that they read: bfloat16 checkpoints in, one out.
 
 python benchmarks/merge.py --peer-python PATH       # PATH: a Python with mergekit; by default this one
 python benchmarks/merge.py --methods dare della ... # others than linear and ties
@@ -94,6 +94,7 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
     for method in methods:
         (work / f"{method}.yaml").write_text(config_for(method, work, peer_dtype))
         mine, theirs, copied = (work / f"{method}-{name}" for name in ("ours", "peer", "copy"))
+        read = [work / name for name in sorted({*CASES[method].models, *(["base"] if CASES[method].base else [])})]
 
         def fresh(folder: Path) -> Path:
             shutil.rmtree(folder, ignore_errors=True)
@@ -105,7 +106,7 @@ def measured(work: Path, peer: str, methods: list[str], rounds: int, peer_dtype:
                 "merge:ours", config=str(work / f"{method}.yaml"), save=str(fresh(mine))
             ),
             "mergekit": lambda command=command, theirs=theirs: _run.run([*command, fresh(theirs)]),
-            "cp": lambda copied=copied: _run.run(["cp", "-r", work / "base", fresh(copied)]),
+            "cp": lambda copied=copied, read=read: _run.run(["sh", "-c", 'mkdir "$0" && cp -r "$@" "$0"', fresh(copied), *read]),
         }
         found = _run.alternate(subjects, rounds)
         same = _run.subject("merge:compare", left=str(mine), right=str(theirs), work=str(work)).returned

@@ -486,8 +486,20 @@ def test_nan_in_a_donor_is_refused_before_anything_is_written(merge, broken, tmp
     monkeypatch.setattr(Writer, "__init__", lambda *_, **__: begun.append("a folder"))
     folder = broken(lambda tensors: tensors[NORM].fill_(float("nan")))
     with pytest.raises(WeightsError, match="is not finite: model.norm.weight has 64 values"):
-        merge(f"merge_method: linear\nmodels: [{{model: {folder}, parameters: {{weight: 1}}}}, {{model: a, parameters: {{weight: 1}}}}]")
+        merge(f"merge_method: ties\nbase_model: a\nmodels: [{{model: {folder}, parameters: {{weight: 1, density: 0.5}}}}]")
     assert not begun
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "model_stock", "nuslerp", "arcee_fusion", "slerp", "karcher"])
+def test_nan_that_comes_out_in_the_result_is_refused_by_the_name_of_its_model(merge, broken, tmp_path, method, value):
+    folder = broken(lambda tensors: tensors[NORM][3:4].fill_(value))
+    donors = {"slerp": ["a", folder], "arcee_fusion": [folder]}.get(method, [folder, "b"])
+    given = {"models": [{"model": str(one), "parameters": {"weight": 1}} for one in donors], "base_model": "a"}
+    given |= {"parameters": {"t": 0.5}} if method == "slerp" else {}
+    with pytest.raises(WeightsError, match="broken is not finite: model.norm.weight has 1 value"):
+        merge(json.dumps({"merge_method": method} | given))
     assert not list(tmp_path.glob("out*"))
 
 

@@ -61,6 +61,10 @@ class WeightsError(ModelwrightError, ValueError):
     """A checkpoint is missing, corrupt, truncated or not finite."""
 
 
+class FiniteError(WeightsError):
+    """What is computed would be NaN or infinite."""
+
+
 class ModelError(ModelwrightError, ValueError):
     """A model's type, layout or tokenizer is unknown or does not match."""
 

@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core import hub
-from modelwright.core.errors import WeightsError, nearest, refuse
+from modelwright.core.errors import FiniteError, WeightsError, nearest, refuse
 from modelwright.core.files import claim, explain_full_disk, partial_of, place_of, publish, read_json, refuse_existing, restore
 from modelwright.maths.slices import Sliced, each
 
@@ -254,12 +254,13 @@ def read_header(file: Path) -> tuple[dict[str, str], dict[str, Place]]:
     return metadata, places
 
 
-def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None) -> None:
+def check_finite(checkpoint: Checkpoint, progress: Callable[[int, int], None] | None = None, *, only: Container[str] | None = None) -> None:
     """Read every floating-point tensor, a slice at a time, and refuse the checkpoint when one holds NaN or infinity.
 
-    `progress` is called as progress(bytes done, bytes in all). Raises WeightsError naming the tensors and counts.
+    `progress` is called as progress(bytes done, bytes in all). only: the names of the tensors to read. Raises WeightsError naming the
+    tensors and counts.
     """
-    names = [name for name in checkpoint if _is_float(checkpoint.dtype(name))]
+    names = [name for name in checkpoint if _is_float(checkpoint.dtype(name)) and (only is None or name in only)]
     total = sum(checkpoint.nbytes(name) for name in names)
     done = 0
     faults = []
@@ -297,10 +298,10 @@ def not_finite(values: Tensor) -> int:
 
 
 def _finite(name: str, tensor: Sliced, at: slice) -> Tensor:
-    """A slice of a computed tensor. Raises WeightsError where it holds NaN or infinity."""
+    """A slice of a computed tensor. Raises FiniteError where it holds NaN or infinity."""
     part = tensor[at]
     if _is_float(part.dtype) and not_finite(part):
-        raise WeightsError(
+        raise FiniteError(
             f"{name!r} would hold NaN or infinity. Where what it is computed from is finite, a sum is too large for "
             f"{tensor.dtype}: give smaller weights or a smaller scale, or save in a wider dtype."
         )
@@ -371,7 +372,7 @@ class Writer:
     def add(self, name: str, tensor: Tensor | Sliced) -> None:
         """Store `tensor` under `name`; a sliced one is computed as it is written.
 
-        Raises WeightsError when its dtype has no place in safetensors, or a sliced one is not finite.
+        Raises WeightsError when its dtype has no place in safetensors, and FiniteError when a sliced one is not finite.
         """
         if tensor.dtype not in CODES:
             raise WeightsError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot store.")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modelwright.core.errors import SiteError
+from modelwright.maths._kernels import kernels
 from modelwright.maths.slices import Sliced, Values, each, flat, in_order, slices
 
 SAMPLE = 1 << 16  # entries that tell about where a cut lies, at least
@@ -175,9 +176,12 @@ def _look(part: Tensor, low: float, high: float) -> tuple[int, int, int, Tensor]
     By numpy, which compares and finds several times as fast as torch on a processor, and has no 16-bit numbers of ours.
     """
     values = _numbers(part)
-    reaches = values >= low
-    below = values.size - int(np.count_nonzero(reaches))
-    values = values[np.flatnonzero(reaches & (values <= high))]
+    if loops := kernels("_entry_kernels"):
+        below, values = loops.look(values, values.dtype.type(low), values.dtype.type(high))
+    else:
+        reaches = values >= low
+        below = values.size - int(np.count_nonzero(reaches))
+        values = values[np.flatnonzero(reaches & (values <= high))]
     inside = values[(values > low) & (values < high)]
     return below, int(np.count_nonzero(values == low)), int(np.count_nonzero(values == high)), torch.from_numpy(inside)
 

@@ -102,14 +102,28 @@ class Stacked:
         self.parts, self.dtype = parts, dtype
         self._held = threading.local()
 
+    def read(self, at: slice) -> list[Tensor]:
+        """The values as they are."""
+        return [part(at) for part in self.parts]
+
     def __call__(self, at: slice) -> Tensor:
-        read = [part(at) for part in self.parts]
+        return self.widened(self.read(at))
+
+    def widened(self, read: Sequence[Tensor]) -> Tensor:
+        """What was read at a slice, one below the other, until the thread's next slice."""
         if not hasattr(self._held, "rows") or self._held.rows.shape[1] < len(read[0]):
             self._held.rows = torch.empty(len(read), len(read[0]), dtype=self.dtype, device=read[0].device)
         rows: Tensor = self._held.rows[:, : len(read[0])]
         for row, one in zip(rows, read, strict=True):
             row.copy_(one)
         return rows
+
+
+def halves(read: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Tensors in bfloat16 as whole numbers of 16 bits in the same memory, for compiled loops; none if one of them is otherwise stored."""
+    if any(one.dtype != torch.bfloat16 or one.device.type != "cpu" or not one.is_contiguous() for one in read):
+        return ()
+    return tuple(one.view(torch.uint16).numpy() for one in read)
 
 
 def slices(count: int, size: int | None = None) -> list[slice]:

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from modelwright.maths.slices import Entries, Sliced, Stacked, each, flat, slices
+from modelwright.maths._kernels import kernels
+from modelwright.maths.slices import Entries, Sliced, Stacked, each, flat, halves, slices
 from modelwright.maths.task_vectors import NOTHING, average, by_rows, sums_in
 
 Coefficients = Callable[[Tensor], Tensor]  # G [..., n, n] -> what each vector counts in the sum [..., n]
@@ -73,7 +74,12 @@ def mean(
     stacked = Stacked(parts, sums_in(dtype, *(tensor.dtype for tensor in tensors)))
 
     def products(at: slice) -> Tensor:
-        whole = stacked(at)
+        read = stacked.read(at)
+        if (loops := kernels("_entry_kernels")) and (rows := halves(read)):
+            found = torch.zeros(len(tensors), len(tensors), dtype=torch.float64)
+            loops.products(rows[: len(tensors)], rows[-1] if base is not None else rows[0][:0], found.numpy())
+            return found
+        whole = stacked.widened(read)
         if base is not None:
             whole = whole[:-1].sub_(whole[-1])
         return (whole @ whole.T).double().cpu()

@@ -11,15 +11,18 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from modelwright.maths import slices
+from modelwright.maths._kernels import kernels
 from modelwright.maths.bits import packed, unpacked
 from modelwright.maths.masks import find_cut, find_cuts
-from modelwright.maths.slices import Entries, Sliced, Stacked, Values, each, flat
+from modelwright.maths.slices import Entries, Sliced, Stacked, Values, each, flat, halves
 
 NOTHING = 1e-7  # of the sum of weights' sizes: a sum that is no larger is 0 but for rounding
 Sparsify = Callable[[Values, tuple[int, ...]], Values]  # (a delta, its shape) -> the delta with some entries 0
@@ -279,13 +282,41 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
     stacked = Stacked([flat(tensor) for tensor in tensors], wide)
 
     def values(at: slice) -> Tensor:
-        first, *others = stacked(at)
+        read = stacked.read(at)
+        if (loops := _loops(result)) and (rows := halves(read)):
+            out = torch.empty_like(read[0])
+            loops.weighted(rows, numpy.array(shares, numpy.float32), *halves([out]))
+            return out
+        first, *others = stacked.widened(read)
         total = first * shares[0]
         for part, share in zip(others, shares[1:], strict=True):
             total.add_(part, alpha=share)
         return total
 
     return Sliced(tuple(tensors[0].shape), result, values)
+
+
+def _loops(result: torch.dtype) -> Any:
+    """Compiled loops for sums over bfloat16 tensors whose result has this dtype; None where there are none."""
+    return kernels("_entry_kernels") if result == torch.bfloat16 else None
+
+
+def moved(base: Entries, donors: Sequence[Entries], weights: Sequence[float], scale: float, *, normalize: bool = False) -> Sliced:
+    """The base plus `scale` times the weighted sum of what its donors learned, over the weights' sum if `normalize`; see `merge`."""
+    assert all(tuple(donor.shape) == tuple(base.shape) for donor in donors), [donor.shape for donor in donors]
+    stacked = Stacked([flat(one) for one in (base, *donors)], wide(base, *donors))
+    factor = scale / (1.0 if not normalize or cancel(weights) else sum(weights))
+
+    def values(at: slice) -> Tensor:
+        read = stacked.read(at)
+        if (loops := _loops(base.dtype)) and (rows := halves(read)):
+            out = torch.empty_like(read[0])
+            loops.moved(rows[0], rows[1:], numpy.array([weight * factor for weight in weights], numpy.float32), *halves([out]))
+            return out
+        start, *ends = stacked.widened(read)
+        return summed([end - start for end in ends], weights, normalize).mul_(scale).add_(start)
+
+    return Sliced(tuple(base.shape), base.dtype, values)
 
 
 def merge(
@@ -309,6 +340,8 @@ def merge(
     Returns a tensor of base's dtype. Without sparsify, consensus and normalize it is task arithmetic.
     Source: arcee-ai/mergekit, generalized task arithmetic. Differs: deltas are float32 or float64 and not base's dtype.
     """
+    if not sparsify and not consensus:
+        return moved(base, donors, weights, scale, normalize=normalize)
     change = added(base, donors, weights, sparsify=sparsify, consensus=consensus, raw_votes=raw_votes, normalize=normalize)
     return onto(base, change, scale)
 

@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from modelwright.anatomy import Site
 from modelwright.core import hub, model, stream
-from modelwright.core.errors import Faults, RecipeError, WeightsError
+from modelwright.core.errors import Faults, FiniteError, RecipeError, SiteError, WeightsError
 from modelwright.core.files import alone, place_of, refuse_existing, refuse_inputs
 from modelwright.core.given import Given
 from modelwright.core.method import TensorMethod
@@ -68,16 +69,20 @@ def merge(
         made = [prepared(document, earlier, places) for document in experts]
         refuse_inputs(save, places.sources)  # those of the hub and adapters too
         stream._steady_memory()
-        _check_values(places)
-        for number, plan in enumerate(plans if experts else plans[:-1]):
-            folder = between / f"document-{number}"
-            write(plan, folder, seed=seed)
-            _reopen(plans, str(plan.config.name), folder)
-            places.merged[str(plan.config.name)] = folder
-        if made:
-            assemble(made[0], places, final, seed=seed, overwrite=overwrite)
-        else:
-            write(plans[-1], final, seed=seed, overwrite=overwrite)
+        _check_values(places, None if made else _hidden(plans))
+        try:
+            for number, plan in enumerate(plans if experts else plans[:-1]):
+                folder = between / f"document-{number}"
+                write(plan, folder, seed=seed)
+                _reopen(plans, str(plan.config.name), folder)
+                places.merged[str(plan.config.name)] = folder
+            if made:
+                assemble(made[0], places, final, seed=seed, overwrite=overwrite)
+            else:
+                write(plans[-1], final, seed=seed, overwrite=overwrite)
+        except (FiniteError, SiteError):  # such as scores without an order
+            _check_values(places)  # which says where it comes from, if from one of the models
+            raise
         return model.open(final)
 
 
@@ -179,13 +184,26 @@ def _adapter(reference: Reference) -> Path:
     return place
 
 
-def _check_values(places: Places) -> None:
-    """Refuse NaN and infinity in any model, by name, before anything is written."""
+def _check_values(places: Places, only: Mapping[Path, Container[str]] | None = None) -> None:
+    """Refuse NaN and infinity in any model, by name; only: in these tensors of the models in folders, and in no others."""
     faults = Faults()
-    for folder in track(list(dict.fromkeys(places.opened.values())), "check"):
+    folders = list(dict.fromkeys(places.opened.values()))
+    for folder in track([folder for folder in folders if only is None or folder in only], "check"):
         with faults.collected():
-            check_finite(Checkpoint(folder))
+            check_finite(Checkpoint(folder), only=None if only is None else only[folder])
     faults.refuse()
+
+
+def _hidden(plans: Sequence[Plan]) -> dict[Path, set[str]]:
+    """The tensors, by the folders of their models, whose NaN and infinity need not come out in the result, where they are always seen."""
+    found = defaultdict[Path, set[str]](set)
+    for plan in plans:
+        for made in plan.tensors:
+            if _copied(plan, made) or not getattr(made.method, "carries", True):
+                for piece in filter(None, (made.base, *made.donors)):
+                    if piece.model.folder is not None and piece.model.checkpoint is not None:
+                        found[piece.model.folder].add(piece.name)
+    return found
 
 
 def _reopen(plans: list[Plan], name: str, folder: Path) -> None:

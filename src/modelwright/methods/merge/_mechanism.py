@@ -37,6 +37,7 @@ class PointWise(TensorMethod):
 
     where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default every tensor, norms and embeddings too
     unsurveyed: ClassVar[frozenset[str]] = frozenset()  # settings that the survey does not look at
+    carries: ClassVar[bool] = False  # what is NaN or infinite in the model or in a donor is so in the result
     on_changes: ClassVar[bool] = False  # adds to the model what it makes of the donors' changes alone, whatever the model is
 
     def surveyed(self) -> Self:
@@ -118,6 +119,8 @@ class Reader(Weighted, ModelMethod):
 class Spherical(Merger):
     """Takes a mean of the donors' directions (`maths.spherical`)."""
 
+    carries: ClassVar[bool] = True
+
     from_base: bool = False  # the mean is of the donors' changes, and is added to the model
 
     def problems(self) -> list[str]:
@@ -153,6 +156,8 @@ class TaskVectors(Merger):
 
     def added(self, weight: Entries, donors: list[Entries], sparsify: list[Sparsify]) -> Sliced:
         """The formula: the model plus `scale` times the merged change."""
+        if not sparsify and not self.consensus:
+            return task_vectors.moved(weight, donors, self.weights_for(len(donors)), self.scale, normalize=self.normalize)
         return task_vectors.onto(weight, self.change(weight, donors, sparsify), self.scale)
 
 

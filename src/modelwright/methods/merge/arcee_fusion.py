@@ -15,8 +15,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from modelwright.maths._kernels import kernels
 from modelwright.maths.masks import quantiles
-from modelwright.maths.slices import Entries, Sliced, flat
+from modelwright.maths.slices import Entries, Sliced, flat, halves
 from modelwright.maths.task_vectors import delta, of_rows, spread
 from modelwright.methods.merge._mechanism import PointWise
 
@@ -29,6 +30,7 @@ class ArceeFusion(PointWise):
     """Replace the weights whose change stands out in size and in its row's distribution; all others stay the model's."""
 
     status: ClassVar[str] = "checked"
+    carries: ClassVar[bool] = True
     base_apart: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int | None]] = (1, 1)
 
@@ -38,17 +40,26 @@ class ArceeFusion(PointWise):
         start, donor = flat(weight), flat(donors[0])
         if not count:
             return Sliced(shape, weight.dtype, start)
-        change, apart = delta(weight, donors[0]), spread(of_rows([start, donor], width, count, divergence), width)
+        apart = of_rows([start, donor], width, count, divergence)
+        change, of_row, loops = delta(weight, donors[0]), spread(apart, width), kernels("_entry_kernels")
 
         def scores(at: slice) -> Tensor:
-            return change(at).abs_().mul_(apart(at))
+            if loops and (both := halves([start(at), donor(at)])):
+                found = torch.empty(at.stop - at.start)
+                loops.sizes(*both, apart.numpy(), width, at.start, found.numpy())
+                return found
+            return change(at).abs_().mul_(of_row(at))
 
         low, middle, high = quantiles(scores, count, (0.25, 0.5, 0.75))
         least = middle + FAR * (high - low)
 
         def values(at: slice) -> Tensor:
-            taken = scores(at).ge_(least)  # 1 or 0, with which lerp gives either end exactly, and faster than where
-            return torch.lerp(start(at).to(taken.dtype), donor(at).to(taken.dtype), taken)
+            found, before, after = scores(at), start(at), donor(at)
+            if loops and (both := halves([before, after])):
+                out = torch.empty_like(before)
+                loops.chosen(found.numpy(), least, *both, *halves([out]))
+                return out
+            return torch.where(found >= least, after, before.masked_fill(~(found < least), math.nan))
 
         return Sliced(shape, weight.dtype, values)
 
@@ -59,6 +70,10 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     From the change δ less its mean, under p = softmax(before): E[δ(δ + g)]/(1 + E[g]) - log(1 + E[g]), g = e^δ - 1 - δ.
     Every term is as small as the result, so that nothing is lost in the rounding of larger ones.
     """
+    if (loops := kernels("_entry_kernels")) and (both := halves([before, after])):
+        found = torch.empty(len(before))
+        loops.divergences(*both, before.float().softmax(-1).numpy(), found.numpy())
+        return found
     kind = torch.promote_types(before.dtype, torch.float32)
     share, change = before.to(kind), after.to(kind, copy=True)
     change.sub_(share)

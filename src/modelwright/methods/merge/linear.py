@@ -18,6 +18,7 @@ class Linear(Merger):
     """Replace every weight by the weighted mean of the donors'; the model itself counts only if it is a donor too."""
 
     status: ClassVar[str] = "checked"
+    carries: ClassVar[bool] = True
 
     normalize: bool = True  # divide by the sum of the weights
 

@@ -23,6 +23,7 @@ class ModelStock(PointWise):
     """Average two donors or more with the model they come from: what they agree on counts, what is noise does not."""
 
     status: ClassVar[str] = "checked"
+    carries: ClassVar[bool] = True
     base_apart: ClassVar[bool] = True
     takes: ClassVar[tuple[int, int | None]] = (2, None)
 

@@ -19,6 +19,7 @@ class TaskArithmetic(TaskVectors):
     """Add to the model the weighted sum of what its donors learned."""
 
     status: ClassVar[str] = "checked"
+    carries: ClassVar[bool] = True
     neutral = dict(scale=0.0)
 
     def tensor(self, weight: Entries, donors: list[Entries]) -> Sliced:
