@@ -5,7 +5,7 @@
     mw.fit("starter", budget="40%", save="small/")
 
 The names below load what they need when first used: importing this package loads neither torch nor transformers.
-Once transformers is loaded, it reads models that Modelwright saved.
+Once transformers is loaded, it reads models that Modelwright saved; once peft is, it knows our adapters.
 """
 
 from __future__ import annotations
@@ -79,12 +79,17 @@ def __dir__() -> list[str]:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Registers our checkpoint format right after transformers' table of quantizers is loaded."""
+    """Imports a module of ours right after another library's, for which it registers something there."""
 
-    target = "transformers.quantizers.auto"
+    def __init__(self, theirs: str, ours: str):
+        self.theirs, self.ours = theirs, f"modelwright.{ours}"
+        if theirs in sys.modules:
+            importlib.import_module(self.ours)
+        else:
+            sys.meta_path.insert(0, self)
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name != self.target:
+        if name != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -99,10 +104,9 @@ class _AfterImport(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def exec_module(self, module: Any) -> None:
         self._loader.exec_module(module)
         module.__loader__ = module.__spec__.loader = self._loader
-        importlib.import_module("modelwright.core.quantizer")
+        if self.ours not in sys.modules:  # where it is ours that imports theirs
+            importlib.import_module(self.ours)
 
 
-if _AfterImport.target in sys.modules:
-    importlib.import_module("modelwright.core.quantizer")
-else:
-    sys.meta_path.insert(0, _AfterImport())
+_AfterImport("transformers.quantizers.auto", "core.quantizer")  # reads our checkpoints
+_AfterImport("peft", "core.tuners")  # knows our adapters

@@ -8,7 +8,8 @@ The base class says at which level the method works, and so which driver of `cor
 | `LayerMethod`  | `layer(weight, statistics, ...)` -> the same | one block in memory; gathers statistics on the way |
 | `BlockMethod`  | `block(before, after)` -> score; `keep(...)` | one block in memory; removes whole blocks          |
 | `ModelMethod`  | `model(model, ...)` -> model                 | hands over the whole model                         |
-| `AdapterMethod`| `adapter(targets)` -> a peft config          | freezes, attaches, saves as a peft adapter         |
+| `AdapterMethod`| `adapter(layers)` -> a peft config           | freezes, attaches, saves as a peft adapter         |
+| `LayerAdapter` | `part(weight, bias)` -> a part of `blocks`   | the same, as a type of ours in peft                |
 | `TrainMethod`  | `loss(module, ids, mask, ...)` -> scalar     | the training loop                                  |
 
 What a method needs is read from its verb's parameters after the first ones; the names come from `NEEDS`.
@@ -175,16 +176,11 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteMethod(Method):
-    """A method that works weight by weight."""
+class Placed(Method):
+    """A method that works on weights that are chosen by their roles, each with settings of its own."""
 
     by_place: ClassVar[bool] = True
-    changes_base: ClassVar[bool] = True
-    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
-    every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
-    whole: ClassVar[bool] = False  # takes convolutions as they are, [out, in, side, ...], and not as [out, rest]
-    holds: ClassVar[float] = 3  # float32 copies of a weight that the verb has in memory at once, for the plan
-    solves: ClassVar[bool] = False  # the verb's work grows with a weight's values times its inputs, for the plan
+    sites: ClassVar[tuple[str, ...]]  # roles taken without `where`
 
     where: Places = None  # roles to work on, such as "mlp.*" or "attn.{q,v}"; by default the matrices of the blocks
     skip: Places = None  # roles to leave alone
@@ -197,6 +193,22 @@ class SiteMethod(Method):
         """What happens to a weight of this shape [out, in] otherwise than the settings say, as the end of a sentence; "" if nothing."""
         return ""
 
+    def at(self, role: str, depth: int | None, depths: int) -> Self | None:
+        """The method with its settings for one place; None where a map by role leaves the place alone."""
+        return _resolved(self, role, depth, depths)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteMethod(Placed):
+    """A method that works weight by weight."""
+
+    changes_base: ClassVar[bool] = True
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear", "conv")  # roles taken without `where`
+    every: ClassVar[bool] = False  # takes every float tensor: norms, biases and embeddings too
+    whole: ClassVar[bool] = False  # takes convolutions as they are, [out, in, side, ...], and not as [out, rest]
+    holds: ClassVar[float] = 3  # float32 copies of a weight that the verb has in memory at once, for the plan
+    solves: ClassVar[bool] = False  # the verb's work grows with a weight's values times its inputs, for the plan
+
     def planned(self, weight: Any) -> Any:
         """What the verb would return for this empty weight [out, in], for sizes before any work."""
         return weight
@@ -207,10 +219,6 @@ class SiteMethod(Method):
         surveyed: what `survey` of a `LayerMethod` kept of each block, by depth; None where nothing was looked at.
         """
         return {}
-
-    def at(self, role: str, depth: int | None, depths: int) -> Self | None:
-        """The method with its settings for one place; None where a map by role leaves the place alone."""
-        return _resolved(self, role, depth, depths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,8 +361,11 @@ class Chooses(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterMethod(Method):
-    """Attaches trainable parts to a frozen model: `adapter(targets)` returns the peft config for these modules."""
+class AdapterMethod(Placed):
+    """Attaches trainable parts to a frozen model: `adapter(layers)` returns the peft config for layers, by their paths.
+
+    layers: path -> the method with its settings for that layer.
+    """
 
     level: ClassVar[str] = "adapter"
     verb: ClassVar[str] = "adapter"
@@ -362,8 +373,31 @@ class AdapterMethod(Method):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
 
-    where: Places = None  # roles to adapt; by default the linears of the blocks
-    skip: Places = None  # roles to leave alone
+
+@dataclass(frozen=True, kw_only=True)
+class LayerAdapter(AdapterMethod):
+    """Attaches a part of ours to each layer: `part(weight [out, in, ...], bias [out] or None)` returns one of `blocks._part.Part`.
+
+    Random numbers are torch's, tensors without a device are the weight's. Weight and bias are not to be changed, and may be empty.
+    """
+
+    verb: ClassVar[str] = "part"
+    subjects: ClassVar[int] = 2
+    part: ClassVar[Verb]
+    sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
+
+    def shared(self, sizes: Sequence[tuple[int, int]]) -> Any:
+        """What the parts of all layers, of these sizes (out, in), have in common: a module that `Part.join` gives each of them."""
+        raise AssertionError(f"{self.name()} shares nothing")
+
+    def course(self, parts: Mapping[str, Any], steps: int, seed: int) -> Any:
+        """What happens to the parts, by the paths of their layers, in the course of a run (`core.training.Course`); None for nothing."""
+        return None
+
+    def adapter(self, layers: Mapping[str, Self]) -> Any:
+        from .tuners import config_of
+
+        return config_of(layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
-from . import adapters, loading, sharing, stream, walk
+from . import loading, sharing, stream, walk
 from . import recipe as recipes
 from .data import Text
 from .errors import Faults, ModelError, PlanError, SiteError, WeightsError
@@ -202,11 +202,9 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     elif isinstance(method, AdapterMethod):
         import peft
 
-        names = [site.name for site, _ in walk.choose(module, walk.bearing_sites(module), method)]
         with quiet():
             bare: Any = module
-            config = adapters.beside_stored(method.adapter(sharing.layers(module, names)))
-            module = peft.get_peft_model(bare, config, low_cpu_mem_usage=True)
+            module = peft.get_peft_model(bare, walk.adapted(module, method), low_cpu_mem_usage=True)
     elif isinstance(method, ModelMethod):
         module = method.planned(module, len(given.donors))
         split_experts(module)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,8 +110,15 @@ def cross_entropy(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
 class Course:
     """What a method does in the course of a run, beside its loss; by default nothing. Steps count from 0.
 
-    Tensors of its own that decide the run's bits are named by `state`, and put back by `resume`.
+    Tensors of its own that decide the run's bits are named by `state`, and put back by `resume`. `optimizers` are the run's, from before
+    `start` on: parameters that come later join them in groups of their own, and states of those that rest may be dropped.
     """
+
+    optimizers: Sequence[torch.optim.Optimizer] = ()
+
+    def own_optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
+        """Optimizers for parameters that the run's are not to move."""
+        return []
 
     def start(self) -> None:
         """The run begins, or goes on from a checkpoint; the weights are float32."""
@@ -136,7 +143,7 @@ class Course:
         return {}
 
     def resume(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave: by default into the same tensors."""
+        """Take back what `state` gave: by default into the same tensors. The model's values are loaded after it."""
         for name, value in self.state().items():
             value.copy_(state[name])
 
@@ -166,6 +173,50 @@ class Zeros(Course):
         with torch.no_grad():
             for weight, mask in self._kept:
                 weight.mul_(mask)
+
+
+class Together(Course):
+    """Several courses of one run, in their order."""
+
+    def __init__(self, courses: Sequence[Course]):
+        self.courses = courses
+
+    def own_optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
+        return [optimizer for course in self.courses for optimizer in course.own_optimizers(settings)]
+
+    def start(self) -> None:
+        for course in self.courses:
+            course.optimizers = self.optimizers
+            course.start()
+
+    def begin(self, step: int) -> None:
+        for course in self.courses:
+            course.begin(step)
+
+    def gradient(self, step: int) -> None:
+        for course in self.courses:
+            course.gradient(step)
+
+    def update(self, step: int) -> None:
+        for course in self.courses:
+            course.update(step)
+
+    def finish(self) -> None:
+        for course in self.courses:
+            course.finish()
+
+    def leave(self) -> None:
+        for course in self.courses:
+            course.leave()
+
+    def state(self) -> dict[str, Tensor]:
+        return {f"{number}.{name}": value for number, course in enumerate(self.courses) for name, value in course.state().items()}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        for number, course in enumerate(self.courses):
+            course.optimizers = self.optimizers
+            start = f"{number}."
+            course.resume({name.removeprefix(start): value for name, value in state.items() if name.startswith(start)})
 
 
 def train(
@@ -202,12 +253,14 @@ def _train(
     model: nn.Module, ids: Tensor, settings: Training, loss: Loss, course: Course, keep_zeros: bool, folder: str | Path | None,
     report: Report | None,
 ) -> dict[str, float]:  # fmt: skip
-    trained = [value for value in model.parameters() if value.requires_grad]
-    if not trained:
+    first_trained = next((value for value in model.parameters() if value.requires_grad), None)
+    if first_trained is None:
         raise ModelError("The model was to be trained, but none of its parameters requires a gradient.")
-    device = trained[0].device
+    device = first_trained.device
     order = Order(len(ids), settings)
-    optimizers = make_optimizers(model, settings)
+    optimizers = course.own_optimizers(settings)
+    taken = {id(value) for optimizer in optimizers for group in optimizer.param_groups for value in group["params"]}
+    course.optimizers = optimizers = [*make_optimizers(model, settings, taken), *optimizers]
     file = Path(folder) / CHECKPOINT if folder is not None else None
     run = _run(settings, keep_zeros, ids) if file is not None else {}
     parts: dict[str, float] = {}
@@ -228,7 +281,7 @@ def _train(
                 torch.manual_seed(_mix(settings.seed, step))
                 parts = _gradients(model, order.batch(ids, step).to(device), settings, loss)
             course.gradient(step)
-            norm = nn.utils.clip_grad_norm_(trained, settings.clip or math.inf)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
             if not all(math.isfinite(part) for part in [*parts.values(), float(norm)]):
                 raise WeightsError(
                     f"The loss or its gradient is not finite at step {step + 1} of {settings.steps} ({parts}). "
@@ -297,10 +350,11 @@ class Order:
         return self._known[1:]
 
 
-def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: nn.Module, settings: Training, without: Container[int] = ()) -> list[torch.optim.Optimizer]:
     """AdamW for all trained parameters, or AdamW with states of 8 bits, or Muon for the matrices of linear layers and AdamW for the others.
 
-    Matrices decay, vectors do not. Muon's update is scaled to the size of AdamW's, so one learning rate fits both.
+    without: the ids of parameters that others move. Matrices decay, vectors do not. Muon's update is scaled to the size of AdamW's, so
+    one learning rate fits both.
     Raises SettingError when this torch has no Muon.
     """
     outside = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -310,7 +364,7 @@ def make_optimizers(model: nn.Module, settings: Training) -> list[torch.optim.Op
     matrices: list[Tensor] = []
     vectors: list[Tensor] = []
     for value in model.parameters():
-        if not value.requires_grad:
+        if not value.requires_grad or id(value) in without:
             continue
         if settings.optimizer == "muon" and value.ndim == 2 and id(value) not in outside:
             hidden.append(value)
@@ -374,9 +428,11 @@ def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"The checkpoint {file} cannot be read ({error}). Delete it to start again.") from error
+    changed = [name for name, value in run.items() if before.get(name) != value]
+    if not changed and course is not None:
+        course.resume({name.removeprefix("course."): value for name, value in tensors.items() if name.startswith("course.")})
     ours = {name: (value.shape, value.dtype) for name, value in _state(model)}
     theirs = {name[6:]: (v.shape, v.dtype) for name, v in tensors.items() if name.startswith("model.")}
-    changed = [name for name, value in run.items() if before.get(name) != value]
     changed += ["model"] if ours != theirs else []
     if changed:
         raise WeightsError(f"The checkpoint {file} belongs to a run with another {', '.join(changed)}. Delete it or use another folder.")
@@ -390,8 +446,6 @@ def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     with torch.no_grad():
         for name, value in _state(model):
             value.copy_(tensors[f"model.{name}"])
-    if course is not None:
-        course.resume({name.removeprefix("course."): value for name, value in tensors.items() if name.startswith("course.")})
     return record["step"]
 
 

@@ -29,7 +29,19 @@ from . import data as texts
 from .errors import LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
-from .method import AdapterMethod, BlockMethod, Chooses, LayerMethod, Method, ModelMethod, Place, SiteMethod, TensorMethod, TrainMethod
+from .method import (
+    AdapterMethod,
+    BlockMethod,
+    Chooses,
+    LayerMethod,
+    Method,
+    ModelMethod,
+    Place,
+    Placed,
+    SiteMethod,
+    TensorMethod,
+    TrainMethod,
+)
 from .model import PACKED, Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
@@ -241,13 +253,13 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
     for site in sites:
         if where and not matches(site, None, where) or method.skip and matches(site, None, method.skip):
             continue
-        local = method.at(site.role, site.depth, site.depths) if isinstance(method, SiteMethod) else method
+        local = method.at(site.role, site.depth, site.depths) if isinstance(method, Placed) else method
         if local is None:
             left.append(site.module)
             continue
-        if module is not None and isinstance(local, SiteMethod) and (why := _unfit(module, site, local)):
+        if module is not None and isinstance(local, Placed) and (why := _unfit(module, site, local)):
             unfit.append(f"{site.name} {why}")
-        if module is not None and notes is not None and isinstance(local, SiteMethod) and (place := standing_of(module, site)):
+        if module is not None and notes is not None and isinstance(local, Placed) and (place := standing_of(module, site)):
             otherwise.setdefault(local.otherwise(place.shape), []).append(site.module)
         chosen.append((site, local))
     if unfit:
@@ -291,7 +303,7 @@ def settled(module: nn.Module, chosen: Chosen, own: dict[Place, dict[str, Any]])
     return found
 
 
-def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
+def _unfit(module: nn.Module, site: Site, local: Placed) -> str:
     """Why a site's weight cannot take a method, or its result cannot stand in its place; "" if they can."""
     weight = weight_of(module, site)
     if weight is None:
@@ -299,7 +311,7 @@ def _unfit(module: nn.Module, site: Site, local: SiteMethod) -> str:
     shape = tuple(weight.shape[1:] if site.stack else weight.shape)
     if why := local.unfit(shape):
         return why
-    if (len(shape) == 2 or local.whole) and not site.stack and not local.every:
+    if isinstance(local, SiteMethod) and (len(shape) == 2 or local.whole) and not site.stack and not local.every:
         return why_not_stored(module, site, local.planned(torch.empty(shape, device="meta")))
     return ""
 
@@ -691,16 +703,23 @@ def bearing_sites(module: nn.Module) -> list[Site]:
     return found
 
 
+def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
+    """The peft config with which a method adapts a module."""
+    chosen = choose(module, bearing_sites(module), method, notes)
+    layers = {path: local for site, local in chosen for path in sharing.layers(module, [site.name])}
+    return adapters.beside_stored(method.adapter(layers))
+
+
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     import peft
 
     module: Any = model.module
-    names = [site.name for site, _ in choose(module, bearing_sites(module), method, given.notes)]
+    config = adapted(module, method, given.notes)
     if rounding := [name for name, layer in module.named_modules() if isinstance(layer, Stored) and layer.rounds_inputs]:
         raise ModelError(f"{method.name()}: {rounding[0]} rounds its inputs, so that no gradient passes it. Round weights alone.")
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
-        model.module = peft.get_peft_model(module, adapters.beside_stored(method.adapter(sharing.layers(module, names))))
+        model.module = peft.get_peft_model(module, config)
 
 
 # Training
@@ -729,8 +748,21 @@ def _train(model: Model, method: TrainMethod, given: Given) -> None:
             settings,
             lambda module, ids, mask: method.loss(module, ids, mask, **extras),
             keep_zeros=True,
-            course=method.course(unwrapped(model.module), settings, given.notes),
+            course=_course(model.module, method, settings, given.notes),
             folder=given.work,
             report=lambda step, total, parts: tick(note="  ".join(f"{name} {value:.4f}" for name, value in parts.items())),
         )
     model.module.eval()
+
+
+def _course(module: nn.Module, method: TrainMethod, settings: training.Training, notes: list[str]) -> training.Course | None:
+    """What happens in the course of a run: what the method says, and what the adapters on the model do."""
+    own = method.course(unwrapped(module), settings, notes)
+    if not hasattr(module, "peft_config"):
+        return own
+    from .tuners import course_of
+
+    of_adapters = course_of(module, settings.steps, settings.seed)
+    if of_adapters is None:
+        return own
+    return training.Together([own or training.Zeros(module.parameters()), of_adapters])

@@ -7,28 +7,23 @@ Differs: A begins uniform within ±1/√in, as in the authors' code, where the p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from modelwright.core.method import AdapterMethod
 from modelwright.core.settings import count, fraction, number
-
-if TYPE_CHECKING:
-    from peft import PeftConfig
+from modelwright.methods.adapt._mechanism import StockAdapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lora(AdapterMethod):
+class Lora(StockAdapter):
     """Add `alpha/rank · B A x` to the output of each chosen matrix; only A and B train."""
 
     status: ClassVar[str] = "checked"
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})  # QLoRA: gradients pass packed weights, which stay as they are
     neutral = {}  # B starts at zero: attaching changes no output
+    config = "LoraConfig"
+    calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout")
+    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
 
     rank: int = count(8)  # rows of A, columns of B
     alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
     dropout: float = fraction(0.0, high=0.99)  # of the update's inputs, while training
-
-    def adapter(self, targets: list[str]) -> PeftConfig:
-        from peft import LoraConfig
-
-        return LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=targets)  # type: ignore[arg-type]

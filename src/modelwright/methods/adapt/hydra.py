@@ -1,0 +1,49 @@
+"""Train two low-rank updates of each frozen matrix, one on its inputs and one on its outputs: Hydra.
+
+Kim, Lee, Kim, Park, Choi, Yoon 2023, arXiv:2309.06922, section 3.3: y = f + s B_p A_p x + s B_s A_s f with f = W x + b. Both are
+linear, and go into the weight: W' = W + s (B_p A_p + B_s A_s W), b' = b + s B_s A_s b.
+Differs: the updates have no biases, as in the authors' code for text; that for images has some.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from modelwright.blocks.reparametrised import Product, Reparametrised
+from modelwright.core.method import LayerAdapter
+from modelwright.core.settings import count, number
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hydra(LayerAdapter):
+    """Change what a matrix is given and what it gives, both by few numbers; as cheap as LoRA, and folds into the weight."""
+
+    status: ClassVar[str] = "checked"
+    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
+    neutral = {}  # both B start at zero
+
+    parallel: int = count(4, low=0)  # the rank of the update on the inputs; 0 for none
+    sequential: int = count(4, low=0)  # the rank of the update on the outputs; 0 for none
+    scale: float = number(1.0)  # s, of both
+
+    def problems(self) -> list[str]:
+        return ["parallel and sequential are both 0, so that nothing would train. Give one a rank."] * (
+            self.parallel == self.sequential == 0
+        )
+
+    def part(self, weight: Tensor, bias: Tensor | None) -> Reparametrised:
+        rows, columns = weight.shape
+        return Reparametrised(low_rank(rows, columns, self.parallel, self.scale), outer=low_rank(rows, rows, self.sequential, self.scale))
+
+
+def low_rank(rows: int, columns: int, rank: int, scale: float) -> Product | None:
+    """B = 0 [rows, rank], and A [rank, columns] uniform within ±1/√columns; none of rank 0."""
+    if rank == 0:
+        return None
+    down = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
+    return Product(nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down), scale=scale)
