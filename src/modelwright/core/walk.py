@@ -706,8 +706,9 @@ def bearing_sites(module: nn.Module) -> list[Site]:
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
     chosen = choose(module, bearing_sites(module), method, notes)
-    layers = {path: local for site, local in chosen for path in sharing.layers(module, [site.name])}
-    return adapters.beside_stored(method.adapter(layers))
+    paths = {site: sharing.layers(module, [site.name]) for site, _ in chosen}
+    layers = {path: local for site, local in chosen for path in paths[site]}
+    return adapters.beside_stored(method.adapter(layers, {path: site.role for site, _ in chosen for path in paths[site]}))
 
 
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
