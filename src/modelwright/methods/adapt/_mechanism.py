@@ -44,3 +44,9 @@ def beyond(method: Method, rank: int, shape: tuple[int, ...]) -> str:
     """Why a rank is too high for a matrix [out, in], as the end of a sentence; "" where it is not."""
     most = min(shape[0], shape[1]) if len(shape) > 1 else 0
     return f"is {shape[0]} × {shape[1]}, and cannot have the rank {rank}. Give a rank of at most {most}" if rank > most else ""
+
+
+def within(rank: int | None, shape: tuple[int, ...]) -> tuple[int, str]:
+    """The rank that a matrix [out, in] takes, its own where it is lower or none is given; and a note on that, "" where it is as asked."""
+    most = min(shape[:2])
+    return min(rank or most, most), f"cannot have the rank {rank}, and take {most}" if rank and rank > most else ""
