@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._part import Dense, Layer, Part, shaped
 
 
-class Product(nn.Module):
+class Thin(nn.Module, ABC):
+    """B M A, an update through few dimensions."""
+
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, Tensor | float, Tensor]:
+        """B [out, r]; M [r] for a diagonal, [r, r], or a number; A [r, in]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in the product's own dtype."""
+        up, middle, down = self.parts()
+        return times(x.to(down.dtype) @ down.T, middle, turned=True) @ up.T
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """B M [out, r], and A [r, in]."""
+        up, middle, down = self.parts()
+        return times(up, middle), down
+
+    def on(self, weight: Tensor) -> Tensor:
+        """The product times a matrix [in, ...], or a vector [in]."""
+        up, down = self.factors()
+        return up @ (down @ weight)
+
+
+class Product(Thin):
     """B (s C - F) A.
 
     up: B [out, r]. down: A [r, in]. core: C, [r] for a diagonal, [r, r], a module that gives one of these, or None for the identity.
@@ -29,24 +54,13 @@ class Product(nn.Module):
         hold(self, scale=scale) if isinstance(scale, Tensor) else setattr(self, "scale", scale)
         self.dropout = nn.Dropout(dropout)
 
-    def middle(self) -> Tensor | float:
-        """s C - F, [r], [r, r] or a number."""
+    def parts(self) -> tuple[Tensor, Tensor | float, Tensor]:
         core = self.core() if isinstance(self.core, nn.Module) else self.core
         scaled = self.scale if core is None else core if isinstance(self.scale, float) and self.scale == 1 else core * self.scale
-        return scaled if self.fixed is None else scaled - self.fixed
+        return self.up, scaled if self.fixed is None else scaled - self.fixed, self.down
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] → [..., out], in the product's own dtype."""
-        return times(self.dropout(x.to(self.down.dtype)) @ self.down.T, self.middle(), turned=True) @ self.up.T
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """B (s C - F) [out, r], and A [r, in]."""
-        return times(self.up, self.middle()), self.down
-
-    def on(self, weight: Tensor) -> Tensor:
-        """The product times a matrix [in, ...], or a vector [in]."""
-        up, down = self.factors()
-        return up @ (down @ weight)
+        return super().forward(self.dropout(x))
 
 
 def times(rows: Tensor, core: Tensor | float, turned: bool = False) -> Tensor:
@@ -81,7 +95,7 @@ class Reparametrised(Part):
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, update: Product | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
+    def __init__(self, update: Thin | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
                  shift: Tensor | None = None):  # fmt: skip
         super().__init__()
         assert outer is None or factor is None, "Λ is a diagonal or a product"
