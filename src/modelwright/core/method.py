@@ -373,7 +373,7 @@ class AdapterMethod(Placed):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
 
-    def begin(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Any]) -> None:
+    def attached(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Any]) -> None:
         """Change what was attached, and the weights beside it, for methods that need `gradients`; by the paths of layers.
 
         layers: the method with its settings, and peft's layer. gradients: of the loss by each weight [out, in, ...], float32, the mean

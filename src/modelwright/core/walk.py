@@ -729,7 +729,7 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
         torch.manual_seed(given.rng().initial_seed())
         model.module = peft.get_peft_model(module, config)
         if gradients:
-            method.begin({path: (local, module.get_submodule(path)) for path, local in layers.items()}, gradients)
+            method.attached({path: (local, module.get_submodule(path)) for path, local in layers.items()}, gradients)
 
 
 def _layer_gradients(model: Model, method: AdapterMethod, paths: Sequence[str], given: Given) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ class StockAdapter(AdapterMethod):
     calls: ClassVar[Mapping[str, str]] = {}  # our setting -> peft's, where they differ
     patterns: ClassVar[Mapping[str, str]] = {}  # our setting -> peft's map of layers to their own values
     fixed: ClassVar[Mapping[str, Any]] = {}  # what peft is told beside the settings
-    begins: ClassVar[tuple[str, ...]] = ()  # our settings that peft is not told, since `begin` is what they are for
+    untold: ClassVar[tuple[str, ...]] = ()  # our settings that peft is not told, since `attached` is what they are for
 
     def adapter(self, layers: Mapping[str, Self]) -> Any:
         import peft
@@ -38,7 +38,7 @@ class StockAdapter(AdapterMethod):
     @classmethod
     def own(cls) -> list[str]:
         """The names of the settings that peft is told."""
-        return [field.name for field in dataclasses.fields(cls) if field.name not in ("where", "skip", *cls.begins)]
+        return [field.name for field in dataclasses.fields(cls) if field.name not in ("where", "skip", *cls.untold)]
 
 
 def beyond(method: Method, rank: int, shape: tuple[int, ...]) -> str:

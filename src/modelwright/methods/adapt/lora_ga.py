@@ -30,7 +30,7 @@ class LoraGa(StockAdapter):
     config = "LoraConfig"
     calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout", stabilised="use_rslora")
     patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
-    begins = ("directions", "magnitude", "gamma")
+    untold = ("directions", "magnitude", "gamma")
 
     rank: int = count(8)  # rows of A, columns of B; twice as many directions are needed
     alpha: float = number(16.0, low=1e-6)  # the update is scaled by s, alpha / √rank
@@ -49,7 +49,7 @@ class LoraGa(StockAdapter):
         return f"is {shape[0]} × {shape[1]}, and rank {self.rank} takes twice as many directions. Give at most {most}" * (self.rank > most)
 
     @torch.no_grad()
-    def begin(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Tensor]) -> None:
+    def attached(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Tensor]) -> None:
         for path, (local, layer) in layers.items():
             scale, base = layer.scaling["default"], layer.get_base_layer()
             turned = type(base).__name__ == "Conv1D"
