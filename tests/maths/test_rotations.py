@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modelwright.maths.rotations import hadamard, spreading
+from modelwright.maths.rotations import hadamard, spreading, walsh_hadamard
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 48, 60, 64, 108, 140, 192, 256])
@@ -29,3 +29,16 @@ def test_one_entry_far_out_is_spread_evenly():
     x = torch.zeros(64, dtype=torch.float64)
     x[5] = 8
     assert torch.allclose((x @ spreading(64, torch.Generator())).abs(), torch.ones(64, dtype=torch.float64))
+
+
+def test_the_fast_transform_is_sylvesters_matrix_and_its_own_inverse():
+    two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    matrix = torch.kron(torch.kron(two, two), two)
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.allclose(walsh_hadamard(x), x @ matrix / 8**0.5)
+    assert torch.allclose(walsh_hadamard(walsh_hadamard(x)), x)
+    assert torch.allclose(matrix @ matrix, 8 * torch.eye(8, dtype=torch.float64))
+    assert torch.equal(walsh_hadamard(torch.tensor([3.0])), torch.tensor([3.0]))
+    assert torch.autograd.gradcheck(walsh_hadamard, x.requires_grad_())
+    with pytest.raises(ValueError, match="these are 6"):
+        walsh_hadamard(torch.zeros(6))

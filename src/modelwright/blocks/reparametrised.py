@@ -2,52 +2,87 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._part import Dense, Layer, Part, shaped
 
 
-class Product(nn.Module):
-    """s · B C A, less s · B C₀ A where that is not to count.
+class Thin(nn.Module, ABC):
+    """B M A, an update through few dimensions."""
 
-    up: B [out, r]. down: A [r, in]. core: C, [r] for a diagonal, [r, r], or None for the identity. fixed: C₀, like C. Each is a parameter
-    where it trains, and a plain tensor where it is held. scale: s. dropout: of the inputs, while training.
-    """
-
-    up: Tensor
-    down: Tensor
-    core: Tensor | None
-    fixed: Tensor | None
-
-    def __init__(self, up: Tensor, down: Tensor, core: Tensor | None = None, fixed: Tensor | None = None, *, scale: float = 1.0,
-                 dropout: float = 0.0):  # fmt: skip
-        super().__init__()
-        hold(self, up=up, down=down, core=core, fixed=fixed)
-        self.scale, self.dropout = scale, nn.Dropout(dropout)
-
-    def middle(self) -> Tensor | None:
-        """C - C₀."""
-        return self.core if self.core is None or self.fixed is None else self.core - self.fixed
+    @abstractmethod
+    def parts(self) -> tuple[Tensor, Tensor | float, Tensor]:
+        """B [out, r]; M [r] for a diagonal, [r, r], or a number; A [r, in]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the product's own dtype."""
-        middle, inner = self.middle(), self.dropout(x.to(self.down.dtype)) @ self.down.T
-        if middle is not None:
-            inner = inner * middle if middle.ndim == 1 else inner @ middle.T
-        return (inner * self.scale if self.scale != 1 else inner) @ self.up.T
+        up, middle, down = self.parts()
+        return times(x.to(down.dtype) @ down.T, middle, turned=True) @ up.T
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """s · B (C - C₀) [out, r], and A [r, in]."""
-        middle, up = self.middle(), self.up * self.scale
-        if middle is None:
-            return up, self.down
-        return up * middle if middle.ndim == 1 else up @ middle, self.down
+        """B M [out, r], and A [r, in]."""
+        up, middle, down = self.parts()
+        return times(up, middle), down
 
     def on(self, weight: Tensor) -> Tensor:
         """The product times a matrix [in, ...], or a vector [in]."""
         up, down = self.factors()
         return up @ (down @ weight)
+
+
+class Product(Thin):
+    """B (s C - F) A.
+
+    up: B [out, r]. down: A [r, in]. core: C, [r] for a diagonal, [r, r], a module that gives one of these, or None for the identity.
+    scale: s. fixed: F, like C: s C as it is at first, where only what changes is to count. Each is a parameter where it trains, and a
+    plain tensor where it is held. dropout: of the inputs, while training.
+    """
+
+    up: Tensor
+    down: Tensor
+    fixed: Tensor | None
+    scale: float | Tensor
+
+    def __init__(self, up: Tensor, down: Tensor, core: Tensor | nn.Module | None = None, fixed: Tensor | None = None, *,
+                 scale: float | nn.Parameter = 1.0, dropout: float = 0.0):  # fmt: skip
+        super().__init__()
+        hold(self, up=up, down=down, fixed=fixed)
+        hold(self, core=core) if core is None or isinstance(core, Tensor) else self.add_module("core", core)
+        hold(self, scale=scale) if isinstance(scale, Tensor) else setattr(self, "scale", scale)
+        self.dropout = nn.Dropout(dropout)
+
+    def parts(self) -> tuple[Tensor, Tensor | float, Tensor]:
+        core = self.core() if isinstance(self.core, nn.Module) else self.core
+        scaled = self.scale if core is None else core if isinstance(self.scale, float) and self.scale == 1 else core * self.scale
+        return self.up, scaled if self.fixed is None else scaled - self.fixed, self.down
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.dropout(x))
+
+
+def times(rows: Tensor, core: Tensor | float, turned: bool = False) -> Tensor:
+    """Rows [..., r] times a matrix [r, r], of which a vector is the diagonal and a number all of it; turned: times its transpose."""
+    if isinstance(core, Tensor) and core.ndim == 2:
+        return rows @ (core.T if turned else core)
+    return rows if isinstance(core, float) and core == 1 else rows * core
+
+
+class Band(nn.Module):
+    """A square matrix whose entries train up to `reach` places from the diagonal, and are 0 elsewhere; all are 0 first."""
+
+    def __init__(self, size: int, reach: int):
+        super().__init__()
+        self.size, self.reach = size, min(reach, size - 1)
+        self.values = nn.Parameter(torch.zeros(size * (2 * self.reach + 1) - self.reach * (self.reach + 1)))
+
+    def forward(self) -> Tensor:
+        """[size, size]."""
+        places = torch.arange(self.size, device=self.values.device)
+        near = (places - places[:, None]).abs() <= self.reach
+        return self.values.new_zeros(self.size, self.size).masked_scatter(near, self.values)
 
 
 class Reparametrised(Part):
@@ -60,7 +95,7 @@ class Reparametrised(Part):
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, update: Product | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
+    def __init__(self, update: Thin | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
                  shift: Tensor | None = None):  # fmt: skip
         super().__init__()
         assert outer is None or factor is None, "Λ is a diagonal or a product"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -92,14 +92,18 @@ def next_tokens(batch: Batch, device: torch.device) -> Tensor:
     return ids[:, 1:].masked_fill(real[:, 1:] == 0, -100)
 
 
-def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+def mean_gradients(
+    model: Model, batches: Sequence[Batch], labels: Sequence[Tensor] | None = None, names: Container[str] | None = None
+) -> dict[str, Tensor]:
     """∂L/∂θ in float32, by parameter, of the mean over batches of the cross-entropy: of next tokens, or with the `labels`.
 
-    A batch may have the key "labels" itself, the class of each row, which the model is not given.
+    A batch may have the key "labels" itself, the class of each row, which the model is not given. names: of the parameters that are
+    asked for; by default all.
     """
     walk = Resident(model)
-    sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in floats(walk.module).items()}
-    with trainable(walk.module) as parameters:
+    asked = {name: value for name, value in floats(walk.module).items() if names is None or name in names}
+    sums = {name: torch.zeros_like(value, dtype=torch.float32) for name, value in asked.items()}
+    with trainable(walk.module):
         for number, batch in enumerate(batches):
             own = batch["labels"] if "labels" in batch and "input_ids" not in batch else labels[number] if labels is not None else None
             logits = logits_of(walk.forward({key: value for key, value in batch.items() if key != "labels" or own is None}))
@@ -107,7 +111,7 @@ def mean_gradients(model: Model, batches: Sequence[Batch], labels: Sequence[Tens
                 loss = F.cross_entropy(logits.flatten(0, -2).float(), own.flatten().to(logits.device))
             else:
                 loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), next_tokens(batch, logits.device).flatten())
-            for total, gradient in zip(sums.values(), torch.autograd.grad(loss, list(parameters.values()), allow_unused=True), strict=True):
+            for total, gradient in zip(sums.values(), torch.autograd.grad(loss, list(asked.values()), allow_unused=True), strict=True):
                 if gradient is not None:
                     total.add_(gradient, alpha=1 / len(batches))
     return sums

@@ -375,6 +375,13 @@ class AdapterMethod(Placed):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
 
+    def attached(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Any]) -> None:
+        """Change what was attached, and the weights beside it, for methods that need `gradients`; by the paths of layers.
+
+        layers: the method with its settings, and peft's layer. gradients: of the loss by each weight [out, in, ...], float32, the mean
+        over the calibration text.
+        """
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAdapter(AdapterMethod):

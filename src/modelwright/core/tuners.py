@@ -229,6 +229,16 @@ class Tuner(BaseTuner):
                 made = method.shared(sizes)
         self.shared[adapter_name] = made
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for name, shared in self.shared.items() if self.uses_shared_state else ():
+            shared.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if self.uses_shared_state:
+            del self.shared[adapter_name]
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"

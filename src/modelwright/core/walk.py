@@ -21,14 +21,16 @@ from modelwright.anatomy import Site, anatomy_of, matches, removal
 from modelwright.anatomy import _folding as folding
 from modelwright.anatomy import reorder as reordering
 from modelwright.blocks import experts
+from modelwright.blocks._part import transposed
 from modelwright.blocks._stored import Stored
 from modelwright.maths.slices import Joined, Sliced
 
 from . import adapters, find, kinds, sharing, training
 from . import data as texts
-from .errors import LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
+from .errors import DataError, LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
 from .files import alone, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
+from .gradients import mean_gradients
 from .method import (
     AdapterMethod,
     BlockMethod,
@@ -183,8 +185,8 @@ def _calibration(model: Model, method: ModelMethod, given: Given) -> Any:
 
 def record(model: Model, method: Method, given: Given) -> None:
     """Write the step into the model's history and set its marks."""
-    model.rebased |= method.changes_base and "adapters" in model.marks
     model.marks, model.changed = (model.marks | method.leaves) - method.drops, True
+    model.rebased |= method.changes_base and "adapters" in model.marks
     step = {"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)}
     model.history.append(step | ({"details": list(given.details)} if given.details else {}))
 
@@ -705,10 +707,15 @@ def bearing_sites(module: nn.Module) -> list[Site]:
 
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
+    layers, roles = _layers(module, method, notes)
+    return adapters.beside_stored(method.adapter(layers, roles))
+
+
+def _layers(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The method with its settings for each layer that it adapts, and what the layer is, by their paths."""
     chosen = choose(module, bearing_sites(module), method, notes)
     paths = {site: sharing.layers(module, [site.name]) for site, _ in chosen}
-    layers = {path: local for site, local in chosen for path in paths[site]}
-    return adapters.beside_stored(method.adapter(layers, {path: site.role for site, _ in chosen for path in paths[site]}))
+    return {path: local for site, local in chosen for path in paths[site]}, {path: site.role for site, _ in chosen for path in paths[site]}
 
 
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
@@ -718,9 +725,35 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     config = adapted(module, method, given.notes)
     if rounding := [name for name, layer in module.named_modules() if isinstance(layer, Stored) and layer.rounds_inputs]:
         raise ModelError(f"{method.name()}: {rounding[0]} rounds its inputs, so that no gradient passes it. Round weights alone.")
+    layers, _ = _layers(module, method)
+    gradients = _layer_gradients(model, method, list(layers), given) if "gradients" in method.needs() else {}
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())
         model.module = peft.get_peft_model(module, config)
+        if gradients:
+            method.attached({path: (local, module.get_submodule(path)) for path, local in layers.items()}, gradients)
+
+
+def _layer_gradients(model: Model, method: AdapterMethod, paths: Sequence[str], given: Given) -> dict[str, Tensor]:
+    """The mean gradient of each layer's weight [out, in, ...] over the calibration text, for a method that will change the weights."""
+    module = unwrapped(model.module)
+    places: dict[int, list[str]] = {}
+    for name, value in module.named_parameters(remove_duplicate=False):
+        places.setdefault(id(value), []).append(name)
+    layers = {path: module.get_submodule(path) for path in paths}
+    for path, layer in layers.items():
+        names = places.get(id(layer.weight), [])
+        if isinstance(layer, nn.Embedding) or len(names) != 1:
+            why = f"stands at {' and at '.join(names)}" if len(names) > 1 else "is no matrix that inputs are multiplied with"
+            raise SiteError(f"{method.name()} changes the weight of {path}, which {why}. Leave it out with `skip`.")
+    batches = given.batches(model)
+    if not batches:
+        raise DataError(f"{method.name()} was given no calibration batch.")
+    found = mean_gradients(model, batches, names={f"{path}.weight" for path in paths})
+    gradients = {path: found[f"{path}.weight"].T if transposed(layer) else found[f"{path}.weight"] for path, layer in layers.items()}
+    if wrong := [path for path, gradient in gradients.items() if not gradient.isfinite().all()]:
+        raise ModelError(f"{method.name()}: the gradient of {wrong[0]} is not finite. Look for NaN in it, or use a wider dtype.")
+    return gradients
 
 
 # Training

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -62,3 +64,28 @@ def spreading(size: int, rng: torch.Generator) -> Tensor:
         return found * upper.diagonal().sign()
     signs = torch.randint(0, 2, (size,), generator=rng, dtype=torch.float64).mul_(2).sub_(1)
     return matrix * signs / size**0.5
+
+
+def walsh_hadamard(values: Tensor) -> Tensor:
+    """H x for the vectors of the last dimension, of a size that is a power of two; H is Sylvester's matrix over the root of the size.
+
+    H is symmetric and its own inverse, so that gradients pass through it by H once more, and nothing is kept for them.
+    Raises ValueError for other sizes.
+    """
+    if (size := values.shape[-1]) & (size - 1) or not size:
+        raise ValueError(f"The Walsh-Hadamard transform takes a power of two of values, and these are {size}.")
+    return _WalshHadamard.apply(values)  # type: ignore[no-any-return]
+
+
+class _WalshHadamard(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:  # type: ignore[override]
+        found, half = values, 1
+        while half < values.shape[-1]:
+            left, right = found.unflatten(-1, (-1, 2, half)).unbind(-2)
+            found, half = torch.stack((left + right, left - right), -2).flatten(-3), 2 * half
+        return found / values.shape[-1] ** 0.5
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return walsh_hadamard(gradient)

@@ -21,7 +21,7 @@ class StockAdapter(AdapterMethod):
     config: ClassVar[str]  # the name of the class
     calls: ClassVar[Mapping[str, str]] = {}  # our setting -> peft's, where they differ
     patterns: ClassVar[Mapping[str, str]] = {}  # our setting -> peft's map of layers to their own values
-    apart: ClassVar[tuple[str, ...]] = ()  # settings that `told` says in another way
+    apart: ClassVar[tuple[str, ...]] = ()  # settings that peft is not told as they are
     fixed: ClassVar[Mapping[str, Any]] = {}  # what peft is told beside the settings
 
     def adapter(self, layers: Mapping[str, Self], roles: Mapping[str, str]) -> Any:
@@ -73,3 +73,9 @@ def few(shape: tuple[int, ...], trained: int, what: str) -> str:
     """Why a matrix [out, in] is too small for so many trained entries, as the end of a sentence; "" where it is not."""
     values = shape[0] * shape[1]
     return f"has {values:,} entries, and {what} asks for {trained:,}. Give fewer" if trained > values else ""
+
+
+def within(rank: int | None, shape: tuple[int, ...]) -> tuple[int, str]:
+    """The rank that a matrix [out, in] takes, its own where it is lower or none is given; and a note on that, "" where it is as asked."""
+    most = min(shape[:2])
+    return min(rank or most, most), f"cannot have the rank {rank}, and take {most}" if rank and rank > most else ""
