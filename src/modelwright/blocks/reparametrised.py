@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -50,21 +53,70 @@ class Product(nn.Module):
         return up @ (down @ weight)
 
 
+class Scatter(nn.Module):
+    """s · S, a matrix [out, in] with few entries that are not 0.
+
+    values: v [k], which train. places: their positions [k] in the matrix, row after row, all different. scale: s. Backward makes the
+    gradient of a whole matrix, takes v's from it and lets it go; `watch` is shown it in between, as a vector.
+    """
+
+    values: Tensor
+    places: Tensor
+
+    def __init__(self, shape: tuple[int, int], places: Tensor, values: Tensor, *, scale: float = 1.0):
+        super().__init__()
+        hold(self, places=places, values=values)
+        self.shape, self.scale = shape, scale
+        self.watch: Callable[[Tensor], None] | None = None
+
+    def change(self) -> Tensor:
+        """s · S [out, in]."""
+        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_put((self.places.long(),), self.values * self.scale).view(self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in the values' dtype."""
+        return _Scattered.apply(x.to(self.values.dtype), self.values, self)
+
+
+class _Scattered(torch.autograd.Function):
+    """x Sᵀ of a Scatter, of which neither S nor its gradient is kept from one pass to the other."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, values: Tensor, scatter: Scatter) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(x)
+        context.scatter = scatter
+        return nn.functional.linear(x, scatter.change())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        (x,), scatter = context.saved_tensors, context.scatter
+        gradient, of_values = gradient.to(x.dtype), None
+        if context.needs_input_grad[1]:
+            rows, columns = scatter.shape
+            whole = (gradient.reshape(-1, rows).T @ x.reshape(-1, columns)).flatten().mul_(scatter.scale)
+            if scatter.watch is not None:
+                scatter.watch(whole)
+            of_values = whole[scatter.places]
+        return gradient @ scatter.change() if context.needs_input_grad[0] else None, of_values, None
+
+
 class Reparametrised(Part):
     """A layer with an update beside its weight, on its outputs, and with scales and shifts of these; what is None is left out.
 
-    update: s B C A, added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out]. shift: β [out].
-    The layer gives (I + Λ) y + s B C A x + β for its own outputs y.
+    update: s B C A, and scatter: s S, are added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out].
+    shift: β [out].
+    The layer gives (I + Λ) y + s B C A x + s S x + β for its own outputs y.
     """
 
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, update: Product | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
-                 shift: Tensor | None = None):  # fmt: skip
+    def __init__(self, update: Product | None = None, *, scatter: Scatter | None = None, outer: Product | None = None,
+                 factor: Tensor | None = None, shift: Tensor | None = None):  # fmt: skip
         super().__init__()
         assert outer is None or factor is None, "Λ is a diagonal or a product"
-        self.update, self.outer = update, outer
+        self.update, self.scatter, self.outer = update, scatter, outer
         hold(self, factor=factor, shift=shift)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
@@ -74,6 +126,8 @@ class Reparametrised(Part):
             total = total + self.outer(own).to(own.dtype)
         if self.update is not None:
             total = total + self.update(x).to(own.dtype)
+        if self.scatter is not None:
+            total = total + self.scatter(x).to(own.dtype)
         return total if self.shift is None else total + shaped(self.shift.to(own.dtype), own, layer.module)
 
     def effective(self, weight: Tensor, bias: Tensor | None) -> Dense:
@@ -88,6 +142,8 @@ class Reparametrised(Part):
         if self.update is not None:
             up, down = self.update.factors()
             total = total + up @ down
+        if self.scatter is not None:
+            total = total + self.scatter.change()
         if self.shift is not None:
             moved = self.shift if moved is None else moved + self.shift
         return total, moved
@@ -98,8 +154,8 @@ class Reparametrised(Part):
         return total.to(weight.dtype), None if moved is None else moved.to(weight.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        plain = self.update is not None and self.outer is None and self.factor is None and self.shift is None
-        return self.update.factors() if plain and self.update is not None else None
+        others = (self.scatter, self.outer, self.factor, self.shift)
+        return self.update.factors() if self.update is not None and all(other is None for other in others) else None
 
 
 def hold(module: nn.Module, **values: Tensor | None) -> None:
