@@ -56,14 +56,14 @@ class Product(nn.Module):
 class Scatter(nn.Module):
     """s · S, a matrix [out, in] with few entries that are not 0.
 
-    values: v [k], which train. places: their positions [k] in the matrix, row after row, all different. scale: s. Backward makes the
-    gradient of a whole matrix, takes v's from it and lets it go; `watch` is shown it in between, as a vector.
+    values: v [k], which train. places: their positions [k] in the matrix, row after row, all different; None for all, in order. scale: s.
+    Backward makes the gradient of a whole matrix, takes v's from it and lets it go; `watch` is shown it in between, as a vector.
     """
 
     values: Tensor
-    places: Tensor
+    places: Any  # int32 or int64 [k], or None
 
-    def __init__(self, shape: tuple[int, int], places: Tensor, values: Tensor, *, scale: float = 1.0):
+    def __init__(self, shape: tuple[int, int], places: Tensor | None, values: Tensor, *, scale: float = 1.0):
         super().__init__()
         hold(self, places=places, values=values)
         self.shape, self.scale = shape, scale
@@ -71,6 +71,8 @@ class Scatter(nn.Module):
 
     def change(self) -> Tensor:
         """s · S [out, in]."""
+        if self.places is None:
+            return (self.values * self.scale).view(self.shape)
         flat = self.values.new_zeros(self.shape[0] * self.shape[1])
         return flat.index_put((self.places.long(),), self.values * self.scale).view(self.shape)
 
@@ -97,7 +99,7 @@ class _Scattered(torch.autograd.Function):
             whole = (gradient.reshape(-1, rows).T @ x.reshape(-1, columns)).flatten().mul_(scatter.scale)
             if scatter.watch is not None:
                 scatter.watch(whole)
-            of_values = whole[scatter.places]
+            of_values = whole if scatter.places is None else whole[scatter.places]
         return gradient @ scatter.change() if context.needs_input_grad[0] else None, of_values, None
 
 
