@@ -74,6 +74,10 @@ class Part(nn.Module, ABC):
         """Work with what is shared by the parts of all layers, `self.shared`; it is saved once, and not with the part."""
         object.__setattr__(self, "shared", shared)
 
+    def select(self, dim: int, index: Tensor) -> None:
+        """Stay on a layer that keeps these outputs (dim 0) or inputs (dim 1) alone; index: int64."""
+        raise NotImplementedError(f"{type(self).__name__} cannot lose outputs or inputs")
+
     def adjust(self, found: dict[str, tuple[int, ...]]) -> None:
         """Make room for values of these shapes, by the names of parameters and buffers, that are loaded next."""
 

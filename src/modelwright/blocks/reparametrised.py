@@ -47,6 +47,10 @@ class Product(nn.Module):
             return up, self.down
         return up * middle if middle.ndim == 1 else up @ middle, self.down
 
+    def select(self, dim: int, index: Tensor) -> None:
+        """Keep these outputs (dim 0) or inputs (dim 1) alone."""
+        take(self, "down" if dim else "up", dim, index)
+
     def on(self, weight: Tensor) -> Tensor:
         """The product times a matrix [in, ...], or a vector [in]."""
         up, down = self.factors()
@@ -75,6 +79,24 @@ class Scatter(nn.Module):
             return (self.values * self.scale).view(self.shape)
         flat = self.values.new_zeros(self.shape[0] * self.shape[1])
         return flat.index_put((self.places.long(),), self.values * self.scale).view(self.shape)
+
+    @torch.no_grad()
+    def select(self, dim: int, index: Tensor) -> None:
+        """Keep these outputs (dim 0) or inputs (dim 1) alone; of an empty scatter about as many entries."""
+        before, size = self.shape, self.shape[dim]
+        self.shape = (before[0], len(index)) if dim else (len(index), before[1])
+        if self.places is None or self.places.is_meta:
+            count = self.shape[0] * self.shape[1] if self.places is None else len(self.values) * len(index) // size
+            stays = self.values.view(before).index_select(dim, index).flatten() if self.places is None else self.values[:count]
+            self.values = nn.Parameter(stays, self.values.requires_grad)
+            self.places = None if self.places is None else self.places[:count]
+            return
+        now = torch.full((size,), -1, device=index.device).index_put((index,), torch.arange(len(index), device=index.device))
+        at = [(self.places // before[1]).long(), (self.places % before[1]).long()]
+        at[dim] = now[at[dim]]
+        left = at[dim] >= 0
+        self.places = (at[0] * self.shape[1] + at[1])[left].to(self.places.dtype)
+        self.values = nn.Parameter(self.values[left], self.values.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in the values' dtype."""
@@ -150,14 +172,36 @@ class Reparametrised(Part):
             moved = self.shift if moved is None else moved + self.shift
         return total, moved
 
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to the weight."""
+        return self.outer is None and self.factor is None and self.shift is None
+
+    def select(self, dim: int, index: Tensor) -> None:
+        for part in (self.update, self.scatter):
+            if part is not None:
+                part.select(dim, index)
+        if self.outer is not None and dim == 0:
+            self.outer.select(0, index)
+            self.outer.select(1, index)
+        for name in ("factor", "shift"):
+            if getattr(self, name) is not None and dim == 0:
+                take(self, name, 0, index)
+
+    def adjust(self, found: dict[str, tuple[int, ...]]) -> None:
+        if self.scatter is not None and self.scatter.places is not None and "scatter.values" in found:
+            values, sizes = self.scatter.values, found["scatter.values"]
+            if values.shape != sizes:
+                self.scatter.values = nn.Parameter(values.new_zeros(sizes), values.requires_grad)
+                self.scatter.places = self.scatter.places.new_zeros(sizes)
+
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> Dense:
         total, moved = self.effective(weight.float(), None if bias is None else bias.float())
         return total.to(weight.dtype), None if moved is None else moved.to(weight.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        others = (self.scatter, self.outer, self.factor, self.shift)
-        return self.update.factors() if self.update is not None and all(other is None for other in others) else None
+        return self.update.factors() if self.update is not None and self.scatter is None and self.additive else None
 
 
 def hold(module: nn.Module, **values: Tensor | None) -> None:
@@ -167,3 +211,11 @@ def hold(module: nn.Module, **values: Tensor | None) -> None:
             module.register_parameter(name, value)
         else:
             module.register_buffer(name, value)
+
+
+@torch.no_grad()
+def take(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    """Keep these rows (dim 0) or columns (dim 1) of a module's tensor alone."""
+    value = getattr(module, name)
+    kept = value.index_select(dim, index)
+    setattr(module, name, nn.Parameter(kept, value.requires_grad) if isinstance(value, nn.Parameter) else kept)

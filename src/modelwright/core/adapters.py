@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site, Units
 from modelwright.anatomy.removal import selections
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.reparametrised import Reparametrised
 
 from .errors import ModelError
 from .files import read_json, write_json
@@ -23,28 +24,41 @@ from .model import Model, quiet, save_module, unwrapped
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to a layer: up [out, r] · down [r, in], and a bias [out]. An embedding's `in` is its tokens."""
+    """What an adapter adds to a layer: up [out, r] · down [r, in], and a bias [out]. An embedding's `in` is its tokens.
+
+    sparse: what it adds beside the product [out, in], where that was asked for.
+    """
 
     up: Tensor
     down: Tensor
     bias: Tensor | None = None
+    sparse: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.up.shape[1]
 
+    def change(self, sparse: bool = True) -> Tensor:
+        """All of it [out, in], float32; or without the sparse part."""
+        product = self.up.float() @ self.down.float()
+        return product if self.sparse is None or not sparse else product + self.sparse.float()
+
 
 Whole = dict[str, dict[str, Tensor]]  # path of a module -> its tensors
 
 
-def read(model: Model) -> tuple[dict[str, Update], Whole]:
+def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
     """The updates of a model's adapter by the path of their layers, scales multiplied in; and the modules that it saves whole.
+
+    sparse: also those with a sparse part, such as of adapt.dsee.
 
     Raises:
         ModelError: several adapters are active, or one is no plain LoRA on linears and embeddings.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+
+    from .tuners import Bearer
 
     active = list(getattr(model.module, "active_adapters", []))
     if len(active) != 1:
@@ -56,15 +70,23 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
     for path, layer in unwrapped(model.module).named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             whole[path] = {key: value.detach() for key, value in layer.modules_to_save[name].state_dict().items()}
+        if sparse and isinstance(layer, Bearer) and name in layer.parts:
+            part = layer.parts[name]
+            if isinstance(part, Reparametrised) and part.additive:
+                none = torch.zeros(layer.out_features, 0), torch.zeros(0, layer.in_features)
+                up, down = none if part.update is None else part.update.factors()
+                updates[path] = Update(up.detach(), down.detach(), None, None if part.scatter is None else part.scatter.change().detach())
+            else:
+                strange.append(path)
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue
         scale = layer.scaling[name]
         if name in layer.lora_embedding_A:
             updates[path] = Update(layer.lora_embedding_B[name].detach() * scale, layer.lora_embedding_A[name].detach())
         elif isinstance(layer.lora_A[name], nn.Linear) and not layer.lora_variant and layer.__class__.__name__ in ("Linear", "StoredLora"):
-            up: Any = layer.lora_B[name]
-            bias = None if up.bias is None else up.bias.detach() * scale
-            updates[path] = Update(up.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
+            back: Any = layer.lora_B[name]
+            bias = None if back.bias is None else back.bias.detach() * scale
+            updates[path] = Update(back.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
         else:
             strange.append(path)
     if strange or not (updates or whole):
@@ -185,12 +207,15 @@ def plain_layers(base: nn.Module) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
-    """Take from LoRA's factors, by the paths of their layers, the rows and columns of units that leave the layers."""
+    """Take from LoRA's factors and our parts, by the paths of their layers, the rows and columns of units that leave the layers."""
     chosen = selections(list(found), kept)
     for path, layer in bearers.items():
         transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
-        for dim, factors in enumerate((layer.lora_B, layer.lora_A)):
+        parts = getattr(layer, "parts", None)
+        for dim, factors in enumerate((layer.lora_B, layer.lora_A) if parts is None else ({}, {})):
             rows = chosen.get((f"{path}.weight", 1 - dim if transposed else dim))
+            for part in (parts or {}).values() if rows is not None else ():
+                part.select(dim, torch.tensor(rows, device=next(part.parameters()).device))
             for factor in factors.values() if rows is not None else ():
                 for name, value in factor.named_parameters(recurse=False):
                     if name == "weight" or dim == 0:
@@ -209,4 +234,5 @@ def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:
         save_module(base, folder / "base")
     file = folder / "adapter_config.json"
     stated = read_json(file, ModelError, "Save the adapter again.")
-    write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")})
+    others = {"base_digest": None} if "base_digest" in stated else {}  # its weights are no longer those that it was made on
+    write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")} | others)
