@@ -394,6 +394,13 @@ class LayerAdapter(AdapterMethod):
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
 
+    def divided(self, layers: Mapping[str, tuple[Self, tuple[int, ...], bool]]) -> Mapping[str, Mapping[str, Any]]:
+        """Settings that layers get of their own, by their paths, once all are known: such as a share of one budget, or what is drawn.
+
+        layers: path -> the method with its settings for that layer, the shape of its weight, and whether it has a bias.
+        """
+        return {}
+
     def shared(self, sizes: Sequence[tuple[int, int]]) -> Any:
         """What the parts of all layers, of these sizes (out, in), have in common: a module that `Part.join` gives each of them."""
         raise AssertionError(f"{self.name()} shares nothing")

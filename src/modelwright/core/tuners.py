@@ -195,15 +195,16 @@ class Tuner(BaseTuner):
         """What all layers' parts have in common, by the names of adapters."""
         return cast(nn.ModuleDict, getattr(self, f"{self.prefix}shared"))
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *others: Any, **named: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *others: Any, **told: Any) -> None:
         config = cast(TunerConfig, self.peft_config[adapter_name])
         config = cast(TunerConfig, _maybe_include_all_linear_layers(self._prepare_adapter_config(config, {}), model))
         inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        layers = [
-            module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        named = {
+            path: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             for path, module in model.named_modules()
             if path and not path.startswith(inside) and self._check_target_module_exists(config, path) is True
-        ]
+        }
+        layers = list(named.values())
         found = digest(layers, model)
         if config.base_digest is None:
             config.base_digest = found
@@ -212,9 +213,13 @@ class Tuner(BaseTuner):
                 f"This {type_name(config.method_class)} adapter was made on other weights than the model's. Load it on "
                 f"{config.base_model_name_or_path or 'the model that it was trained on'}, unchanged."
             )
+        if not config.stored:
+            places = {path: (config.method(path), *shape_of(layer)) for path, layer in named.items()}
+            for path, own in config.method("").divided(places).items():
+                config.by_layer[path] = config.by_layer.get(path, {}) | dict(own)
         if self.uses_shared_state:
             self._share(config, adapter_name, layers)
-        super().inject_adapter(model, adapter_name, *others, **named)
+        super().inject_adapter(model, adapter_name, *others, **told)
 
     def _share(self, config: TunerConfig, adapter_name: str, layers: Sequence[nn.Module]) -> None:
         """Make what an adapter's parts have in common."""
@@ -243,6 +248,12 @@ class Tuner(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
+
+
+def shape_of(layer: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of a layer's weight, and whether it has a bias."""
+    shape = sizes_of(layer) if isinstance(layer, Stored) else dense_of(layer)[0].shape
+    return tuple(shape), getattr(layer, "bias", None) is not None
 
 
 def empty(make: Callable[[], Made], device: torch.device) -> Made:
