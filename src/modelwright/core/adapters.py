@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, Units
-from modelwright.anatomy.removal import selections
+from modelwright.anatomy.removal import selections, state_biases
 from modelwright.blocks._stored import Stored
 
 from .errors import ModelError
@@ -199,6 +200,28 @@ def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequ
                 factor.out_features, factor.in_features = factor.weight.shape
             if rows is not None:
                 setattr(layer, ("out_features", "in_features")[dim], len(rows))
+
+
+def folded(bearer: Any) -> tuple[nn.Module, str]:
+    """The model with its active adapters put into its weights, and why plain transformers cannot load it, "" when it can.
+
+    Raises:
+        ModelError: one is no change of weights, or would go into a packed one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {path: layer for path, layer in unwrapped(bearer).named_modules() if isinstance(layer, BaseTunerLayer)}
+    for path, layer in found.items():
+        parts = getattr(layer, "parts", {})
+        if fixed := [parts[name] for name in layer.active_adapters if name in parts and not parts[name].mergeable]:
+            raise ModelError(f"{path} bears a {type(fixed[0]).__name__}, which is no change of a weight. Keep the adapter beside it.")
+    bare = [path for path, layer in found.items() if getattr(layer.get_base_layer(), "bias", None) is None]
+    empty = any(value.is_meta for value in bearer.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gains one")  # it is stated below
+        module = bearer.merge_and_unload(safe_merge=not empty)
+    biased = [path for path in bare if getattr(module.get_submodule(path), "bias", None) is not None]
+    return module, state_biases(module, biased) if biased else ""
 
 
 def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:

@@ -372,6 +372,7 @@ class AdapterMethod(Placed):
     adapter: ClassVar[Verb]
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
+    norms: ClassVar[bool] = False  # can stand on norms too
 
 
 @dataclass(frozen=True, kw_only=True)

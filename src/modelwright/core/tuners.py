@@ -23,7 +23,8 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from modelwright.blocks._part import Layer, Part, dense_of, sizes_of, transposed
+from modelwright.anatomy import removal
+from modelwright.blocks._part import Layer, Part, dense_of, kept_as, sizes_of, transposed
 from modelwright.blocks._stored import Stored
 
 from . import find
@@ -33,6 +34,7 @@ from .model import unwrapped
 from .training import Course, Together
 
 Made = TypeVar("Made", bound=nn.Module)
+GAINS = "A layer without a bias gains one. Plain transformers may leave it out on loading the merged model: fold with adapt.fold."
 SEEN = 64  # values of each adapted weight that tell one base from another
 
 
@@ -110,6 +112,8 @@ class Bearer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put parts into the weight and the bias, which are kept aside to be put back by `unmerge`.
 
+        A layer without a bias may gain one, of which the model's config does not know: a warning says so.
+
         Raises:
             ValueError: a part cannot be, the layer is packed, or with `safe_merge` a value would not be finite.
         """
@@ -127,7 +131,10 @@ class Bearer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaN or infinity in the merged weights: the adapter {name!r} is broken.")
             own = cast(Any, base)
             self._before.append((own.weight.data, None if getattr(own, "bias", None) is None else own.bias.data))
-            self._set(weight.T if transposed(base) else weight, bias)
+            if bias is not None and self._before[-1][1] is None:
+                warnings.warn(GAINS, stacklevel=2)
+                removal.mark_bias(own)
+            self._set(kept_as(base, weight).to(own.weight.dtype), bias)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -142,6 +149,8 @@ class Bearer(nn.Module, BaseTunerLayer):
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         base = cast(Any, self.get_base_layer())
         base.weight.data = weight.contiguous()
+        if bias is None and getattr(base, "bias", None) is not None:
+            removal.mark_bias(base, changed=False)
         if bias is None or getattr(base, "bias", None) is None:
             base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         else:

@@ -17,6 +17,7 @@ OURS = [name for name in find.names() if name.startswith("adapt.") and issubclas
 LAYERS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft's, in from_pretrained
+    pytest.mark.filterwarnings("ignore:.*gains one:UserWarning"),  # a bias, which its own test looks at
     pytest.mark.filterwarnings("ignore:.*Already found a `peft_config`:UserWarning"),
 ]
 
