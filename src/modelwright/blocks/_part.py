@@ -109,6 +109,24 @@ def offset_of(module: nn.Module) -> float:
     return float(torch.func.functional_call(module, zeros, (torch.ones(1, 1, len(zeros["weight"]), device="cpu"),)).any())
 
 
+def places(x: Tensor, outputs: Tensor, module: Any) -> Tensor:
+    """The inputs that each output stands over, [..., in]: of a convolution those under the middle of its kernel."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    seen = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    sides = len(module.kernel_size)
+    for side, (width, stride, step) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        dim = seen.ndim - sides + side
+        seen = seen.index_select(dim, step * (width // 2) + stride * torch.arange(outputs.shape[dim], device=x.device))
+    return seen.movedim(-sides - 1, -1)
+
+
+def placed(values: Tensor, module: Any) -> Tensor:
+    """Values [..., out] in the layout of a module's outputs."""
+    return values.movedim(-1, -len(module.kernel_size) - 1) if isinstance(module, nn.modules.conv._ConvNd) else values
+
+
 def sizes_of(module: nn.Module) -> tuple[int, int]:
     """How many outputs and inputs a layer has: the last size of its inputs and outputs, or their channels."""
     if isinstance(module, Stored):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modelwright.blocks._part import Dense, Layer, Part, shaped
+from modelwright.blocks._part import Dense, Layer, Part, placed, places, shaped
 
 
 class Product(nn.Module):
@@ -53,7 +53,8 @@ class Product(nn.Module):
 class Reparametrised(Part):
     """A layer with an update beside its weight, on its outputs, and with scales and shifts of these; what is None is left out.
 
-    update: s B C A, added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out]. shift: β [out].
+    update: s B C A, added to the weight, of a convolution at the middle of its kernel. outer: Λ as a product, [out, out].
+    factor: 1 + Λ as a diagonal [out]. shift: β [out].
     The layer gives (I + Λ) y + s B C A x + β for its own outputs y.
     """
 
@@ -73,7 +74,7 @@ class Reparametrised(Part):
         if self.outer is not None:
             total = total + self.outer(own).to(own.dtype)
         if self.update is not None:
-            total = total + self.update(x).to(own.dtype)
+            total = total + placed(self.update(places(x, own, layer.module)), layer.module).to(own.dtype)
         return total if self.shift is None else total + shaped(self.shift.to(own.dtype), own, layer.module)
 
     def effective(self, weight: Tensor, bias: Tensor | None) -> Dense:
@@ -87,7 +88,7 @@ class Reparametrised(Part):
             moved = None if bias is None or moved is None else moved + self.outer.on(bias)
         if self.update is not None:
             up, down = self.update.factors()
-            total = total + up @ down
+            total = total + centred(up @ down, weight)
         if self.shift is not None:
             moved = self.shift if moved is None else moved + self.shift
         return total, moved
@@ -100,6 +101,15 @@ class Reparametrised(Part):
     def factors(self) -> tuple[Tensor, Tensor] | None:
         plain = self.update is not None and self.outer is None and self.factor is None and self.shift is None
         return self.update.factors() if plain and self.update is not None else None
+
+
+def centred(change: Tensor, weight: Tensor) -> Tensor:
+    """A matrix [out, in] as a change of a weight: of a convolution's at the middle of its kernel."""
+    if weight.ndim == 2:
+        return change
+    spread = change.new_zeros(weight.shape)
+    spread[(slice(None), slice(None), *(side // 2 for side in weight.shape[2:]))] = change
+    return spread
 
 
 def hold(module: nn.Module, **values: Tensor | None) -> None:

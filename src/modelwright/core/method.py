@@ -372,7 +372,11 @@ class AdapterMethod(Placed):
     adapter: ClassVar[Verb]
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
-    norms: ClassVar[bool] = False  # can stand on norms too
+    on_norms: ClassVar[bool] = False  # can stand on norms too
+
+    def whole(self) -> tuple[str, ...]:
+        """Roles of the modules that train themselves, as copies that are saved with the adapter; for methods to extend."""
+        return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -386,6 +390,7 @@ class LayerAdapter(AdapterMethod):
     subjects: ClassVar[int] = 2
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
+    grouped: ClassVar[bool] = False  # can stand on convolutions in groups
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> Any:
         """What the parts of all layers, of these sizes (out, in), have in common: a module that `Part.join` gives each of them."""

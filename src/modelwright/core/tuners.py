@@ -182,7 +182,7 @@ class Tuner(BaseTuner):
         config: TunerConfig = peft_config
         bearer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         base, method = bearer.get_base_layer(), config.method(current_key)
-        if why := method.unfit(sizes_of(base)):
+        if why := out_of_reach(base, method) or method.unfit(sizes_of(base)):
             raise ModelError(f"{method.name()}: {current_key} {why}.")
         weight, bias = (None if value is None else value.detach() for value in dense_of(base))
         assert weight is not None
@@ -238,10 +238,27 @@ class Tuner(BaseTuner):
                 made = method.shared(sizes)
         self.shared[adapter_name] = made
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        for name, shared in self.shared.items() if self.uses_shared_state else ():
+            shared.requires_grad_(name in self.active_adapters and not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        if self.uses_shared_state:
+            del self.shared[adapter_name]
+
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict[str, Any]) -> Any:
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
+
+
+def out_of_reach(layer: Any, method: LayerAdapter) -> str:
+    """Why a method cannot stand on a layer of this kind, as the end of a sentence; "" if it can."""
+    if isinstance(layer, nn.modules.conv._ConvNd) and (layer.transposed or layer.groups > 1 and not method.grouped):
+        return f"is a convolution {'that is transposed' if layer.transposed else f'in {layer.groups} groups'}. Leave it out"
+    return ""
 
 
 def empty(make: Callable[[], Made], device: torch.device) -> Made:

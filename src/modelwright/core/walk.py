@@ -710,9 +710,14 @@ def bearing_sites(module: nn.Module, norms: bool = False) -> list[Site]:
 
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
-    chosen = choose(module, bearing_sites(module, method.norms), method, notes)
+    chosen = choose(module, bearing_sites(module, method.on_norms), method, notes)
     layers = {path: local for site, local in chosen for path in sharing.layers(module, [site.name])}
-    return adapters.beside_stored(method.adapter(layers))
+    config = method.adapter(layers)
+    if roles := method.whole():
+        anatomy = anatomy_of(module)
+        names = [name for name, _ in module.named_parameters() if (anatomy.role(name) or ("",))[0] in roles]
+        config.modules_to_save = list(dict.fromkeys(name.rpartition(".")[0] for name in names)) or None
+    return adapters.beside_stored(config)
 
 
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:

@@ -28,7 +28,8 @@ class Ssf(LayerAdapter):
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # γ starts at 1, β at 0
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv", "embed.patch", "norm")
-    norms: ClassVar[bool] = True
+    on_norms: ClassVar[bool] = True
+    grouped: ClassVar[bool] = True
 
     shift: bool = True  # train β too
     noise: float = number(0.0, low=0)  # standard deviation of γ around 1 and of β around 0 at first; the authors' is 0.02
