@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +51,14 @@ class Product(nn.Module):
         """The product times a matrix [in, ...], or a vector [in]."""
         up, down = self.factors()
         return up @ (down @ weight)
+
+
+def low_rank(rows: int, columns: int, rank: int, scale: float = 1.0, dropout: float = 0.0) -> Product | None:
+    """B = 0 [rows, rank], and A [rank, columns] uniform within ±1/√columns, which train; None of rank 0."""
+    if rank == 0:
+        return None
+    down = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
+    return Product(nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down), scale=scale, dropout=dropout)
 
 
 class Reparametrised(Part):
@@ -108,7 +119,8 @@ def centred(change: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 2:
         return change
     spread = change.new_zeros(weight.shape)
-    spread[(slice(None), slice(None), *(side // 2 for side in weight.shape[2:]))] = change
+    middle: Any = (..., *(side // 2 for side in weight.shape[2:]))
+    spread[middle] = change
     return spread
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from modelwright.anatomy import Site, Units
 from modelwright.anatomy.removal import selections, state_biases
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.bottlenecks import Activation
 
 from .errors import ModelError
 from .files import read_json, write_json
@@ -72,6 +74,55 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
         found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
         raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
     return updates, whole
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The bottlenecks U φ(D h) of an adapter on disk, by the paths of their layers: U [out, r] with scales in it, and D [r, in].
+
+    They stand `beside` layers, so that h is what these are given, or `after` them.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    activation: Activation
+    side: Literal["beside", "after"]
+
+
+@functools.lru_cache(maxsize=8)
+def trained(folder: str) -> Trained:
+    """A LoRA adapter, or one of `adapt.parallel` or `adapt.series`, as it lies in a folder of peft's.
+
+    Raises:
+        ModelError: no adapter lies there, it is of another kind, or has more than these.
+    """
+    from peft.utils.other import get_pattern_key
+    from safetensors.torch import load_file
+
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors. Name the folder of a trained adapter.")
+    stated = read_json(Path(folder) / "adapter_config.json", ModelError, "Save the adapter again.")
+    kind = str(stated.get("peft_type")).upper()
+    names = {"LORA": r"lora_([AB])\.weight"} | {ours: rf"{ours.lower()}_parts\.bottleneck\.(down|up)" for ours in ("PARALLEL", "SERIES")}
+    if kind not in names or stated.get("use_dora"):
+        raise ModelError(f"{folder} holds a {kind} adapter, and sources are LoRA, adapt.parallel or adapt.series.")
+    found: dict[str, list[Tensor | None]] = {}
+    for key, value in load_file(file).items():
+        name = re.fullmatch(rf"base_model\.model\.(.+)\.{names[kind]}", key)
+        if name is None or value.ndim != 2:
+            raise ModelError(f"{folder} has {key}, which is no low-rank update and no bottleneck, so that it cannot be a source.")
+        found.setdefault(name[1], [None, None])[name[2] in ("B", "up")] = value
+    pairs = {}
+    for path, (down, up) in found.items():
+        assert down is not None
+        assert up is not None
+        scale = stated.get("by_layer", {}).get(path, {}).get("scale", stated.get("scale", 1.0))
+        if kind == "LORA":
+            patterns: dict[str, float] = stated.get("alpha_pattern") or {}
+            alpha: float = patterns.get(get_pattern_key(list(patterns), path), stated["lora_alpha"])
+            scale = alpha / (len(down) ** 0.5 if stated.get("use_rslora") else len(down))
+        pairs[path] = up * scale, down
+    return Trained(pairs, stated.get("activation", "none"), "after" if kind == "SERIES" else "beside")
 
 
 @functools.cache

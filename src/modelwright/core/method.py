@@ -392,6 +392,9 @@ class LayerAdapter(AdapterMethod):
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
     grouped: ClassVar[bool] = False  # can stand on convolutions in groups
 
+    def fill(self, part: Any, path: str) -> None:
+        """Put into a new part what is known of the layer at this path of the model; by default nothing."""
+
     def shared(self, sizes: Sequence[tuple[int, int]]) -> Any:
         """What the parts of all layers, of these sizes (out, in), have in common: a module that `Part.join` gives each of them."""
         raise AssertionError(f"{self.name()} shares nothing")

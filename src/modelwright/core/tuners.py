@@ -93,7 +93,7 @@ class Bearer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, part: Part, inference_mode: bool = False) -> None:
         """Bear one more part."""
-        cast(nn.ModuleDict, self.parts)[adapter_name] = part
+        cast(nn.ModuleDict, self.parts)[adapter_name] = part.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -191,6 +191,7 @@ class Tuner(BaseTuner):
         else:
             with torch.device(weight.device):
                 part = method.part(weight, bias)
+            method.fill(part, current_key)
         if self.uses_shared_state:
             part.join(self.shared[adapter_name])
         bearer.update_layer(adapter_name, part, inference_mode=config.inference_mode)
@@ -236,7 +237,14 @@ class Tuner(BaseTuner):
         else:
             with torch.device(device):
                 made = method.shared(sizes)
-        self.shared[adapter_name] = made
+        self.shared[adapter_name] = made.train(any(layer.training for layer in layers))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for held in ("parts", "shared"):  # peft's own looks for the name before the last word alone
+            if f"{cls.prefix}{held}.{adapter_name}." in key:
+                return key.replace(f"{cls.prefix}{held}.{adapter_name}.", f"{cls.prefix}{held}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
