@@ -43,10 +43,13 @@ Whole = dict[str, dict[str, Tensor]]  # path of a module -> its tensors
 def read(model: Model) -> tuple[dict[str, Update], Whole]:
     """The updates of a model's adapter by the path of their layers, scales multiplied in; and the modules that it saves whole.
 
+    Adapters of ours count where their parts are low-rank updates and nothing else.
+
     Raises:
-        ModelError: several adapters are active, or one is no plain LoRA on linears and embeddings.
+        ModelError: several adapters are active, or one is more than low-rank updates of linears and embeddings.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     active = list(getattr(model.module, "active_adapters", []))
@@ -59,6 +62,16 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
     for path, layer in unwrapped(model.module).named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             whole[path] = {key: value.detach() for key, value in layer.modules_to_save[name].state_dict().items()}
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            if hasattr(layer, "parts") and name not in layer.parts:
+                continue
+            part: Any = layer.parts[name] if hasattr(layer, "parts") else None
+            factors = part.factors() if part is not None else None
+            if factors is None or isinstance(layer.get_base_layer(), nn.modules.conv._ConvNd):
+                strange.append(path)
+            else:
+                updates[path] = Update(factors[0].detach(), factors[1].detach())
+            continue
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue
         scale = layer.scaling[name]
@@ -72,7 +85,7 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
             strange.append(path)
     if strange or not (updates or whole):
         found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
-        raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
+        raise ModelError(f"{model.name}: only low-rank updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
     return updates, whole
 
 
@@ -237,7 +250,20 @@ def plain_layers(base: nn.Module) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
-    """Take from LoRA's factors, by the paths of their layers, the rows and columns of units that leave the layers."""
+    """Take from LoRA's factors, by the paths of their layers, the rows and columns of units that leave the layers.
+
+    Raises:
+        ModelError: a layer bears another adapter than LoRA.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, layer in bearers.items():
+        if not isinstance(layer, (LoraLayer, ModulesToSaveWrapper)):
+            raise ModelError(
+                f"{path} bears an adapter that is not LoRA, whose rows and columns cannot leave. Fold it with adapt.fold first."
+            )
+    bearers = {path: layer for path, layer in bearers.items() if isinstance(layer, LoraLayer)}
     chosen = selections(list(found), kept)
     for path, layer in bearers.items():
         transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
