@@ -222,8 +222,6 @@ def lower_experts_per_token(module: Any, count: int) -> None:
 def give_biases(module: Any, biases: Mapping[str, torch.Tensor]) -> str:
     """Add to the biases of layers, by their paths [out], or give them biases where they have none.
 
-    Where the config can say so (`attention_bias`, `mlp_bias`), the other layers that it then gives biases take zeros.
-
     Returns why plain transformers cannot load the result, "" when it can.
     """
     layers = {path: module.get_submodule(path) for path in biases}
@@ -233,14 +231,32 @@ def give_biases(module: Any, biases: Mapping[str, torch.Tensor]) -> str:
             if layer.bias is None:
                 layer.bias = nn.Parameter(weight.new_zeros(len(biases[path])))
             layer.bias.copy_(layer.bias.double() + biases[path].double())
-    missing = _missing_biases(module)
+    return state_biases(module, list(layers))
+
+
+def state_biases(module: Any, paths: Sequence[str]) -> str:
+    """Let a model's config say of layers that they have biases, which these have; the other layers that it then gives biases take zeros.
+
+    Where no config can (`attention_bias`, `mlp_bias`), the layers are marked, so that files say it.
+    Returns why plain transformers cannot load the result, "" when it can.
+    """
+    missing = _missing_biases(module) if hasattr(module, "config") else None
+    for path in paths:
+        mark_bias(module.get_submodule(path), missing is None)
     if missing is None:
-        for layer in layers.values():
-            layer.resized = sorted({"bias", *getattr(layer, "resized", ())})
-        return f"{type(module.config).__name__} cannot say that {next(iter(layers))} has a bias"
+        return f"{type(getattr(module, 'config', module)).__name__} cannot say that {paths[0]} has a bias"
     for path, like in missing.items():
         module.get_submodule(path).bias = nn.Parameter(like.new_zeros(like.shape[0]))
     return ""
+
+
+def mark_bias(layer: Any, changed: bool = True) -> None:
+    """Let a layer know whether its bias is one that its config does not make."""
+    resized = {*getattr(layer, "resized", ())} - {"bias"} | ({"bias"} if changed else set())
+    if resized:
+        layer.resized = sorted(resized)
+    elif hasattr(layer, "resized"):
+        del layer.resized
 
 
 def _missing_biases(module: Any) -> dict[str, torch.Tensor] | None:

@@ -18,7 +18,7 @@ Dense = tuple[Tensor, Tensor | None]  # weight [out, in, ...], or [features] of 
 class Layer:
     """A layer under a part: what it gives for inputs, and its weight and bias, parts further below put in.
 
-    The weight is [out, in] whatever the module keeps; of a convolution [out, in, side, ...], of a norm [features].
+    The weight is [out, in] whatever the module keeps; of a convolution [out, in, side, ...], of a norm what it multiplies by [features].
     """
 
     def __init__(self, module: nn.Module, run: Callable[[Tensor], Tensor], dense: Callable[[], Dense]):
@@ -48,7 +48,7 @@ class Layer:
         """What the module would give with another weight and bias, in its own dtype."""
         if isinstance(self.module, nn.Linear) or transposed(self.module) or isinstance(self.module, Stored):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        values = {"weight": weight.to(x.dtype)} | ({} if bias is None else {"bias": bias.to(x.dtype)})
+        values = {"weight": kept_as(self.module, weight).to(x.dtype)} | ({} if bias is None else {"bias": bias.to(x.dtype)})
         return torch.func.functional_call(self.module, values, (x,))
 
 
@@ -111,9 +111,43 @@ def transposed(module: nn.Module) -> bool:
 
 
 def dense_of(module: Any) -> Dense:
-    """The weight [out, in, ...] and the bias of a module."""
+    """The weight [out, in, ...] and the bias of a module; of a norm that adds to its weight the sum, in float32."""
     weight = module.dense() if isinstance(module, Stored) else module.weight
+    if offset := offset_of(module):
+        weight = weight.float() + offset
     return weight.T if transposed(module) else weight, getattr(module, "bias", None)
+
+
+def kept_as(module: Any, weight: Tensor) -> Tensor:
+    """A weight [out, in, ...] in the layout, and with the offset, in which a module keeps its own."""
+    return weight.T if transposed(module) else weight - offset if (offset := offset_of(module)) else weight
+
+
+def offset_of(module: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies by it: 1 in some models, whose weights are distances from 1; else 0."""
+    own = dict(module.named_parameters(recurse=False))
+    if "weight" not in own or own["weight"].ndim != 1 or type(module).__module__.startswith("torch."):
+        return 0.0
+    zeros = {name: torch.zeros(value.shape, device="cpu") for name, value in own.items()}
+    return float(torch.func.functional_call(module, zeros, (torch.ones(1, 1, len(zeros["weight"]), device="cpu"),)).any())
+
+
+def places(x: Tensor, outputs: Tensor, module: Any) -> Tensor:
+    """The inputs that each output stands over, [..., in]: of a convolution those under the middle of its kernel."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return x
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    seen = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    sides = len(module.kernel_size)
+    for side, (width, stride, step) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+        dim = seen.ndim - sides + side
+        seen = seen.index_select(dim, step * (width // 2) + stride * torch.arange(outputs.shape[dim], device=x.device))
+    return seen.movedim(-sides - 1, -1)
+
+
+def placed(values: Tensor, module: Any) -> Tensor:
+    """Values [..., out] in the layout of a module's outputs."""
+    return values.movedim(-1, -len(module.kernel_size) - 1) if isinstance(module, nn.modules.conv._ConvNd) else values
 
 
 def sizes_of(module: nn.Module) -> tuple[int, int]:
@@ -128,4 +162,6 @@ def shaped(values: Tensor, outputs: Tensor, module: nn.Module) -> Tensor:
     """Values of the outputs' channels [out], to multiply with what a module gives."""
     if isinstance(module, nn.modules.conv._ConvNd):
         return values.view(-1, *[1] * (outputs.ndim - 2 if outputs.ndim > module.weight.ndim - 1 else outputs.ndim - 1))
+    if isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return values.view(-1, *[1] * (outputs.ndim - 2))
     return values

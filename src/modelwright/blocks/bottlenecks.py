@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from modelwright.blocks._part import Layer, Part
+from modelwright.blocks._part import Layer, Part, placed, places
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh, "relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu, "none": lambda x: x,
@@ -49,14 +49,17 @@ class Series(Part):
 
 
 class Parallel(Part):
-    """A bottleneck beside a layer, y + f(x)."""
+    """A bottleneck beside a layer, y + f(x); beside a convolution, of the inputs under the middle of its kernel.
+
+    under: what stands on the layer itself.
+    """
 
     mergeable = False
 
-    def __init__(self, bottleneck: nn.Module):
+    def __init__(self, bottleneck: nn.Module, under: Part | None = None):
         super().__init__()
-        self.bottleneck = bottleneck
+        self.bottleneck, self.under = bottleneck, under
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        own = layer(x)
-        return own + self.bottleneck(x).to(own.dtype)
+        own = (layer if self.under is None else layer.under(self.under))(x)
+        return own + placed(self.bottleneck(places(x, own, layer.module)), layer.module).to(own.dtype)

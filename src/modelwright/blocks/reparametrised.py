@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.blocks._part import Dense, Layer, Part, shaped
+from modelwright.blocks._part import Dense, Layer, Part, placed, places, shaped
 
 
 class Thin(nn.Module, ABC):
@@ -159,11 +160,19 @@ class _Scattered(torch.autograd.Function):
         return gradient @ scatter.change() if context.needs_input_grad[0] else None, of_values, None
 
 
+def low_rank(rows: int, columns: int, rank: int, scale: float = 1.0, dropout: float = 0.0) -> Product | None:
+    """B = 0 [rows, rank], and A [rank, columns] uniform within ±1/√columns, which train; None of rank 0."""
+    if rank == 0:
+        return None
+    down = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
+    return Product(nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down), scale=scale, dropout=dropout)
+
+
 class Reparametrised(Part):
     """A layer with an update beside its weight, on its outputs, and with scales and shifts of these; what is None is left out.
 
-    update: s B C A, and scatter: s S, are added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out].
-    shift: β [out].
+    update: s B C A, and scatter: s S, are added to the weight; the update of a convolution's at the middle of its kernel. outer: Λ as a
+    product, [out, out]. factor: 1 + Λ as a diagonal [out]. shift: β [out].
     The layer gives (I + Λ) y + s B C A x + s S x + β for its own outputs y.
     """
 
@@ -183,7 +192,7 @@ class Reparametrised(Part):
         if self.outer is not None:
             total = total + self.outer(own).to(own.dtype)
         if self.update is not None:
-            total = total + self.update(x).to(own.dtype)
+            total = total + placed(self.update(places(x, own, layer.module)), layer.module).to(own.dtype)
         if self.scatter is not None:
             total = total + self.scatter(x).to(own.dtype)
         return total if self.shift is None else total + shaped(self.shift.to(own.dtype), own, layer.module)
@@ -199,7 +208,7 @@ class Reparametrised(Part):
             moved = None if bias is None or moved is None else moved + self.outer.on(bias)
         if self.update is not None:
             up, down = self.update.factors()
-            total = total + up @ down
+            total = total + centred(up @ down, weight)
         if self.scatter is not None:
             total = total + self.scatter.change()
         if self.shift is not None:
@@ -210,6 +219,11 @@ class Reparametrised(Part):
     def additive(self) -> bool:
         """Whether it only adds to the weight."""
         return self.outer is None and self.factor is None and self.shift is None
+
+    @property
+    def selectable(self) -> bool:
+        """Whether outputs and inputs can be taken from it."""
+        return self.update is None or isinstance(self.update, Product)
 
     def select(self, dim: int, index: Tensor) -> None:
         for part in (self.update, self.scatter):
@@ -236,6 +250,16 @@ class Reparametrised(Part):
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         return self.update.factors() if self.update is not None and self.scatter is None and self.additive else None
+
+
+def centred(change: Tensor, weight: Tensor) -> Tensor:
+    """A matrix [out, in] as a change of a weight: of a convolution's at the middle of its kernel."""
+    if weight.ndim == 2:
+        return change
+    spread = change.new_zeros(weight.shape)
+    middle: Any = (..., *(side // 2 for side in weight.shape[2:]))
+    spread[middle] = change
+    return spread
 
 
 def hold(module: nn.Module, **values: Tensor | None) -> None:

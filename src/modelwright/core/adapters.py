@@ -5,17 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from modelwright.anatomy import Site, Units, anatomy_of
-from modelwright.anatomy.removal import remove_units, selections
+from modelwright.anatomy.removal import remove_units, selections, state_biases
+from modelwright.blocks._part import Part
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.bottlenecks import Activation
 from modelwright.blocks.reparametrised import Reparametrised
 
 from .errors import ModelError
@@ -51,12 +55,14 @@ Whole = dict[str, dict[str, Tensor]]  # path of a module -> its tensors
 def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
     """The updates of a model's adapter by the path of their layers, scales multiplied in; and the modules that it saves whole.
 
+    Adapters of ours count where their parts are low-rank updates and nothing else.
     sparse: also those with a sparse part, such as of adapt.dsee.
 
     Raises:
-        ModelError: several adapters are active, or one is no plain LoRA on linears and embeddings.
+        ModelError: several adapters are active, or one is more than low-rank updates of linears and embeddings.
     """
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import ModulesToSaveWrapper
 
     from .tuners import Bearer
@@ -71,14 +77,16 @@ def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
     for path, layer in unwrapped(model.module).named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             whole[path] = {key: value.detach() for key, value in layer.modules_to_save[name].state_dict().items()}
-        if sparse and isinstance(layer, Bearer) and name in layer.parts:
-            part = layer.parts[name]
-            if isinstance(part, Reparametrised) and part.additive:
-                none = torch.zeros(layer.out_features, 0), torch.zeros(0, layer.in_features)
-                up, down = none if part.update is None else part.update.factors()
-                updates[path] = Update(up.detach(), down.detach(), None, None if part.scatter is None else part.scatter.change().detach())
-            else:
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, LoraLayer):
+            part = layer.parts[name] if isinstance(layer, Bearer) and name in layer.parts else None
+            if isinstance(layer, Bearer) and part is None:
+                continue
+            changes = change_of(part, sparse) if isinstance(part, Part) else None
+            if changes is None or isinstance(layer.get_base_layer(), nn.modules.conv._ConvNd):
                 strange.append(path)
+            else:
+                updates[path] = changes
+            continue
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue
         scale = layer.scaling[name]
@@ -92,8 +100,57 @@ def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
             strange.append(path)
     if strange or not (updates or whole):
         found = f"{len(strange)} of its layers are otherwise, first {strange[0]}" if strange else "it has none of them"
-        raise ModelError(f"{model.name}: only plain LoRA updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
+        raise ModelError(f"{model.name}: only low-rank updates of linears and embeddings can be read; {found}. Fold it with adapt.fold.")
     return updates, whole
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The bottlenecks U φ(D h) of an adapter on disk, by the paths of their layers: U [out, r] with scales in it, and D [r, in].
+
+    They stand `beside` layers, so that h is what these are given, or `after` them.
+    """
+
+    pairs: dict[str, tuple[Tensor, Tensor]]
+    activation: Activation
+    side: Literal["beside", "after"]
+
+
+@functools.lru_cache(maxsize=8)
+def trained(folder: str) -> Trained:
+    """A LoRA adapter, or one of `adapt.parallel` or `adapt.series`, as it lies in a folder of peft's.
+
+    Raises:
+        ModelError: no adapter lies there, it is of another kind, or has more than these.
+    """
+    from peft.utils.other import get_pattern_key
+    from safetensors.torch import load_file
+
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors. Name the folder of a trained adapter.")
+    stated = read_json(Path(folder) / "adapter_config.json", ModelError, "Save the adapter again.")
+    kind = str(stated.get("peft_type")).upper()
+    names = {"LORA": r"lora_([AB])\.weight"} | {ours: rf"{ours.lower()}_parts\.bottleneck\.(down|up)" for ours in ("PARALLEL", "SERIES")}
+    if kind not in names or stated.get("use_dora"):
+        raise ModelError(f"{folder} holds a {kind} adapter, and sources are LoRA, adapt.parallel or adapt.series.")
+    found: dict[str, list[Tensor | None]] = {}
+    for key, value in load_file(file).items():
+        name = re.fullmatch(rf"base_model\.model\.(.+)\.{names[kind]}", key)
+        if name is None or value.ndim != 2:
+            raise ModelError(f"{folder} has {key}, which is no low-rank update and no bottleneck, so that it cannot be a source.")
+        found.setdefault(name[1], [None, None])[name[2] in ("B", "up")] = value
+    pairs = {}
+    for path, (down, up) in found.items():
+        assert down is not None
+        assert up is not None
+        scale = stated.get("by_layer", {}).get(path, {}).get("scale", stated.get("scale", 1.0))
+        if kind == "LORA":
+            patterns: dict[str, float] = stated.get("alpha_pattern") or {}
+            alpha: float = patterns.get(get_pattern_key(list(patterns), path), stated["lora_alpha"])
+            scale = alpha / (len(down) ** 0.5 if stated.get("use_rslora") else len(down))
+        pairs[path] = up * scale, down
+    return Trained(pairs, stated.get("activation", "none"), "after" if kind == "SERIES" else "beside")
 
 
 @functools.cache
@@ -112,6 +169,16 @@ def _stored_bearer() -> type[nn.Module]:
             super().merge(*args, **kwargs)
 
     return StoredLora
+
+
+def change_of(part: Part, sparse: bool) -> Update | None:
+    """What a part of ours adds to a weight, where it does nothing else; with `sparse` also beside its low rank."""
+    if sparse and isinstance(part, Reparametrised) and part.additive and part.scatter is not None:
+        rows, columns = part.scatter.shape
+        up, down = (torch.zeros(rows, 0), torch.zeros(0, columns)) if part.update is None else part.update.factors()
+        return Update(up.detach(), down.detach(), None, part.scatter.change().detach())
+    factors = part.factors()
+    return None if factors is None else Update(factors[0].detach(), factors[1].detach())
 
 
 def beside_stored(config: Any) -> Any:
@@ -208,7 +275,20 @@ def plain_layers(base: nn.Module) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
-    """Take from LoRA's factors and our parts, by the paths of their layers, the rows and columns of units that leave the layers."""
+    """Take from LoRA's factors and our parts, by the paths of their layers, the rows and columns of units that leave the layers.
+
+    Raises:
+        ModelError: a layer bears an adapter that has no such rows and columns.
+    """
+    from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
+
+    for path, layer in bearers.items():
+        own = getattr(layer, "parts", None)
+        whole = own is not None and all(isinstance(part, Reparametrised) and part.selectable for part in own.values())
+        if not whole and not isinstance(layer, (LoraLayer, ModulesToSaveWrapper)):
+            raise ModelError(f"{path} bears an adapter whose rows and columns cannot leave with units. Fold it with adapt.fold first.")
+    bearers = {path: layer for path, layer in bearers.items() if not isinstance(layer, ModulesToSaveWrapper)}
     chosen = selections(list(found), kept)
     for path, layer in bearers.items():
         transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
@@ -313,6 +393,28 @@ def restored(model: Model, original: nn.Module) -> nn.Module:
         bias = None if update.bias is None else spread(update.bias, 0, path, turned)
         wide[path] = Update(spread(update.up, 0, path, turned), spread(update.down, 1, path, turned), bias)
     return attach(original, wide, whole)
+
+
+def folded(bearer: Any) -> tuple[nn.Module, str]:
+    """The model with its active adapters put into its weights, and why plain transformers cannot load it, "" when it can.
+
+    Raises:
+        ModelError: one is no change of weights, or would go into a packed one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {path: layer for path, layer in unwrapped(bearer).named_modules() if isinstance(layer, BaseTunerLayer)}
+    for path, layer in found.items():
+        parts = getattr(layer, "parts", {})
+        if fixed := [parts[name] for name in layer.active_adapters if name in parts and not parts[name].mergeable]:
+            raise ModelError(f"{path} bears a {type(fixed[0]).__name__}, which is no change of a weight. Keep the adapter beside it.")
+    bare = [path for path, layer in found.items() if getattr(layer.get_base_layer(), "bias", None) is None]
+    empty = any(value.is_meta for value in bearer.parameters())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gains one")  # it is stated below
+        module = bearer.merge_and_unload(safe_merge=not empty)
+    biased = [path for path in bare if getattr(module.get_submodule(path), "bias", None) is not None]
+    return module, state_biases(module, biased) if biased else ""
 
 
 def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:

@@ -9,6 +9,7 @@ an assertion of the check itself, or a ModelwrightError with the words of the re
 from __future__ import annotations
 
 import ast
+import atexit
 import copy
 import dataclasses
 import functools
@@ -21,15 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from modelwright.anatomy import anatomy_of
+from modelwright.blocks._part import sizes_of
 from modelwright.blocks._stored import Stored
 from modelwright.blocks.experts import split_experts
 
 from . import data as texts
 from . import describe, find, plan, recipe, stream, tiny, walk
 from .errors import LayoutError, MethodError, ModelwrightError, NeedError, SettingError
+from .files import write_json
 from .given import Given
 from .method import (
     DRIVEN,
@@ -86,9 +90,10 @@ class Case:
     cls: type[Method]
     kind: str
 
-    def method(self, **settings: Any) -> Method:
-        """The method with its small settings."""
-        return self.cls(**{**self.cls.small, **settings})
+    def method(self, on: Model | None = None, **settings: Any) -> Method:
+        """The method with its small settings, and with trained adapters of the model that it is to be on, if it goes by such."""
+        own = {"sources": sources(unwrapped((on or self.model()).module))} if hasattr(self.cls, "sources") else {}
+        return self.cls(**{**self.cls.small, **own, **settings})
 
     def model(self, seed: int = 0, *, dtype: torch.dtype = torch.float32, wants: Set[str] | None = None, **config: Any) -> Model:
         """A small random model, with adapters, packed, or with layers that round, if the method, or `wants`, asks for that."""
@@ -131,7 +136,7 @@ class Case:
         if self.cls.causal and self.kind not in tiny.CAUSAL:
             raise NotApplicable(f"{self.kind} predicts no tokens")
         try:
-            return walk.change(model or self.model(), method or self.method(), given or self.given())
+            return walk.change(model or self.model(), method or self.method(model), given or self.given())
         except LayoutError as error:
             raise NotApplicable(str(error)) from None
 
@@ -143,6 +148,31 @@ def once(case: Case) -> Applied:
     texted = isinstance(given.data, texts.Text)
     before, others, data = state(model), _others(given), None if texted else copy.deepcopy(given.data)
     return Applied(case.applied(model=model, given=given), before, given, others, data)
+
+
+def sources(module: nn.Module) -> tuple[str, ...]:
+    """Folders of two small LoRA adapters, of all linear layers in the blocks of a module; the same for modules of the same sizes."""
+    sizes = {site.module: sizes_of(module.get_submodule(site.module)) for site in anatomy_of(module).sites(module)
+             if site.role.startswith(("attn", "mlp")) and not site.stack}  # fmt: skip
+    return _sources(tuple(sizes.items()))
+
+
+@functools.cache
+def _sources(sizes: tuple[tuple[str, tuple[int, int]], ...]) -> tuple[str, ...]:
+    folders = []
+    for seed in range(2):
+        folder = tempfile.TemporaryDirectory()
+        atexit.register(folder.cleanup)
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {}
+        for path, (rows, columns) in sizes:
+            tensors[f"base_model.model.{path}.lora_A.weight"] = 0.2 * torch.randn(2, columns, generator=generator)
+            tensors[f"base_model.model.{path}.lora_B.weight"] = 0.2 * torch.randn(rows, 2, generator=generator)
+        save_file(tensors, Path(folder.name) / "adapter_model.safetensors")
+        stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [path for path, _ in sizes]}
+        write_json(Path(folder.name) / "adapter_config.json", stated)
+        folders.append(folder.name)
+    return tuple(folders)
 
 
 def letters() -> Any:
@@ -323,7 +353,8 @@ def check_only_chosen_sites_change(case: Case) -> None:
     role = next(site.role for site in model.sites() if site.role.startswith("attn"))
     chosen = {site.module for site in model.sites() if site.role == role}
     before = {name: value.clone() for name, value in unwrapped(model.module).state_dict().items()}
-    after = unwrapped(case.applied(case.method(where=role), model).module).state_dict()
+    after = unwrapped(case.applied(case.method(model, where=role), model).module).state_dict()
+    after = {name.replace(".original_module", ""): value for name, value in after.items()}  # beside a copy that trains
     moved = [name for name, value in before.items() if not inside(name, chosen) and not equal(after.get(name), value)]
     assert not moved, f"where={role!r} also changed {moved[:3]}"
 

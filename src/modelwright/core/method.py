@@ -374,6 +374,11 @@ class AdapterMethod(Placed):
     adapter: ClassVar[Verb]
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
+    on_norms: ClassVar[bool] = False  # can stand on norms too
+
+    def whole(self) -> tuple[str, ...]:
+        """Roles of the modules that train themselves, as copies that are saved with the adapter; for methods to extend."""
+        return ()
 
     def attached(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Any]) -> None:
         """Change what was attached, and the weights beside it, for methods that need `gradients`; by the paths of layers.
@@ -393,6 +398,10 @@ class LayerAdapter(AdapterMethod):
     verb: ClassVar[str] = "part"
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
+    grouped: ClassVar[bool] = False  # can stand on convolutions in groups
+
+    def fill(self, part: Any, path: str) -> None:
+        """Put into a new part what is known of the layer at this path of the model; by default nothing."""
 
     def divided(self, layers: Mapping[str, tuple[Self, tuple[int, ...], bool]]) -> Mapping[str, Mapping[str, Any]]:
         """Settings that layers get of their own, by their paths, once all are known: such as a share of one budget, or what is drawn.

@@ -273,12 +273,14 @@ class Folded(Made):
     def _folded(self, base: Model) -> nn.Module:
         from peft import PeftModel
 
+        from .adapters import folded
+
         if not base.dense or "adapters" in base.marks:
             raise ModelError(f"{self.name}: only a dense model can take an adapter into its weights, and {base.name} is none.")
         with quiet():
             try:
                 borne: Any = PeftModel.from_pretrained(load_module(base.stored_in, base.config, base.trust_remote_code), str(self.adapter))
-                return borne.merge_and_unload(safe_merge=True)
+                return folded(borne)[0]
             except (ValueError, RuntimeError, KeyError) as error:
                 first = str(error).strip().splitlines()[0]
                 raise ModelError(

@@ -23,7 +23,8 @@ from peft.utils.peft_types import register_peft_method
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from modelwright.blocks._part import Layer, Part, dense_of, sizes_of, transposed
+from modelwright.anatomy import removal
+from modelwright.blocks._part import Layer, Part, dense_of, kept_as, sizes_of, transposed
 from modelwright.blocks._stored import Stored
 
 from . import find
@@ -33,6 +34,7 @@ from .model import unwrapped
 from .training import Course, Together
 
 Made = TypeVar("Made", bound=nn.Module)
+GAINS = "A layer without a bias gains one. Plain transformers may leave it out on loading the merged model: fold with adapt.fold."
 SEEN = 64  # values of each adapted weight that tell one base from another
 
 
@@ -91,7 +93,7 @@ class Bearer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, part: Part, inference_mode: bool = False) -> None:
         """Bear one more part."""
-        cast(nn.ModuleDict, self.parts)[adapter_name] = part
+        cast(nn.ModuleDict, self.parts)[adapter_name] = part.train(self.get_base_layer().training)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -110,6 +112,8 @@ class Bearer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put parts into the weight and the bias, which are kept aside to be put back by `unmerge`.
 
+        A layer without a bias may gain one, of which the model's config does not know: a warning says so.
+
         Raises:
             ValueError: a part cannot be, the layer is packed, or with `safe_merge` a value would not be finite.
         """
@@ -127,7 +131,10 @@ class Bearer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"NaN or infinity in the merged weights: the adapter {name!r} is broken.")
             own = cast(Any, base)
             self._before.append((own.weight.data, None if getattr(own, "bias", None) is None else own.bias.data))
-            self._set(weight.T if transposed(base) else weight, bias)
+            if bias is not None and self._before[-1][1] is None:
+                warnings.warn(GAINS, stacklevel=2)
+                removal.mark_bias(own)
+            self._set(kept_as(base, weight).to(own.weight.dtype), bias)
             self.merged_adapters.append(name)
 
     @torch.no_grad()
@@ -142,6 +149,8 @@ class Bearer(nn.Module, BaseTunerLayer):
     def _set(self, weight: Tensor, bias: Tensor | None) -> None:
         base = cast(Any, self.get_base_layer())
         base.weight.data = weight.contiguous()
+        if bias is None and getattr(base, "bias", None) is not None:
+            removal.mark_bias(base, changed=False)
         if bias is None or getattr(base, "bias", None) is None:
             base.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         else:
@@ -173,7 +182,7 @@ class Tuner(BaseTuner):
         config: TunerConfig = peft_config
         bearer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         base, method = bearer.get_base_layer(), config.method(current_key)
-        if why := method.unfit(sizes_of(base)):
+        if why := out_of_reach(base, method) or method.unfit(sizes_of(base)):
             raise ModelError(f"{method.name()}: {current_key} {why}.")
         weight, bias = (None if value is None else value.detach() for value in dense_of(base))
         assert weight is not None
@@ -182,6 +191,7 @@ class Tuner(BaseTuner):
         else:
             with torch.device(weight.device):
                 part = method.part(weight, bias)
+            method.fill(part, current_key)
         if self.uses_shared_state:
             part.join(self.shared[adapter_name])
         bearer.update_layer(adapter_name, part, inference_mode=config.inference_mode)
@@ -232,7 +242,25 @@ class Tuner(BaseTuner):
         else:
             with torch.device(device):
                 made = method.shared(sizes)
-        self.shared[adapter_name] = made
+        self.shared[adapter_name] = made.train(any(layer.training for layer in layers))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        for held in ("parts", "shared"):  # peft's own looks for the name before the last word alone
+            if f"{cls.prefix}{held}.{adapter_name}." in key:
+                return key.replace(f"{cls.prefix}{held}.{adapter_name}.", f"{cls.prefix}{held}.")
+        return super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Also of tensors that parts will only have once they have made room for what is loaded."""
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        held = f"{cls.prefix}parts."
+        return {
+            key if f"{held}{adapter_name}." in key else key.replace(held, f"{held}{adapter_name}."): value for key, value in found.items()
+        }
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
@@ -254,6 +282,13 @@ def shape_of(layer: Any) -> tuple[tuple[int, ...], bool]:
     """The shape of a layer's weight, and whether it has a bias."""
     shape = sizes_of(layer) if isinstance(layer, Stored) else dense_of(layer)[0].shape
     return tuple(shape), getattr(layer, "bias", None) is not None
+
+
+def out_of_reach(layer: Any, method: LayerAdapter) -> str:
+    """Why a method cannot stand on a layer of this kind, as the end of a sentence; "" if it can."""
+    if isinstance(layer, nn.modules.conv._ConvNd) and (layer.transposed or layer.groups > 1 and not method.grouped):
+        return f"is a convolution {'that is transposed' if layer.transposed else f'in {layer.groups} groups'}. Leave it out"
+    return ""
 
 
 def empty(make: Callable[[], Made], device: torch.device) -> Made:

@@ -694,10 +694,15 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
 # Adapters
 
 
-def bearing_sites(module: nn.Module) -> list[Site]:
-    """The weights that an adapter can stand beside: dense matrices, and linears that store codes."""
+def bearing_sites(module: nn.Module, norms: bool = False) -> list[Site]:
+    """The weights that an adapter can stand beside: dense matrices, linears that store codes, and with `norms` the weights of norms."""
     anatomy = anatomy_of(module)
     found = anatomy.sites(module)
+    depths = max((site.depths for site in found), default=0)
+    for name, value in module.named_parameters() if norms else ():
+        role, depth = anatomy.role(name) or ("", None)
+        if role == "norm" and value.ndim == 1 and name.endswith(".weight"):
+            found.append(Site(name, name.removesuffix(".weight"), role, depth, depths))
     for path, layer in module.named_modules():
         if isinstance(layer, Stored) and layer.kind in PACKED and layer.replaces in ("Linear", "Conv1D"):
             name = f"{path}.weight"
@@ -708,12 +713,17 @@ def bearing_sites(module: nn.Module) -> list[Site]:
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
     layers, roles = _layers(module, method, notes)
-    return adapters.beside_stored(method.adapter(layers, roles))
+    config = method.adapter(layers, roles)
+    if whole := method.whole():
+        anatomy = anatomy_of(module)
+        names = [name for name, _ in module.named_parameters() if (anatomy.role(name) or ("",))[0] in whole]
+        config.modules_to_save = list(dict.fromkeys(name.rpartition(".")[0] for name in names)) or None
+    return adapters.beside_stored(config)
 
 
 def _layers(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
     """The method with its settings for each layer that it adapts, and what the layer is, by their paths."""
-    chosen = choose(module, bearing_sites(module), method, notes)
+    chosen = choose(module, bearing_sites(module, method.on_norms), method, notes)
     paths = {site: sharing.layers(module, [site.name]) for site, _ in chosen}
     return {path: local for site, local in chosen for path in paths[site]}, {path: site.role for site, _ in chosen for path in paths[site]}
 

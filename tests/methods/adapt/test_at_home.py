@@ -9,7 +9,7 @@ import torch
 from tiny import outputs, tiny
 
 import modelwright
-from modelwright.core import find, tuners
+from modelwright.core import contract, find, tuners
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.core.method import LayerAdapter
 
@@ -17,6 +17,7 @@ OURS = [name for name in find.names() if name.startswith("adapt.") and issubclas
 LAYERS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft's, in from_pretrained
+    pytest.mark.filterwarnings("ignore:.*gains one:UserWarning"),  # a bias, which its own test looks at
     pytest.mark.filterwarnings("ignore:.*Already found a `peft_config`:UserWarning"),
 ]
 
@@ -24,6 +25,8 @@ pytestmark = [
 def config(name, kind="llama", **others):
     method = find.find(name)
     settings = {key: value for key, value in method.small.items() if key not in ("where", "skip")}
+    if hasattr(method, "sources"):
+        settings["sources"] = contract.sources(tiny(kind))
     return tuners.config_class(method)(**{"target_modules": LAYERS[kind], **settings, **others})
 
 
@@ -61,8 +64,9 @@ def test_peft_saves_loads_disables_and_switches(name, kind, tmp_path):
     model.save_pretrained(str(tmp_path / "one"))
     stated = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
     assert stated["peft_type"] == tuners.type_name(find.find(name))
-    loaded = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "one")).eval()
-    assert torch.allclose(outputs(loaded), first, atol=1e-6)
+    for called in ("default", "second"):
+        loaded = peft.PeftModel.from_pretrained(tiny(kind), str(tmp_path / "one"), adapter_name=called).eval()
+        assert torch.allclose(outputs(loaded), first, atol=1e-6)
     model.add_adapter("other", config(name, kind))
     model.set_adapter("other")
     second = outputs(moved(model, seed=1))

@@ -153,7 +153,7 @@ def test_without_heads_it_is_stored_and_trained_on(tmp_path):
 
 
 def test_other_adapters_are_refused_by_name():
-    with pytest.raises(ModelError, match="only plain LoRA updates of linears and embeddings can be read"):
+    with pytest.raises(ModelError, match="only low-rank updates of linears and embeddings can be read"):
         mw.apply(mw.apply(lettered(), Hydra()), Pruned())
 
 

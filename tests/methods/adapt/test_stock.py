@@ -14,7 +14,10 @@ from modelwright.core.errors import SettingError, SiteError
 from modelwright.methods.adapt._mechanism import StockAdapter
 from modelwright.methods.train import Train
 
-STOCK = {name: find.find(name) for name in find.names() if name.startswith("adapt.") and issubclass(find.find(name), StockAdapter)}
+OURS = {name: find.find(name) for name in find.names() if name.startswith("adapt.")}
+STOCK = {
+    name: method for name, method in OURS.items() if issubclass(method, StockAdapter) and name != "adapt.lora_ga"
+}  # which changes the base
 BRIEF = Train(tokens=256, batch=4, length=16, learning_rate=1e-2)
 pytestmark = [  # peft's
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),

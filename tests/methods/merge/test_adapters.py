@@ -171,7 +171,7 @@ def test_what_cannot_be_merged_is_refused():
         mw.apply(open(tiny()), Adapters(), donors=[tiny()])
     with pytest.raises(ModelError, match="or in other shapes"):
         mw.apply(open(tiny(intermediate_size=96)), Adapters(), donors=[adapted()])
-    with pytest.raises(ModelError, match="only plain LoRA"):
+    with pytest.raises(ModelError, match="only low-rank updates"):
         mw.apply(open(tiny()), Adapters(), donors=[adapted(use_dora=True)])
     with pytest.raises(SettingError, match="Choose svd for a lower rank"):
         Adapters(rank=4)

@@ -6,10 +6,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
-from modelwright.core.errors import SettingError
-from modelwright.core.method import AdapterMethod
+import torch
+from torch import Tensor
+
+from modelwright.blocks.bottlenecks import Activation
+from modelwright.blocks.gated import Source
+from modelwright.core.adapters import trained
+from modelwright.core.errors import LayoutError, ModelError, SettingError
+from modelwright.core.method import AdapterMethod, LayerAdapter
 from modelwright.core.settings import count
 
 
@@ -79,3 +85,46 @@ def within(rank: int | None, shape: tuple[int, ...]) -> tuple[int, str]:
     """The rank that a matrix [out, in] takes, its own where it is lower or none is given; and a note on that, "" where it is as asked."""
     most = min(shape[:2])
     return min(rank or most, most), f"cannot have the rank {rank}, and take {most}" if rank and rank > most else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnTrained(LayerAdapter):
+    """An adapter that mixes others, which were trained before and are held: y + Σ_k g_k ⊙ f_k. It stands where these stand."""
+
+    sources: tuple[str, ...] = ()  # folders of trained adapters: LoRA, adapt.parallel or adapt.series; at least one
+    activation: Activation = "none"  # φ of the sources; none for LoRA
+    side: Literal["beside", "after"] = "beside"  # where the sources stand; adapt.series stands after layers
+
+    def adapter(self, layers: Mapping[str, Self], roles: Mapping[str, str]) -> Any:
+        self.refuse_none()
+        known = {path for folder in self.sources for path in trained(folder).pairs}
+        if not known & layers.keys():
+            raise LayoutError(f"{self.name()}: none of the chosen layers is adapted in {', '.join(self.sources)}. Choose those that are.")
+        return super().adapter({path: local for path, local in layers.items() if path in known}, roles)
+
+    def refuse_none(self) -> None:
+        """Raise SettingError where no sources are named."""
+        if not self.sources:
+            raise SettingError(f"{self.name()}: it mixes adapters that were trained before. Name their folders: sources: [folder, ...].")
+
+    def held(self, weight: Tensor) -> list[Source]:
+        """Empty sources beside a weight [out, in], for `fill` or a file to put the values in."""
+        self.refuse_none()
+        seen = weight.shape[0] if self.side == "after" else weight[0].numel()
+        return [Source(torch.zeros(len(weight), 0), torch.zeros(0, seen), self.activation) for _ in self.sources]
+
+    def fill(self, part: Any, path: str) -> None:
+        pairs = []
+        for folder, source in zip(self.sources, part.sources, strict=True):
+            found = trained(folder)
+            if (found.activation, found.side) != (self.activation, self.side):
+                raise SettingError(
+                    f"{self.name()}: {folder} has activation {found.activation} and stands {found.side} layers. "
+                    f"Give activation: {found.activation} and side: {found.side}, and sources that are alike."
+                )
+            up, down = found.pairs.get(path, (source.up, source.down))
+            if (len(up), down.shape[1]) != (len(source.up), source.down.shape[1]):
+                sizes = f"{len(up)} × {down.shape[1]}, and the layer {len(source.up)} × {source.down.shape[1]}"
+                raise ModelError(f"{self.name()}: {folder} was trained on another model: at {path} it is {sizes}.")
+            pairs.append((up, down))
+        part.take(pairs, self.activation)

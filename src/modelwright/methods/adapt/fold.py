@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from modelwright.core.adapters import folded
 from modelwright.core.errors import PlanError
 from modelwright.core.method import ModelMethod
-from modelwright.core.model import Model, unloaded
+from modelwright.core.model import Model
 from modelwright.core.sharing import shared
 
 
@@ -22,15 +23,17 @@ class Fold(ModelMethod):
     wants: ClassVar[frozenset[str]] = frozenset({"adapters", "float"})
     drops: ClassVar[frozenset[str]] = frozenset({"adapters", "sparse"})  # an update fills zeros in
 
-    def model(self, model: Model) -> Model:
+    def model(self, model: Model, notes: list[str]) -> Model:
         bearer: Any = model.module
         self.refuse_shared(bearer)
-        model.module = bearer.merge_and_unload(safe_merge=True)
+        model.module, why_not = folded(bearer)
+        if why_not:
+            notes.append(f"{self.name()}: {why_not}, so that this loads after `import modelwright` alone")
         return model
 
     def planned(self, module: Any, donors: int) -> Any:
         self.refuse_shared(module)
-        return unloaded(module)
+        return folded(module)[0]
 
     def refuse_shared(self, bearer: Any) -> None:
         """Raise PlanError where blocks share weights, each with an adapter of its own beside them."""

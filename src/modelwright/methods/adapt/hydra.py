@@ -7,14 +7,12 @@ Differs: the updates have no biases, as in the authors' code for text; that for 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modelwright.blocks.reparametrised import Product, Reparametrised
+from modelwright.blocks.reparametrised import Reparametrised, low_rank
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, number
 
@@ -39,11 +37,3 @@ class Hydra(LayerAdapter):
     def part(self, weight: Tensor, bias: Tensor | None) -> Reparametrised:
         rows, columns = weight.shape
         return Reparametrised(low_rank(rows, columns, self.parallel, self.scale), outer=low_rank(rows, rows, self.sequential, self.scale))
-
-
-def low_rank(rows: int, columns: int, rank: int, scale: float) -> Product | None:
-    """B = 0 [rows, rank], and A [rank, columns] uniform within ±1/√columns; none of rank 0."""
-    if rank == 0:
-        return None
-    down = nn.init.kaiming_uniform_(torch.empty(rank, columns), a=math.sqrt(5))
-    return Product(nn.Parameter(torch.zeros(rows, rank)), nn.Parameter(down), scale=scale)
