@@ -301,8 +301,33 @@ def course_of(model: nn.Module, steps: int, seed: int) -> Course | None:
         if isinstance(config, TunerConfig):
             layers = {path: layer for path, layer in unwrapped(model).named_modules() if isinstance(layer, Bearer) and name in layer.parts}
             courses.append(config.method("").course({path: layer.parts[name] for path, layer in layers.items()}, steps, seed))
+        elif isinstance(config, peft.AdaLoraConfig):
+            courses.append(Allocation(model, name, steps))
     found = [course for course in courses if course is not None]
     return Together(found) if found else None
+
+
+class Allocation(Course):
+    """Moves AdaLoRA's ranks in the course of a run, whose length the config does not know when it is made."""
+
+    def __init__(self, model: Any, adapter: str, steps: int):
+        self.tuner, self.config = model.base_model, model.peft_config[adapter]
+        share = steps / self.config.total_step
+        self.config.tinit, self.config.tfinal = round(self.config.tinit * share), round(self.config.tfinal * share)
+        self.config.total_step = steps
+        self.tuner.rankallocator.set_total_step(steps)
+        self.factors = [value for path, value in model.named_parameters() if adapter in path and ("lora_A" in path or "lora_B" in path)]
+
+    def penalty(self) -> Tensor | None:
+        """How far P and Q are from orthogonal, on average, as peft has it for losses that a model computes itself."""
+        apart = []
+        for value in self.factors:
+            own = value @ value.T if value.shape[0] < value.shape[1] else value.T @ value
+            apart.append((own - torch.eye(len(own), device=own.device)).norm())
+        return self.config.orth_reg_weight * torch.stack(apart).mean()
+
+    def update(self, step: int) -> None:
+        self.tuner.update_and_allocate(step)
 
 
 class StepEvents(TrainerCallback):

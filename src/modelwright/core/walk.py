@@ -711,8 +711,9 @@ def bearing_sites(module: nn.Module, norms: bool = False) -> list[Site]:
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
     chosen = choose(module, bearing_sites(module, method.on_norms), method, notes)
-    layers = {path: local for site, local in chosen for path in sharing.layers(module, [site.name])}
-    config = method.adapter(layers)
+    paths = {site: sharing.layers(module, [site.name]) for site, _ in chosen}
+    layers = {path: local for site, local in chosen for path in paths[site]}
+    config = method.adapter(layers, {path: site.role for site, _ in chosen for path in paths[site]})
     if roles := method.whole():
         anatomy = anatomy_of(module)
         names = [name for name, _ in module.named_parameters() if (anatomy.role(name) or ("",))[0] in roles]
