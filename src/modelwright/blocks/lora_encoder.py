@@ -1,8 +1,8 @@
 """Puts low-rank updates into the space of texts, so that a text finds those that it asks for.
 
-Li, Duan, Liu, Chen, Wang, Chen 2025, arXiv:2508.02107 (AutoLoRA), the encoder and the retrieval: of each layer a learned probe X [probes,
-in] gives the tokens LN(X Aᵀ Bᵀ) [probes, out], which a linear for each type of layer brings to one width; a transformer layer reads them
-together with one token of its own, from which the embedding is made. It sees the product B A alone, so that (B M, M⁻¹ A) is the same.
+Li et al. 2025, arXiv:2508.02107 (AutoLoRA), the encoder and the retrieval: of each layer a learned probe X [probes, in] gives the
+tokens LN(X Aᵀ Bᵀ) [probes, out], which a linear for each type of layer brings to one width; a transformer layer reads them together
+with one token of its own, from which the embedding is made. It sees the product B A alone, so that (B M, M⁻¹ A) is the same.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def contrast(adapters: Tensor, texts: Tensor, temperature: float = 0.07) -> Tens
 
 
 def retrieve(text: Tensor, adapters: Tensor | Sequence[Tensor], count: int) -> list[tuple[int, float]]:
-    """The places of the adapters, by their embeddings [n, text], that are nearest to a text's, with their cosines; nearest first."""
+    """The places of the adapters [n, text] that are nearest to a text's embedding [text], with their cosines; the nearest first."""
     held = adapters if isinstance(adapters, Tensor) else torch.stack(list(adapters))
     cosines, places = F.cosine_similarity(held, text[None], dim=1).topk(min(count, len(held)))
     return list(zip(places.tolist(), cosines.tolist(), strict=True))

@@ -1,9 +1,9 @@
 """Makes the low-rank updates of an adapter for a task from its description: SG-LoRA.
 
-Li et al. 2025, arXiv:2509.10535. Of tasks with trained adapters (experts) the nearest in description make a condition: with weights α, a
-softmax of cosines over a temperature, μ* = Σ α μ_k and σ*² = Σ α σ_k² + Σ α (μ_k - μ*)². A variational autoencoder learns the experts'
-numbers X given c = (μ*, σ*²): an encoder q(z | X, c), a prior p(z | c) and a decoder X̂ = f(z, c) with the loss ‖X - X̂‖² + balance · KL(q ‖ p).
-For a new task z comes from the prior. Experts must come from one beginning, or their factors cannot be averaged.
+Li et al. 2025, arXiv:2509.10535. Of tasks with trained adapters (experts) the nearest in description make a condition: with weights α,
+a softmax of cosines over a temperature, μ* = Σ α μ_k and σ*² = Σ α σ_k² + Σ α (μ_k - μ*)². A variational autoencoder learns the
+experts' numbers X given c = (μ*, σ*²): an encoder q(z | X, c), a prior p(z | c) and a decoder X̂ = f(z, c), with the loss
+‖X - X̂‖² + balance · KL(q ‖ p). For a new task z comes from the prior. Experts must begin alike, or their factors cannot be averaged.
 Differs: in training, the condition of a task leaves the task itself out, or the decoder would only copy; numbers are normalised tensor by
 tensor; and each tensor's part of the condition first goes through a linear of its own.
 """

@@ -1,6 +1,6 @@
 """Fuse several LoRA adapters by gates that see what the layer and the adapters give: the gated fusion of AutoLoRA.
 
-Li, Duan, Liu, Chen, Wang, Chen 2025, arXiv:2508.02107: for outputs u of a layer and v_k of its LoRAs
+Li et al. 2025, arXiv:2508.02107: for outputs u of a layer and v_k of its LoRAs
 g_k = σ(LN(u) ⊙ w_b + LN(v_k) ⊙ w_l + LN(u) ⊙ LN(v_k) ⊙ w_c + c), and y = u + Σ_k w_o ⊙ g_k ⊙ v_k. All w and c are shared by
 the LoRAs, so that trained gates take others, and more or fewer: `exchange`. `blocks.lora_encoder` finds the LoRAs that a text asks for.
 Differs: c begins at 3 and the other w at 0, so that all LoRAs count nearly whole; the authors' are random. The global LoRA that

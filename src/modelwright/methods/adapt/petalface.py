@@ -1,6 +1,6 @@
 """Train two low-rank updates between which the quality of each input decides: PETALface.
 
-Narayan, Nair, Xu, Chellappa, Patel 2024, arXiv:2412.07771, section 3: y = W x + s B₁ A₁ (1 - α) x + s B₂ A₂ α x with α = 0.5 + (q - τ)
+Narayan et al. 2024, arXiv:2412.07771: y = W x + s B₁ A₁ (1 - α) x + s B₂ A₂ α x with α = 0.5 + (q - τ)
 for a quality q of each sample and a threshold τ. The scorer is any function of a batch that gives 0 to 1 for each sample: run and
 train inside `with blocks.gated.scored(model, scorer):`. Outside of it α is the setting `quality`, and the updates fold into the weight.
 Differs: α is held within 0 and 1, which the authors' code leaves out. What the authors train beside it, a LoRA on the last

@@ -1,9 +1,9 @@
 """Train low-rank updates whose every channel the prompt scales: the prompt-aware LoRA weight adapter of WavLLM.
 
-Hu, Zhou, Liu, Chen, Meng, Hao, Pan, Liu, Li, Sivasankaran, Liu, Wei 2024, arXiv:2404.00656, section 3.2: y = W x + (B A x) ⊙ ρ. The model
-sees the prompt alone, without its adapters; of its last hidden states H come S = W₂ gelu(W₁ H), weights a = softmax(w · S + c) of the
-tokens, and ρ = clamp(relu(Σ a_n S_n), most). Run and train inside `with blocks.gated.prompted(model, input_ids=...):`, which
-computes ρ once, also for many generated tokens. Outside of it ρ is near 1, as in the authors' first stage, which is plain LoRA.
+Hu et al. 2024, arXiv:2404.00656: y = W x + (B A x) ⊙ ρ. The model sees the prompt alone, without its adapters; of its last hidden
+states H come S = W₂ gelu(W₁ H), weights a = softmax(w · S + c) of the tokens, and ρ = clamp(relu(Σ a_n S_n), most). Run and
+train inside `with blocks.gated.prompted(model, input_ids=...):`, which computes ρ once, also for many generated tokens. Outside
+of it ρ is near 1, as in the authors' first stage, which is plain LoRA.
 Differs: W₂'s bias begins at 1, so that no channel is dead, and tokens of padding do not count. Layers with fewer channels than H, such as
 grouped keys and values, take the first of ρ.
 """

@@ -1,6 +1,6 @@
 """Learn how much each of several trained adapters counts for a new task: ScaLearn and its smaller forms.
 
-Frohmann, Holtermann, Masoudian, Lauscher, Rekabsaz 2023, arXiv:2310.01217, section 3: h' = h + Σ_k ω_k ⊙ o_k, where o_k is what the
+Frohmann et al. 2023, arXiv:2310.01217: h' = h + Σ_k ω_k ⊙ o_k, where o_k is what the
 adapter of source task k gives, without the residual. ω is a number for each task and channel in each layer; with `uniform` for each task
 (ScaLearnUniform), with `common` the same in all layers (ScaLearn++), with both ScaLearnUniform++. Nothing makes them sum to 1.
 The adapter of the task itself is best among the sources. ω begins at 2 / tasks, within 0.001, and some of it is dropped while training:
