@@ -18,18 +18,48 @@ Activation = Literal["tanh", "relu", "gelu", "silu", "none"]
 
 
 class Narrow(nn.Module):
-    """scale · U φ(D x), without biases. down: D [inner, in]; up: U [out, inner], at zero first."""
+    """scale · U φ(D x), without biases. down: D [inner, in]; up: U [out, inner], at zero first. dropout: of U's inputs, in training."""
 
-    def __init__(self, rows: int, columns: int, inner: int, activation: Activation, scale: float = 1.0):
+    def __init__(self, rows: int, columns: int, inner: int, activation: Activation, scale: float = 1.0, dropout: float = 0.0):
         super().__init__()
         self.down = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(inner, columns), a=math.sqrt(5)))
         self.up = nn.Parameter(torch.zeros(rows, inner))
-        self.activation, self.scale = activation, scale
+        self.activation, self.scale, self.dropout = activation, scale, nn.Dropout(dropout)
+
+    def matrix(self) -> Tensor:
+        """U [out, inner], as it is used now."""
+        return self.up
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] → [..., out], in x's dtype; computed in the bottleneck's own."""
-        inner = ACTIVATIONS[self.activation](x.to(self.down.dtype) @ self.down.T)
-        return (self.scale * (inner @ self.up.T)).to(x.dtype)
+        inner = self.dropout(ACTIVATIONS[self.activation](x.to(self.down.dtype) @ self.down.T))
+        return (self.scale * (inner @ self.matrix().T)).to(x.dtype)
+
+
+class Split(Narrow):
+    """A bottleneck whose U is the sum of experts, each with entries of its own at places of its own; in training one of them, by chance.
+
+    experts: the entries of each, at zero first. places: [out · inner], in which those of the experts follow each other. The sum of all is
+    divided by `divisor`. An expert that is not used has no gradient, so that no optimizer moves it.
+    """
+
+    places: Tensor
+
+    def __init__(self, rows: int, columns: int, inner: int, activation: Activation, experts: int, *, divisor: float, scale: float = 1.0,
+                 dropout: float = 0.0):  # fmt: skip
+        super().__init__(rows, columns, inner, activation, scale, dropout)
+        del self.up
+        self.shape, self.divisor = (rows, inner), divisor
+        self.register_buffer("places", torch.randperm(rows * inner, dtype=torch.int32))
+        self.experts = nn.ParameterList(torch.zeros(len(part)) for part in self.places.tensor_split(experts))
+
+    def matrix(self) -> Tensor:
+        groups = self.places.tensor_split(len(self.experts))
+        chosen = [int(torch.randint(len(groups), (), device="cpu"))] if self.training else range(len(groups))
+        flat = self.down.new_zeros(self.shape[0] * self.shape[1])
+        for number in chosen:
+            flat = flat.index_put((groups[number].long(),), self.experts[number])
+        return (flat if self.training else flat / self.divisor).view(self.shape)
 
 
 class Series(Part):
