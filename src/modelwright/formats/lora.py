@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modelwright.blocks._part import dense_of, transposed
-from modelwright.core.adapters import Update, read
+from modelwright.core.adapters import Update, Whole, config_for, read
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.core.files import refuse_existing, refuse_inputs, whole_folder
 from modelwright.core.model import Model, open, unwrapped
@@ -61,7 +61,7 @@ def export_adapter(model: Any, save: str | Path, *, rank: float | None = None, b
     return Exported(folder, {path: update.rank for path, update in made.items()}, errors)
 
 
-def _updates(model: Model) -> tuple[dict[str, Update], dict[str, dict[str, Tensor]]]:
+def _updates(model: Model) -> tuple[dict[str, Update], Whole]:
     """What the active adapter of a model adds to its linear layers, by their paths, and the modules that it trains whole."""
     from peft.utils import ModulesToSaveWrapper
 
@@ -133,10 +133,8 @@ def _within(update: Update, rank: float | None) -> tuple[Update, float]:
     return Update(up, down, update.bias), max(0.0, 1 - held) ** 0.5
 
 
-def _write(folder: Path, updates: Mapping[str, Update], whole: Mapping[str, Mapping[str, Tensor]], turned: bool, base: str) -> None:
+def _write(folder: Path, updates: Mapping[str, Update], whole: Whole, turned: bool, base: str) -> None:
     """The two files of a LoRA adapter of scale 1."""
-    import peft
-
     if odd := [path for path, update in updates.items() if update.bias is not None]:
         raise ModelError(f"The adapter moves the bias of {odd[0]}, which plain LoRA does not. Put it into the weights with adapt.fold.")
     tensors = {f"base_model.model.{path}.{key}": value for path, values in whole.items() for key, value in values.items()}
@@ -146,12 +144,7 @@ def _write(folder: Path, updates: Mapping[str, Update], whole: Mapping[str, Mapp
             up, down = up.new_zeros(len(up), 1), down.new_zeros(1, down.shape[1])
         tensors |= {f"base_model.model.{path}.lora_A.weight": down, f"base_model.model.{path}.lora_B.weight": up}
     ranks = {path: max(1, update.rank) for path, update in updates.items()}
-    most = max(ranks.values())
-    others = {path: own for path, own in ranks.items() if own != most}
-    config = peft.LoraConfig(
-        r=most, lora_alpha=most, rank_pattern=others, alpha_pattern=dict(others), target_modules=list(ranks),
-        modules_to_save=list(whole) or None, fan_in_fan_out=turned, base_model_name_or_path=base, inference_mode=True,
-    )  # fmt: skip
+    config = config_for(ranks, whole, fan_in_fan_out=turned, base_model_name_or_path=base, inference_mode=True)
     config.save_pretrained(str(folder))
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors", {"format": "pt"})
