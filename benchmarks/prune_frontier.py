@@ -12,6 +12,7 @@ methods that train are shown too, with as many. A point is dominated when anothe
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="text; a part of it is set aside to score on")
     parser.add_argument("--name", required=True, help="the result is docs/results/prune-NAME.json and .svg")
     parser.add_argument("--methods", nargs="+", help="such as prune.wanda; by default all")
+    parser.add_argument("--add", action="store_true", help="keep what the result has of other methods from before")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--scored", type=int, default=20_000, help="tokens that perplexity is measured on")
@@ -125,6 +127,11 @@ def main() -> None:
                 continue
             rows.append(row)
             print(rows[-1], file=sys.stderr, flush=True)
+    before: dict[str, Any] = {"rows": [], "command": ""}
+    if asked.add:
+        before = json.loads((_run.RESULTS / f"prune-{asked.name}.json").read_text("utf-8"))
+        own = {row["method"] for row in rows}
+        rows = [rows[0], *({PLAIN: None, AFTER: None} | row for row in before["rows"] if row["method"] not in own), *rows[1:]]
     _frontier.mark_dominated(rows, "bytes", PLAIN, "dominated by")
     _frontier.mark_dominated(rows, "bytes", AFTER, "recovered, dominated by")
     if not asked.recover or encoder:
@@ -135,6 +142,8 @@ def main() -> None:
         command += f" --recover {asked.recover}"
     if asked.methods:
         command += f" --methods {' '.join(asked.methods)}"
+    if asked.add:
+        command = f"{before['command']}\n{command} --add"
     _run.save(f"prune-{asked.name}", f"{asked.name}, pruned, factored and shared", command, rows)
     titles = {PLAIN: "perplexity", AFTER: "perplexity after training"}
     panels = {key: title for key, title in titles.items() if any(row.get(key) is not None for row in rows[1:])}

@@ -51,12 +51,14 @@ from .core.model import Model, check_readable, open, stored_bytes, unwrapped, we
 from .core.progress import bar, console, track
 from .core.public import callable_module
 from .core.recipe import INPUT, Recipe, Step
+from .maths.allocation import least_harm
 
 PROBE_EVERY = 3  # of the scored sequences serve for probing
 SCORED = 0.1  # of the rest is what trials are scored on
 HELD = 0.1  # of the text is kept for the final table
 BITS = (2, 3, 4, 5, 6, 8)
 WHOLE = 100_000_000  # parameters up to which a fit spends all tokens of its effort; a larger model gets fewer
+LEAST = 1e-3  # of what the block loses that minds most, what any is taken to lose
 JOURNAL = "study.journal"
 FEWEST = 512  # calibration tokens, however large the model is
 PARTS = {"attn": ("attn",), "mlp": ("mlp", "experts")}  # of a block, searched apart, and their roles
@@ -400,7 +402,7 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
         if point[part] == "zeros":
             zeros |= dict.fromkeys(roles, round(point[f"{part}_sparsity"], 3))
         else:
-            bits |= dict.fromkeys(roles, tilted(point[f"{part}_bits"], point["tilt"], [mind.get("bits", 0.0) for mind in minds]))
+            bits |= dict.fromkeys(roles, allotted(point[f"{part}_bits"], point["tilt"], [mind.get("bits", 0.0) for mind in minds]))
     bits, factors, zeros = ({role: value for role, value in chosen.items() if role in job.roles} for chosen in (bits, factors, zeros))
     if factors:
         steps.append(Step(find.find("factor.svd_llm").build({"keep": factors, "multiple": 32})))
@@ -411,19 +413,20 @@ def steps_of(job: Job, point: dict[str, Any], sensitivity: dict[str, dict[str, f
     return steps
 
 
-def tilted(bits: int, tilt: float, minds: list[float]) -> int | list[int]:
-    """Bits for every block: a share of the blocks that mind most get the next width up, as many that mind least the next down."""
-    moved = round(tilt * len(minds) / 2)
-    if not moved:
+def allotted(bits: int, tilt: float, minds: list[float]) -> int | list[int]:
+    """Bits for every block, `bits` on average at most: by the search of `quantize.mixed`, on what rounding does to the blocks.
+
+    minds: what a block loses when it alone is rounded, in nats, at one width; a bit more makes it a quarter. tilt: 1 takes that as it
+    is, 0 as if all blocks lost the same.
+    """
+    if not minds or tilt == 0:
         return bits
-    place = BITS.index(bits)
-    ranked = sorted(range(len(minds)), key=lambda depth: minds[depth])
-    found = [bits] * len(minds)
-    for depth in ranked[:moved]:
-        found[depth] = BITS[max(place - 1, 0)]
-    for depth in ranked[len(minds) - moved :]:
-        found[depth] = BITS[min(place + 1, len(BITS) - 1)]
-    return found
+    lost = torch.tensor(minds, dtype=torch.float64)
+    lost = lost.clamp(min=max(LEAST * float(lost.max()), 1e-12)) ** tilt
+    widths = torch.tensor(BITS, dtype=torch.float64)
+    places = least_harm(lost[:, None] * 4.0**-widths, widths.expand(len(minds), -1), bits * len(minds))
+    found = [BITS[place] for place in places]
+    return bits if set(found) == {bits} else found
 
 
 def search(job: Job, sensitivity: dict[str, dict[str, float]], original: float) -> list[FrozenTrial]:

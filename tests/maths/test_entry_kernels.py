@@ -23,30 +23,19 @@ def drawn(count, number, seed=0):
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_weighted_sum_is_rounded_once(count):
-    tensors, shares, out = drawn(count, 3), np.array([0.3, -0.5, 1.25], np.float32), torch.empty(count, dtype=torch.bfloat16)
-    kernels.weighted(halves(*tensors), shares, *halves(out))
-    expected = sum(float(share) * tensor.double() for share, tensor in zip(shares, tensors, strict=True))
-    apart = (out.double() - expected).abs()
-    assert (apart <= 2**-8 * expected.abs() + 1e-6).all()  # half a unit in the last of 8 bits
-    assert torch.equal(out, sum(float(share) * tensor.float() for share, tensor in zip(shares, tensors, strict=True)).bfloat16())
-
-
-def test_ties_are_rounded_to_the_even_neighbour():
-    # 1 + 2⁻⁸ lies between 1 and 1 + 2⁻⁷ and goes to 1, whose last bit is 0; 1 + 3 · 2⁻⁸ goes up to 1 + 2⁻⁶.
-    pair = torch.tensor([1.0, 1 + 2**-7]).bfloat16(), torch.tensor([2.0**-8, 2.0**-8]).bfloat16()
-    out = torch.empty(2, dtype=torch.bfloat16)
-    kernels.weighted(halves(*pair), np.ones(2, np.float32), *halves(out))
-    assert out.tolist() == [1.0, 1 + 2**-6]
+def test_a_weighted_sum_is_that_of_float32(count):
+    tensors, shares, out = drawn(count, 3), np.array([0.3, -0.5, 1.25], np.float32), torch.empty(count)
+    kernels.weighted(halves(*tensors), shares, out.numpy())
+    assert torch.equal(out, sum(float(share) * tensor.float() for share, tensor in zip(shares, tensors, strict=True)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_comes_out_even_with_a_share_of_0(value):
-    tensors, out = drawn(5, 2), torch.empty(5, dtype=torch.bfloat16)
+    tensors, out = drawn(5, 2), torch.empty(5)
     tensors[1][3] = value
-    kernels.weighted(halves(*tensors), np.array([1, 0], np.float32), *halves(out))
+    kernels.weighted(halves(*tensors), np.array([1, 0], np.float32), out.numpy())
     assert out.isfinite().tolist() == [True, True, True, False, True]
-    kernels.moved(*halves(tensors[0]), halves(tensors[1]), np.array([0], np.float32), *halves(out))
+    kernels.moved(*halves(tensors[0]), halves(tensors[1]), np.array([0], np.float32), out.numpy())
     assert out.isfinite().tolist() == [True, True, True, False, True]
 
 
@@ -54,9 +43,9 @@ def test_what_is_not_finite_comes_out_even_with_a_share_of_0(value):
 def test_changes_are_added_in_float32(count):
     base, *donors = drawn(count, 3)
     donors[0].copy_(base)  # adds nothing, whatever its weight
-    out = torch.empty(count, dtype=torch.bfloat16)
-    kernels.moved(*halves(base), halves(*donors), np.array([7, 0.5], np.float32), *halves(out))
-    assert torch.equal(out, (base.float() + 0.5 * (donors[1].float() - base.float())).bfloat16())
+    out = torch.empty(count)
+    kernels.moved(*halves(base), halves(*donors), np.array([7, 0.5], np.float32), out.numpy())
+    assert torch.equal(out, base.float() + 0.5 * (donors[1].float() - base.float()))
 
 
 @pytest.mark.parametrize("apart", [True, False])

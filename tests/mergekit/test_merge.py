@@ -442,8 +442,8 @@ def test_every_method_that_adds_changes_has_the_rows_of_the_base(merge, read, me
 def broken(folders, tmp_path):
     """A copy of model b with its tensors changed by a function."""
 
-    def made(change, config=None) -> Path:
-        folder = tmp_path / "broken"
+    def made(change, config=None, name="broken") -> Path:
+        folder = tmp_path / name
         shutil.copytree(folders["b"], folder)
         tensors = load_file(folder / "model.safetensors")
         change(tensors)
@@ -878,3 +878,18 @@ def test_default_is_the_one_part_of_a_model_of_text(merge):
     )
     assert whole.names == part.names
     assert all(torch.equal(whole.read(name), part.read(name)) for name in whole)
+
+
+def test_sums_of_16_bits_are_not_rounded_before_they_are_stored_in_32(merge, broken):
+    random = torch.Generator().manual_seed(0)
+
+    def in_halves(tensors):
+        for name, value in tensors.items():
+            tensors[name] = (value + 0.1 * torch.randn(value.shape, generator=random)).bfloat16()
+
+    folders = [broken(in_halves, name=name) for name in ("one", "other")]
+    models = [{"model": str(folder), "parameters": {"weight": weight}} for folder, weight in zip(folders, (0.3, 0.7), strict=True)]
+    merged = merge(json.dumps({"merge_method": "linear", "models": models, "dtype": "bfloat16", "out_dtype": "float32"})).read(NORM)
+    one, other = (load_file(folder / "model.safetensors")[NORM].float() for folder in folders)
+    assert torch.allclose(merged, 0.3 * one + 0.7 * other, rtol=1e-6)
+    assert not torch.equal(merged, merged.bfloat16().float())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class Part(nn.Module, ABC):
     """What one adapter does at one layer. Its parameters train; what it holds fixed are buffers. Both are saved."""
 
     shared: Any
-    mergeable: ClassVar[bool] = True  # there is a weight and a bias with which the layer alone gives the same
+    mergeable: bool = True  # there is a weight and a bias with which the layer alone gives the same
 
     @abstractmethod
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
@@ -74,12 +74,35 @@ class Part(nn.Module, ABC):
         """Work with what is shared by the parts of all layers, `self.shared`; it is saved once, and not with the part."""
         object.__setattr__(self, "shared", shared)
 
+    def select(self, dim: int, index: Tensor) -> None:
+        """Stay on a layer that keeps these outputs (dim 0) or inputs (dim 1) alone; index: int64."""
+        raise NotImplementedError(f"{type(self).__name__} cannot lose outputs or inputs")
+
     def adjust(self, found: dict[str, tuple[int, ...]]) -> None:
         """Make room for values of these shapes, by the names of parameters and buffers, that are loaded next."""
 
     def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
         self.adjust({name.removeprefix(prefix): tuple(value.shape) for name, value in state.items() if name.startswith(prefix)})
         super()._load_from_state_dict(state, prefix, *others)
+
+
+class Several(Part):
+    """Parts on one layer as one part: each stands on those before it; without any it is the layer."""
+
+    def __init__(self, parts: Sequence[Part]):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.mergeable = all(part.mergeable for part in parts)
+
+    def forward(self, x: Tensor, layer: Layer) -> Tensor:
+        for part in self.parts:
+            layer = layer.under(part)  # type: ignore[arg-type]
+        return layer(x)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Dense:
+        for part in self.parts:
+            weight, bias = part.merged(weight, bias)  # type: ignore[operator]
+        return weight, bias
 
 
 def transposed(module: nn.Module) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Narrow(nn.Module):
 class Series(Part):
     """A bottleneck on what a layer is given, W (x + f(x)), or on what it gives, y + f(y)."""
 
-    mergeable: ClassVar[bool] = False
+    mergeable = False
 
     def __init__(self, bottleneck: nn.Module, side: Literal["before", "after"]):
         super().__init__()
@@ -51,7 +51,7 @@ class Series(Part):
 class Parallel(Part):
     """A bottleneck beside a layer, y + f(x)."""
 
-    mergeable: ClassVar[bool] = False
+    mergeable = False
 
     def __init__(self, bottleneck: nn.Module):
         super().__init__()

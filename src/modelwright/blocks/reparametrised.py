@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +28,10 @@ class Thin(nn.Module, ABC):
         """B M [out, r], and A [r, in]."""
         up, middle, down = self.parts()
         return times(up, middle), down
+
+    def select(self, dim: int, index: Tensor) -> None:
+        """Keep these outputs (dim 0) or inputs (dim 1) alone."""
+        take(self, "down" if dim else "up", dim, index)
 
     def on(self, weight: Tensor) -> Tensor:
         """The product times a matrix [in, ...], or a vector [in]."""
@@ -83,21 +89,90 @@ class Band(nn.Module):
         return self.values.new_zeros(self.size, self.size).masked_scatter(near, self.values)
 
 
+class Scatter(nn.Module):
+    """s · S, a matrix [out, in] with few entries that are not 0.
+
+    values: v [k], which train. places: their positions [k] in the matrix, row after row, all different; None for all, in order. scale: s.
+    Backward makes the gradient of a whole matrix, takes v's from it and lets it go; `watch` is shown it in between, as a vector.
+    """
+
+    values: Tensor
+    places: Any  # int32 or int64 [k], or None
+
+    def __init__(self, shape: tuple[int, int], places: Tensor | None, values: Tensor, *, scale: float = 1.0):
+        super().__init__()
+        hold(self, places=places, values=values)
+        self.shape, self.scale = shape, scale
+        self.watch: Callable[[Tensor], None] | None = None
+
+    def change(self) -> Tensor:
+        """s · S [out, in]."""
+        if self.places is None:
+            return (self.values * self.scale).view(self.shape)
+        flat = self.values.new_zeros(self.shape[0] * self.shape[1])
+        return flat.index_put((self.places.long(),), self.values * self.scale).view(self.shape)
+
+    @torch.no_grad()
+    def select(self, dim: int, index: Tensor) -> None:
+        """Keep these outputs (dim 0) or inputs (dim 1) alone; of an empty scatter about as many entries."""
+        before, size = self.shape, self.shape[dim]
+        self.shape = (before[0], len(index)) if dim else (len(index), before[1])
+        if self.places is None or self.places.is_meta:
+            count = self.shape[0] * self.shape[1] if self.places is None else len(self.values) * len(index) // size
+            stays = self.values.view(before).index_select(dim, index).flatten() if self.places is None else self.values[:count]
+            self.values = nn.Parameter(stays, self.values.requires_grad)
+            self.places = None if self.places is None else self.places[:count]
+            return
+        now = torch.full((size,), -1, device=index.device).index_put((index,), torch.arange(len(index), device=index.device))
+        at = [(self.places // before[1]).long(), (self.places % before[1]).long()]
+        at[dim] = now[at[dim]]
+        left = at[dim] >= 0
+        self.places = (at[0] * self.shape[1] + at[1])[left].to(self.places.dtype)
+        self.values = nn.Parameter(self.values[left], self.values.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out], in the values' dtype."""
+        return _Scattered.apply(x.to(self.values.dtype), self.values, self)
+
+
+class _Scattered(torch.autograd.Function):
+    """x Sᵀ of a Scatter, of which neither S nor its gradient is kept from one pass to the other."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, values: Tensor, scatter: Scatter) -> Tensor:  # type: ignore[override]
+        context.save_for_backward(x)
+        context.scatter = scatter
+        return nn.functional.linear(x, scatter.change())
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        (x,), scatter = context.saved_tensors, context.scatter
+        gradient, of_values = gradient.to(x.dtype), None
+        if context.needs_input_grad[1]:
+            rows, columns = scatter.shape
+            whole = (gradient.reshape(-1, rows).T @ x.reshape(-1, columns)).flatten().mul_(scatter.scale)
+            if scatter.watch is not None:
+                scatter.watch(whole)
+            of_values = whole if scatter.places is None else whole[scatter.places]
+        return gradient @ scatter.change() if context.needs_input_grad[0] else None, of_values, None
+
+
 class Reparametrised(Part):
     """A layer with an update beside its weight, on its outputs, and with scales and shifts of these; what is None is left out.
 
-    update: s B C A, added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out]. shift: β [out].
-    The layer gives (I + Λ) y + s B C A x + β for its own outputs y.
+    update: s B C A, and scatter: s S, are added to the weight. outer: Λ as a product, [out, out]. factor: 1 + Λ as a diagonal [out].
+    shift: β [out].
+    The layer gives (I + Λ) y + s B C A x + s S x + β for its own outputs y.
     """
 
     factor: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, update: Thin | None = None, *, outer: Product | None = None, factor: Tensor | None = None,
-                 shift: Tensor | None = None):  # fmt: skip
+    def __init__(self, update: Thin | None = None, *, scatter: Scatter | None = None, outer: Product | None = None,
+                 factor: Tensor | None = None, shift: Tensor | None = None):  # fmt: skip
         super().__init__()
         assert outer is None or factor is None, "Λ is a diagonal or a product"
-        self.update, self.outer = update, outer
+        self.update, self.scatter, self.outer = update, scatter, outer
         hold(self, factor=factor, shift=shift)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
@@ -107,6 +182,8 @@ class Reparametrised(Part):
             total = total + self.outer(own).to(own.dtype)
         if self.update is not None:
             total = total + self.update(x).to(own.dtype)
+        if self.scatter is not None:
+            total = total + self.scatter(x).to(own.dtype)
         return total if self.shift is None else total + shaped(self.shift.to(own.dtype), own, layer.module)
 
     def effective(self, weight: Tensor, bias: Tensor | None) -> Dense:
@@ -121,9 +198,34 @@ class Reparametrised(Part):
         if self.update is not None:
             up, down = self.update.factors()
             total = total + up @ down
+        if self.scatter is not None:
+            total = total + self.scatter.change()
         if self.shift is not None:
             moved = self.shift if moved is None else moved + self.shift
         return total, moved
+
+    @property
+    def additive(self) -> bool:
+        """Whether it only adds to the weight."""
+        return self.outer is None and self.factor is None and self.shift is None
+
+    def select(self, dim: int, index: Tensor) -> None:
+        for part in (self.update, self.scatter):
+            if part is not None:
+                part.select(dim, index)
+        if self.outer is not None and dim == 0:
+            self.outer.select(0, index)
+            self.outer.select(1, index)
+        for name in ("factor", "shift"):
+            if getattr(self, name) is not None and dim == 0:
+                take(self, name, 0, index)
+
+    def adjust(self, found: dict[str, tuple[int, ...]]) -> None:
+        if self.scatter is not None and self.scatter.places is not None and "scatter.values" in found:
+            values, sizes = self.scatter.values, found["scatter.values"]
+            if values.shape != sizes:
+                self.scatter.values = nn.Parameter(values.new_zeros(sizes), values.requires_grad)
+                self.scatter.places = self.scatter.places.new_zeros(sizes)
 
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> Dense:
@@ -131,8 +233,7 @@ class Reparametrised(Part):
         return total.to(weight.dtype), None if moved is None else moved.to(weight.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        plain = self.update is not None and self.outer is None and self.factor is None and self.shift is None
-        return self.update.factors() if plain and self.update is not None else None
+        return self.update.factors() if self.update is not None and self.scatter is None and self.additive else None
 
 
 def hold(module: nn.Module, **values: Tensor | nn.Module | float | None) -> None:
@@ -144,3 +245,11 @@ def hold(module: nn.Module, **values: Tensor | nn.Module | float | None) -> None
             module.register_parameter(name, value)
         else:
             setattr(module, name, value)
+
+
+@torch.no_grad()
+def take(module: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    """Keep these rows (dim 0) or columns (dim 1) of a module's tensor alone."""
+    value = getattr(module, name)
+    kept = value.index_select(dim, index)
+    setattr(module, name, nn.Parameter(kept, value.requires_grad) if isinstance(value, nn.Parameter) else kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy import Site, Units
-from modelwright.anatomy.removal import selections
+from modelwright.anatomy import Site, Units, anatomy_of
+from modelwright.anatomy.removal import remove_units, selections
 from modelwright.blocks._stored import Stored
+from modelwright.blocks.reparametrised import Reparametrised
 
 from .errors import ModelError
 from .files import read_json, write_json
@@ -23,28 +25,41 @@ from .model import Model, quiet, save_module, unwrapped
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to a layer: up [out, r] · down [r, in], and a bias [out]. An embedding's `in` is its tokens."""
+    """What an adapter adds to a layer: up [out, r] · down [r, in], and a bias [out]. An embedding's `in` is its tokens.
+
+    sparse: what it adds beside the product [out, in], where that was asked for.
+    """
 
     up: Tensor
     down: Tensor
     bias: Tensor | None = None
+    sparse: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.up.shape[1]
 
+    def change(self, sparse: bool = True) -> Tensor:
+        """All of it [out, in], float32; or without the sparse part."""
+        product = self.up.float() @ self.down.float()
+        return product if self.sparse is None or not sparse else product + self.sparse.float()
+
 
 Whole = dict[str, dict[str, Tensor]]  # path of a module -> its tensors
 
 
-def read(model: Model) -> tuple[dict[str, Update], Whole]:
+def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
     """The updates of a model's adapter by the path of their layers, scales multiplied in; and the modules that it saves whole.
+
+    sparse: also those with a sparse part, such as of adapt.dsee.
 
     Raises:
         ModelError: several adapters are active, or one is no plain LoRA on linears and embeddings.
     """
     from peft.tuners.lora import LoraLayer
     from peft.utils import ModulesToSaveWrapper
+
+    from .tuners import Bearer
 
     active = list(cast(Any, model.module).active_adapters) if hasattr(model.module, "peft_config") else []
     if len(active) != 1:
@@ -56,15 +71,23 @@ def read(model: Model) -> tuple[dict[str, Update], Whole]:
     for path, layer in unwrapped(model.module).named_modules():
         if isinstance(layer, ModulesToSaveWrapper):
             whole[path] = {key: value.detach() for key, value in layer.modules_to_save[name].state_dict().items()}
+        if sparse and isinstance(layer, Bearer) and name in layer.parts:
+            part = layer.parts[name]
+            if isinstance(part, Reparametrised) and part.additive:
+                none = torch.zeros(layer.out_features, 0), torch.zeros(0, layer.in_features)
+                up, down = none if part.update is None else part.update.factors()
+                updates[path] = Update(up.detach(), down.detach(), None, None if part.scatter is None else part.scatter.change().detach())
+            else:
+                strange.append(path)
         if not isinstance(layer, LoraLayer) or name not in layer.scaling:
             continue
         scale = layer.scaling[name]
         if name in layer.lora_embedding_A:
             updates[path] = Update(layer.lora_embedding_B[name].detach() * scale, layer.lora_embedding_A[name].detach())
         elif isinstance(layer.lora_A[name], nn.Linear) and not layer.lora_variant and layer.__class__.__name__ in ("Linear", "StoredLora"):
-            up: Any = layer.lora_B[name]
-            bias = None if up.bias is None else up.bias.detach() * scale
-            updates[path] = Update(up.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
+            back: Any = layer.lora_B[name]
+            bias = None if back.bias is None else back.bias.detach() * scale
+            updates[path] = Update(back.weight.detach() * scale, cast(Tensor, layer.lora_A[name].weight).detach(), bias)
         else:
             strange.append(path)
     if strange or not (updates or whole):
@@ -194,12 +217,15 @@ def plain_layers(base: nn.Module) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequence[Sequence[int]]) -> None:
-    """Take from LoRA's factors, by the paths of their layers, the rows and columns of units that leave the layers."""
+    """Take from LoRA's factors and our parts, by the paths of their layers, the rows and columns of units that leave the layers."""
     chosen = selections(list(found), kept)
     for path, layer in bearers.items():
         transposed = type(layer.get_base_layer()).__name__ == "Conv1D"
-        for dim, factors in enumerate((layer.lora_B, layer.lora_A)):
+        parts = getattr(layer, "parts", None)
+        for dim, factors in enumerate((layer.lora_B, layer.lora_A) if parts is None else ({}, {})):
             rows = chosen.get((f"{path}.weight", 1 - dim if transposed else dim))
+            for part in (parts or {}).values() if rows is not None else ():
+                part.select(dim, torch.tensor(rows, device=next(part.parameters()).device))
             for factor in factors.values() if rows is not None else ():
                 for name, value in factor.named_parameters(recurse=False):
                     if name == "weight" or dim == 0:
@@ -210,6 +236,94 @@ def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequ
                 setattr(layer, ("out_features", "in_features")[dim], len(rows))
 
 
+def factors_of(layer: Any) -> tuple[Any, Any]:
+    """A [r, in] and B [out, r] of the one plain LoRA update on a layer.
+
+    Raises:
+        ModelError: it bears something else.
+    """
+    downs, ups = (list(getattr(layer, name, {}).values()) for name in ("lora_A", "lora_B"))
+    if len(downs) != 1 or len(ups) != 1 or not isinstance(downs[0], nn.Linear):
+        raise ModelError(f"A {type(layer).__name__} bears no plain LoRA update, or several. Attach adapt.lora alone, to linear layers.")
+    return downs[0].weight, ups[0].weight
+
+
+def ranks_of(bearers: Mapping[str, Any]) -> dict[str, int]:
+    """The rank of each LoRA update, by the path of its layer."""
+    return {path: len(factors_of(layer)[0]) for path, layer in bearers.items() if not hasattr(layer, "original_module")}
+
+
+@torch.no_grad()
+def shrink(base: Any, found: Sequence[Units], kept: Sequence[Sequence[int]], ranks: Mapping[str, Sequence[int]]) -> str:
+    """Take units that do not stay out of a model and of the LoRA updates on it, and of these all but some ranks; in place.
+
+    base: the model under the adapter. ranks: what stays of each update, by the path of its layer; without any the layer bears none.
+    What stays of units goes to the config, `units_kept`: kind -> scope -> indices in the first model that lost some.
+    Gives why plain transformers could not load the model, "" where it can.
+    """
+    why, config = "", getattr(base, "config", None)
+    before: dict[str, Any] = copy.deepcopy(getattr(config, "units_kept", {}))
+    with plain_layers(base) as bearers:
+        without_units({path: layer for path, layer in bearers.items() if path in ranks}, found, kept)
+        for kind in dict.fromkeys(units.kind for units in found):
+            own = {units.scope: list(rows) for units, rows in zip(found, kept, strict=True) if units.kind == kind}
+            every = anatomy_of(base).units(base, kind)
+            rows = [own.get(units.scope, list(range(units.count))) for units in every]
+            why = remove_units(base, kind, rows, plain=False).why_not_plain or why
+            held = before.setdefault(kind, {})
+            held |= {scope: [held[scope][row] for row in rows] if scope in held else rows for scope, rows in own.items()}
+    if config is not None and before:
+        config.units_kept = before
+    _keep_ranks(base, ranks)
+    return why
+
+
+def _keep_ranks(base: Any, ranks: Mapping[str, Sequence[int]]) -> None:
+    """Keep of LoRA updates these rows of A and columns of B, and let the config say so."""
+    (name, config), patterns = next(iter(base.peft_config.items())), dict[str, tuple[int, float]]()
+    for path, stays in ranks.items():
+        layer = base.get_submodule(path)
+        if not stays:
+            base.set_submodule(path, layer.get_base_layer())
+            continue
+        for dim, factor in enumerate((layer.lora_A[name], layer.lora_B[name])):
+            index = torch.tensor(stays, device=factor.weight.device)
+            factor.weight = nn.Parameter(factor.weight.index_select(dim, index), factor.weight.requires_grad)
+            factor.out_features, factor.in_features = factor.weight.shape
+        layer.r[name], layer.lora_alpha[name] = len(stays), layer.scaling[name] * len(stays)
+        patterns[path] = len(stays), layer.lora_alpha[name]
+    config.target_modules, config.use_rslora = set(patterns), False
+    config.rank_pattern = {path: rank for path, (rank, _) in patterns.items()}
+    config.alpha_pattern = {path: alpha for path, (_, alpha) in patterns.items()}
+
+
+@torch.no_grad()
+def restored(model: Model, original: nn.Module) -> nn.Module:
+    """The original of a model that lost units, with the model's adapter: 0 in the rows and columns of what was lost.
+
+    Raises:
+        ModelError: the adapter is no plain LoRA.
+    """
+    updates, whole = read(model)
+    kept: dict[str, dict[str, list[int]]] = getattr(unwrapped(model.module).config, "units_kept", {})
+    found = [units for kind in kept for units in anatomy_of(original).units(original, kind) if units.scope in kept[kind]]
+    chosen, wide = selections(found, [kept[units.kind][units.scope] for units in found]), {}
+
+    def spread(values: Tensor, dim: int, path: str, transposed: bool) -> Tensor:
+        rows = chosen.get((f"{path}.weight", 1 - dim if transposed else dim))
+        if rows is None:
+            return values
+        sizes = list(values.shape)
+        sizes[dim] = original.get_parameter(f"{path}.weight").shape[1 - dim if transposed else dim]
+        return values.new_zeros(sizes).index_copy(dim, torch.tensor(rows, device=values.device), values)
+
+    for path, update in updates.items():
+        turned = type(original.get_submodule(path)).__name__ == "Conv1D"
+        bias = None if update.bias is None else spread(update.bias, 0, path, turned)
+        wide[path] = Update(spread(update.up, 0, path, turned), spread(update.down, 1, path, turned), bias)
+    return attach(original, wide, whole)
+
+
 def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:
     """Write the model under an adapter into `base` beside the adapter's files in `folder`, which will be `final`."""
     (folder / "base").mkdir()
@@ -218,4 +332,5 @@ def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:
         save_module(base, folder / "base")
     file = folder / "adapter_config.json"
     stated = read_json(file, ModelError, "Save the adapter again.")
-    write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")})
+    others = {"base_digest": None} if "base_digest" in stated else {}  # its weights are no longer those that it was made on
+    write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")} | others)

@@ -6,19 +6,20 @@ Differs: what is 0 does not count in a group's range; powers are at most 32, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from modelwright.core.one_by_one import OneByOne
 from modelwright.maths import companding
 from modelwright.maths.companding import Companded
 
 MOMENTS = ("first", "second")
 
 
-class CompandedAdamW(torch.optim.Optimizer):
+class CompandedAdamW(OneByOne):
     """Adam with decoupled weight decay; of each element and moment 1 byte is stored, and 12 for each 128 of them."""
 
     def __init__(
@@ -27,20 +28,7 @@ class CompandedAdamW(torch.optim.Optimizer):
     ) -> None:  # fmt: skip
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Change every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for value in group["params"]:
-                if value.grad is not None:
-                    self._change(value, group)
-        return loss
-
-    def _change(self, value: Tensor, group: dict[str, Any]) -> None:
+    def change(self, value: Tensor, group: dict[str, Any]) -> None:
         state, gradient = self.state[value], value.grad.float().flatten()  # type: ignore[union-attr]
         first, second = (
             companding.decode(Companded(*(state[f"{moment}_{part}"] for part in Companded._fields)))
@@ -52,17 +40,8 @@ class CompandedAdamW(torch.optim.Optimizer):
         slow, slower = group["betas"]
         first.lerp_(gradient, 1 - slow)
         second.mul_(slower).addcmul_(gradient, gradient, value=1 - slower)
-        change = (first / (1 - slow**count)) / ((second / (1 - slower**count)).sqrt() + group["eps"])
+        step = (first / (1 - slow**count)) / ((second / (1 - slower**count)).sqrt() + group["eps"])
         value.mul_(1 - group["lr"] * group["weight_decay"])
-        value.sub_((group["lr"] * change).view(value.shape).to(value.dtype))
+        value.sub_((group["lr"] * step).view(value.shape).to(value.dtype))
         for moment, found in zip(MOMENTS, (first, second), strict=True):
             state |= {f"{moment}_{part}": stored for part, stored in companding.encode(found)._asdict().items()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave: every tensor in its own dtype, where torch would give it the parameter's."""
-        super().load_state_dict(state_dict)
-        params = [value for group in self.param_groups for value in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, value in zip(numbers, params, strict=True):
-            for key, held in state_dict["state"].get(number, {}).items():
-                self.state[value][key] = held.to(value.device, copy=True) if isinstance(held, Tensor) else held

@@ -8,7 +8,7 @@ The base class says at which level the method works, and so which driver of `cor
 | `LayerMethod`  | `layer(weight, statistics, ...)` -> the same | one block in memory; gathers statistics on the way |
 | `BlockMethod`  | `block(before, after)` -> score; `keep(...)` | one block in memory; removes whole blocks          |
 | `ModelMethod`  | `model(model, ...)` -> model                 | hands over the whole model                         |
-| `AdapterMethod`| `adapter(layers)` -> a peft config           | freezes, attaches, saves as a peft adapter         |
+| `AdapterMethod`| `adapter(layers, roles)` -> a peft config    | freezes, attaches, saves as a peft adapter         |
 | `LayerAdapter` | `part(weight, bias)` -> a part of `blocks`   | the same, as a type of ours in peft                |
 | `TrainMethod`  | `loss(module, ids, mask, ...)` -> scalar     | the training loop                                  |
 
@@ -77,6 +77,7 @@ class Method(ABC):
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
+    checked_on: ClassVar[tuple[str, ...]] = ()  # of the contract's models, for what another library does; by default all
     loads: ClassVar[Mapping[str, int]] = {}  # library that the verb imports when it is first called -> its bytes in memory, for the plan
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
     _outside_name: ClassVar[str] = ""  # of one that is not among the package's files
@@ -362,13 +363,14 @@ class Chooses(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterMethod(Placed):
-    """Attaches trainable parts to a frozen model: `adapter(layers)` returns the peft config for layers, by their paths.
+    """Attaches trainable parts to a frozen model: `adapter(layers, roles)` returns the peft config for layers.
 
-    layers: path -> the method with its settings for that layer.
+    layers: path -> the method with its settings for that layer. roles: path -> what the layer is.
     """
 
     level: ClassVar[str] = "adapter"
     verb: ClassVar[str] = "adapter"
+    subjects: ClassVar[int] = 2
     adapter: ClassVar[Verb]
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
@@ -389,9 +391,15 @@ class LayerAdapter(AdapterMethod):
     """
 
     verb: ClassVar[str] = "part"
-    subjects: ClassVar[int] = 2
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
+
+    def divided(self, layers: Mapping[str, tuple[Self, tuple[int, ...], bool]]) -> Mapping[str, Mapping[str, Any]]:
+        """Settings that layers get of their own, by their paths, once all are known: such as a share of one budget, or what is drawn.
+
+        layers: path -> the method with its settings for that layer, the shape of its weight, and whether it has a bias.
+        """
+        return {}
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> Any:
         """What the parts of all layers, of these sizes (out, in), have in common: a module that `Part.join` gives each of them."""
@@ -401,7 +409,7 @@ class LayerAdapter(AdapterMethod):
         """What happens to the parts, by the paths of their layers, in the course of a run (`core.training.Course`); None for nothing."""
         return None
 
-    def adapter(self, layers: Mapping[str, Self]) -> Any:
+    def adapter(self, layers: Mapping[str, Self], roles: Mapping[str, str]) -> Any:
         from .tuners import config_of
 
         return config_of(layers)

@@ -202,8 +202,9 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     elif isinstance(method, AdapterMethod):
         import peft
 
-        with quiet():
+        with quiet(), torch.random.fork_rng():
             bare: Any = module
+            torch.manual_seed(given.rng().initial_seed())  # draws what the step will draw
             module = peft.get_peft_model(bare, walk.adapted(module, method), low_cpu_mem_usage=True)
     elif isinstance(method, ModelMethod):
         module = method.planned(module, len(given.donors))

@@ -126,11 +126,15 @@ class Course:
     def begin(self, step: int) -> None:
         """A step begins: the model may be changed before its gradient is taken."""
 
+    def penalty(self) -> Tensor | None:
+        """What is added to the loss of each part of a step's batch, a scalar; None for nothing."""
+        return None
+
     def gradient(self, step: int) -> None:
         """The step's gradient is whole; it is clipped next, and then used."""
 
     def update(self, step: int) -> None:
-        """The optimizer has changed the weights."""
+        """The optimizer has changed the weights; the gradients are still there."""
 
     def finish(self) -> None:
         """All steps are done; the weights are still float32."""
@@ -192,6 +196,10 @@ class Together(Course):
     def begin(self, step: int) -> None:
         for course in self.courses:
             course.begin(step)
+
+    def penalty(self) -> Tensor | None:
+        found = [value for course in self.courses if (value := course.penalty()) is not None]
+        return torch.stack(found).sum() if found else None
 
     def gradient(self, step: int) -> None:
         for course in self.courses:
@@ -279,7 +287,7 @@ def _train(
                     group["lr"] = learning_rate(step, settings)
             with torch.random.fork_rng(devices=devices):
                 torch.manual_seed(_mix(settings.seed, step))
-                parts = _gradients(model, order.batch(ids, step).to(device), settings, loss)
+                parts = _gradients(model, order.batch(ids, step).to(device), settings, loss, course)
             course.gradient(step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
             if not all(math.isfinite(part) for part in [*parts.values(), float(norm)]):
@@ -289,8 +297,9 @@ def _train(
                 )
             for optimizer in optimizers:
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
             course.update(step)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if file is not None and settings.save_every and done % settings.save_every == 0:
                 save(file, model, optimizers, run, done, course)
@@ -449,13 +458,15 @@ def load(file: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer], 
     return record["step"]
 
 
-def _gradients(model: nn.Module, batch: Tensor, settings: Training, loss: Loss) -> dict[str, float]:
+def _gradients(model: nn.Module, batch: Tensor, settings: Training, loss: Loss, course: Course) -> dict[str, float]:
     """Accumulate the gradient of one step; gives the mean of each part of the loss."""
     total: dict[str, float] = {}
     for rows in batch.chunk(settings.accumulation):
         mask = torch.ones_like(rows, dtype=torch.bool)
         with torch.autocast(batch.device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
             value, parts = loss(model, rows, mask)
+            if (penalty := course.penalty()) is not None:
+                value, parts = value + penalty, {**parts, "penalty": penalty.detach()}
         (value / settings.accumulation).backward()
         for name, part in {**parts, "total": value.detach()}.items():
             total[name] = total.get(name, 0.0) + float(part) / settings.accumulation

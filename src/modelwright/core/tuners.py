@@ -195,15 +195,16 @@ class Tuner(BaseTuner):
         """What all layers' parts have in common, by the names of adapters."""
         return cast(nn.ModuleDict, getattr(self, f"{self.prefix}shared"))
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *others: Any, **named: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *others: Any, **told: Any) -> None:
         config = cast(TunerConfig, self.peft_config[adapter_name])
         config = cast(TunerConfig, _maybe_include_all_linear_layers(self._prepare_adapter_config(config, {}), model))
         inside = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        layers = [
-            module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        named = {
+            path: module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             for path, module in model.named_modules()
             if path and not path.startswith(inside) and self._check_target_module_exists(config, path) is True
-        ]
+        }
+        layers = list(named.values())
         found = digest(layers, model)
         if config.base_digest is None:
             config.base_digest = found
@@ -212,9 +213,13 @@ class Tuner(BaseTuner):
                 f"This {type_name(config.method_class)} adapter was made on other weights than the model's. Load it on "
                 f"{config.base_model_name_or_path or 'the model that it was trained on'}, unchanged."
             )
+        if not config.stored:
+            places = {path: (config.method(path), *shape_of(layer)) for path, layer in named.items()}
+            for path, own in config.method("").divided(places).items():
+                config.by_layer[path] = config.by_layer.get(path, {}) | dict(own)
         if self.uses_shared_state:
             self._share(config, adapter_name, layers)
-        super().inject_adapter(model, adapter_name, *others, **named)
+        super().inject_adapter(model, adapter_name, *others, **told)
 
     def _share(self, config: TunerConfig, adapter_name: str, layers: Sequence[nn.Module]) -> None:
         """Make what an adapter's parts have in common."""
@@ -243,6 +248,12 @@ class Tuner(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return peft_config
+
+
+def shape_of(layer: Any) -> tuple[tuple[int, ...], bool]:
+    """The shape of a layer's weight, and whether it has a bias."""
+    shape = sizes_of(layer) if isinstance(layer, Stored) else dense_of(layer)[0].shape
+    return tuple(shape), getattr(layer, "bias", None) is not None
 
 
 def empty(make: Callable[[], Made], device: torch.device) -> Made:
@@ -277,8 +288,33 @@ def course_of(model: nn.Module, steps: int, seed: int) -> Course | None:
         if isinstance(config, TunerConfig):
             layers = {path: layer for path, layer in unwrapped(model).named_modules() if isinstance(layer, Bearer) and name in layer.parts}
             courses.append(config.method("").course({path: layer.parts[name] for path, layer in layers.items()}, steps, seed))
+        elif isinstance(config, peft.AdaLoraConfig):
+            courses.append(Allocation(model, name, steps))
     found = [course for course in courses if course is not None]
     return Together(found) if found else None
+
+
+class Allocation(Course):
+    """Moves AdaLoRA's ranks in the course of a run, whose length the config does not know when it is made."""
+
+    def __init__(self, model: Any, adapter: str, steps: int):
+        self.tuner, self.config = model.base_model, model.peft_config[adapter]
+        share = steps / self.config.total_step
+        self.config.tinit, self.config.tfinal = round(self.config.tinit * share), round(self.config.tfinal * share)
+        self.config.total_step = steps
+        self.tuner.rankallocator.set_total_step(steps)
+        self.factors = [value for path, value in model.named_parameters() if adapter in path and ("lora_A" in path or "lora_B" in path)]
+
+    def penalty(self) -> Tensor | None:
+        """How far P and Q are from orthogonal, on average, as peft has it for losses that a model computes itself."""
+        apart = []
+        for value in self.factors:
+            own = value @ value.T if value.shape[0] < value.shape[1] else value.T @ value
+            apart.append((own - torch.eye(len(own), device=own.device)).norm())
+        return self.config.orth_reg_weight * torch.stack(apart).mean()
+
+    def update(self, step: int) -> None:
+        self.tuner.update_and_allocate(step)
 
 
 class StepEvents(TrainerCallback):

@@ -707,13 +707,15 @@ def bearing_sites(module: nn.Module) -> list[Site]:
 
 def adapted(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> Any:
     """The peft config with which a method adapts a module."""
-    return adapters.beside_stored(method.adapter(_layers(module, method, notes)))
+    layers, roles = _layers(module, method, notes)
+    return adapters.beside_stored(method.adapter(layers, roles))
 
 
-def _layers(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> dict[str, Any]:
-    """The method with its settings for each layer that it adapts, by their paths."""
+def _layers(module: nn.Module, method: AdapterMethod, notes: list[str] | None = None) -> tuple[dict[str, Any], dict[str, str]]:
+    """The method with its settings for each layer that it adapts, and what the layer is, by their paths."""
     chosen = choose(module, bearing_sites(module), method, notes)
-    return {path: local for site, local in chosen for path in sharing.layers(module, [site.name])}
+    paths = {site: sharing.layers(module, [site.name]) for site, _ in chosen}
+    return {path: local for site, local in chosen for path in paths[site]}, {path: site.role for site, _ in chosen for path in paths[site]}
 
 
 def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
@@ -723,7 +725,7 @@ def _attach(model: Model, method: AdapterMethod, given: Given) -> None:
     config = adapted(module, method, given.notes)
     if rounding := [name for name, layer in module.named_modules() if isinstance(layer, Stored) and layer.rounds_inputs]:
         raise ModelError(f"{method.name()}: {rounding[0]} rounds its inputs, so that no gradient passes it. Round weights alone.")
-    layers = _layers(module, method)
+    layers, _ = _layers(module, method)
     gradients = _layer_gradients(model, method, list(layers), given) if "gradients" in method.needs() else {}
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(given.rng().initial_seed())

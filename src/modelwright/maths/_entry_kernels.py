@@ -13,7 +13,7 @@ import numpy as np
 from modelwright.maths._compiled import compiled
 
 RUN = 1024  # entries worked on at a time, so that they stay in the nearest cache
-HALF, ODD, ROUND = np.uint32(16), np.uint32(1), np.uint32(0x7FFF)
+HALF = np.uint32(16)
 NAN = np.uint16(0x7FC0)
 
 
@@ -23,44 +23,29 @@ def _wide(half: Any) -> Any:
 
 
 @compiled
-def _narrow(values: Any, out: Any) -> None:
-    """To the nearest bfloat16, the even one of two. NaN stays NaN, as one that comes from bfloat16 has low bits of 0."""
-    bits = values.view(np.uint32)
-    for place in range(len(out)):
-        own = bits[place]
-        near = np.uint32(np.uint32(own + ROUND) + np.uint32(np.uint32(own >> HALF) & ODD))
-        out[place] = np.uint16(near >> HALF)
-
-
-@compiled
 def weighted(tensors: Any, shares: Any, out: Any) -> None:
-    """Σ shares[i] · tensors[i], summed in float32 in their order and rounded once. shares float32 [n], out [entries]."""
-    total = np.empty(RUN, np.float32)
+    """Σ shares[i] · tensors[i] in their order. shares float32 [n], out float32 [entries]."""
     for first in range(0, len(out), RUN):
-        count = min(RUN, len(out) - first)
-        total[:count] = 0
+        total = out[first : first + RUN]
+        total[:] = 0
         for number in range(len(tensors)):
-            part, share = tensors[number][first : first + count], shares[number]
-            for place in range(count):
+            part, share = tensors[number][first : first + RUN], shares[number]
+            for place in range(len(total)):
                 total[place] += _wide(part[place]) * share
-        _narrow(total[:count], out[first : first + count])
 
 
 @compiled
 def moved(base: Any, tensors: Any, shares: Any, out: Any) -> None:
-    """base + Σ shares[i] · (tensors[i] - base), summed in float32 and rounded once. shares float32 [n], out [entries]."""
-    total = np.empty(RUN, np.float32)
+    """base + Σ shares[i] · (tensors[i] - base). shares float32 [n], out float32 [entries]."""
     for first in range(0, len(out), RUN):
-        count = min(RUN, len(out) - first)
-        start = base[first : first + count]
-        total[:count] = 0
+        total, start = out[first : first + RUN], base[first : first + RUN]
+        total[:] = 0
         for number in range(len(tensors)):
-            part, share = tensors[number][first : first + count], shares[number]
-            for place in range(count):
+            part, share = tensors[number][first : first + RUN], shares[number]
+            for place in range(len(total)):
                 total[place] += (_wide(part[place]) - _wide(start[place])) * share
-        for place in range(count):
+        for place in range(len(total)):
             total[place] += _wide(start[place])
-        _narrow(total[:count], out[first : first + count])
 
 
 @partial(compiled, fastmath={"reassoc", "contract"})

@@ -11,7 +11,6 @@ import functools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy
 import torch
@@ -283,10 +282,10 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
 
     def values(at: slice) -> Tensor:
         read = stacked.read(at)
-        if (loops := _loops(result)) and (rows := halves(read)):
-            out = torch.empty_like(read[0])
-            loops.weighted(rows, numpy.array(shares, numpy.float32), *halves([out]))
-            return out
+        if (loops := kernels("_entry_kernels")) and wide == torch.float32 and (rows := halves(read)):
+            total = torch.empty(len(read[0]))
+            loops.weighted(rows, numpy.array(shares, numpy.float32), total.numpy())
+            return total
         first, *others = stacked.widened(read)
         total = first * shares[0]
         for part, share in zip(others, shares[1:], strict=True):
@@ -294,11 +293,6 @@ def average(tensors: Sequence[Entries], weights: Sequence[float], *, normalize: 
         return total
 
     return Sliced(tuple(tensors[0].shape), result, values)
-
-
-def _loops(result: torch.dtype) -> Any:
-    """Compiled loops for sums over bfloat16 tensors whose result has this dtype; None where there are none."""
-    return kernels("_entry_kernels") if result == torch.bfloat16 else None
 
 
 def moved(base: Entries, donors: Sequence[Entries], weights: Sequence[float], scale: float, *, normalize: bool = False) -> Sliced:
@@ -309,10 +303,10 @@ def moved(base: Entries, donors: Sequence[Entries], weights: Sequence[float], sc
 
     def values(at: slice) -> Tensor:
         read = stacked.read(at)
-        if (loops := _loops(base.dtype)) and (rows := halves(read)):
-            out = torch.empty_like(read[0])
-            loops.moved(rows[0], rows[1:], numpy.array([weight * factor for weight in weights], numpy.float32), *halves([out]))
-            return out
+        if (loops := kernels("_entry_kernels")) and (rows := halves(read)):
+            total = torch.empty(len(read[0]))
+            loops.moved(rows[0], rows[1:], numpy.array([weight * factor for weight in weights], numpy.float32), total.numpy())
+            return total
         start, *ends = stacked.widened(read)
         return summed([end - start for end in ends], weights, normalize).mul_(scale).add_(start)
 

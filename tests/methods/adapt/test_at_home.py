@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import outputs, tiny
 
-import modelwright  # noqa: F401  (the one import)
+import modelwright
 from modelwright.core import find, tuners
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.core.method import LayerAdapter

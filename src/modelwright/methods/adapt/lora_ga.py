@@ -30,7 +30,7 @@ class LoraGa(StockAdapter):
     config = "LoraConfig"
     calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout", stabilised="use_rslora")
     patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
-    untold = ("directions", "magnitude", "gamma")
+    apart = ("directions", "magnitude", "gamma")
 
     rank: int = count(8)  # rows of A, columns of B; twice as many directions are needed
     alpha: float = number(16.0, low=1e-6)  # the update is scaled by s, alpha / √rank

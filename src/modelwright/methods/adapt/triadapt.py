@@ -47,7 +47,7 @@ class Triadapt(LayerAdapter):
         )
 
     def unfit(self, shape: tuple[int, ...]) -> str:
-        return beyond(self, self.rank, shape)
+        return beyond(self.rank, shape)
 
     def part(self, weight: Tensor, bias: Tensor | None) -> Growing:
         rows, columns = weight.shape

@@ -1,12 +1,12 @@
 """Zero weights under an adapter where weight and update together are small, then tune the update on: the pruning side of DSEE.
 
-Chen, Chen, Chen, Awadallah, Wang, Cheng 2021, arXiv:2111.00160, section 3.3 and algorithm 1. Beside W stands an update s B A. Of the
-matrices that bear one the score is |W + s B A| (`both`, their WAB), |s B A| (`update`, AB) or |W| (`weight`, W); of the others it
-is |W|. The lowest go, by one threshold over all matrices with an update and one over all others. Only W is masked:
-the layer then computes (mask ⊙ W + s B A) x. Put `train` behind it, which moves B and A alone.
-Differs: the sparse part S of their updates does not exist here, so that ABS and WABS are AB and WAB. The update counts with
-its scale; the authors' code scales S alone. The base is stored beside the adapter, as it is no longer the one named. Folded, the
-weights are not sparse: the update fills zeros in.
+Chen, Chen, Chen, Awadallah, Wang, Cheng 2021, arXiv:2111.00160, section 3.3 and algorithm 1. Beside W stands an update ΔW: s B A of
+`adapt.lora`, s (B A + S) of `adapt.dsee`. Of the matrices that bear one the score is |W + ΔW| (`both`, their WABS), |ΔW| (`update`, ABS)
+or |W| (`weight`, W); of the others it is |W|. Without `sparse`, S does not count (WAB and AB). The lowest go, by one threshold over all
+matrices with an update and one over all others. Only W is masked: the layer then computes (mask ⊙ W + ΔW) x. Put `train` behind it, which
+moves the update alone.
+Differs: the update counts with its scale; the authors' code scales S alone. The base is stored beside the adapter, as it is no longer the
+one named. Folded, the weights are not sparse: the update fills zeros in.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Dsee(ModelPruner):
     neutral = dict(sparsity=0.0)
 
     measure: Literal["both", "update", "weight"] = "both"  # what of a matrix with an update is small: their sum, the update, the weight
+    sparse: bool = True  # entries that an update has beside its product count too
     adapted: float | None = fraction(None)  # sparsity of the matrices with an update; by default as of the others
     store: Literal["dense"] = "dense"  # peft puts adapters on dense layers alone
 
@@ -47,7 +48,7 @@ class Dsee(ModelPruner):
         return model
 
     def scores(self, model: Model, sites: Sequence[Site], calibration: Sequence[Any], notes: list[str]) -> list[Tensor]:
-        updates, _ = read(model)
+        updates, _ = read(model, sparse=True)
         found = []
         for site in sites:
             weight = weight_of(unwrapped(model.module), site)
@@ -55,7 +56,7 @@ class Dsee(ModelPruner):
             score = weight.detach().float()
             update = updates.get(bearing(site))
             if update is not None and self.measure != "weight":
-                change = update.up.float() @ update.down.float()
+                change = update.change(self.sparse)
                 score = change if self.measure == "update" else score + change
             found.append(score.abs())
         return found

@@ -1,11 +1,11 @@
 """Take heads out of a model with an adapter, where weight and update of queries and values are small: DSEE, structured.
 
 Chen, Chen, Chen, Awadallah, Wang, Cheng 2021, arXiv:2111.00160, section 3.3, and the authors' code. Over the rows of a head the
-sizes of the update s B A of queries and values are summed (`update`), with those of W (`both`), or those of W alone
-(`weight`). The heads with the least of each block go, and the update's rows and columns with them. Put `train` behind it.
-Differs: the sparse part S of their updates does not exist here. Query heads go with their key-value head. Neurons, which the paper
-finds by gates with an l1 penalty, are left to other methods, before the adapter is attached. The base is stored beside
-the adapter, as it is no longer the one named.
+sizes of the update of queries and values (s B A of `adapt.lora`, s (B A + S) of `adapt.dsee`) are summed (`update`), with those of W
+(`both`), or those of W alone (`weight`). The heads with the least of each block go, and the update's rows and columns with them, those of
+S too. Put `train` behind it.
+Differs: query heads go with their key-value head. Neurons, which the paper finds by gates with an l1 penalty, are left to other methods,
+before the adapter is attached. The base is stored beside the adapter, as it is no longer the one named.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DseeHeads(UnitPruner):
     measure: Literal["both", "update", "weight"] = "both"  # whose sizes are summed
 
     def model(self, model: Model, notes: list[str]) -> Model:
-        updates, _ = read(model)
+        updates, _ = read(model, sparse=True)
         with plain_layers(unwrapped(model.module)) as bearers:
             return self.pruned(model, (updates, bearers), notes)
 
@@ -65,7 +65,7 @@ class DseeHeads(UnitPruner):
         weight = module.get_parameter(site.name).float()
         found = torch.zeros_like(weight) if self.measure == "update" else weight.abs()
         if update is not None and self.measure != "weight":
-            change = (update.up.float() @ update.down.float()).abs()
+            change = update.change().abs()
             found = found + (change.T if site.transposed else change)
         for part in site.parts:
             if part.role not in SCORED:

@@ -1,0 +1,27 @@
+"""Train the entry-by-entry product of two low-rank updates beside each matrix: LoHa.
+
+Hyeon-Woo, Ye-Bin, Oh 2021, arXiv:2108.06098, section 2 (FedPara): ΔW = s (B₁ A₁) ⊙ (B₂ A₂), of a rank up to the square; Yeh et
+al. 2023, arXiv:2309.14859; through peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelwright.core.settings import fraction, number
+from modelwright.methods.adapt._mechanism import LowRank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loha(LowRank):
+    """Reaches high ranks with as many numbers as LoRA of twice the rank."""
+
+    status: ClassVar[str] = "checked"
+    neutral = {}  # a factor starts at zero: attaching changes no output
+    config = "LoHaConfig"
+    calls = dict(rank="r", dropout="rank_dropout")
+    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
+
+    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
+    dropout: float = fraction(0.0, high=0.99)  # of whole ranks, while training

@@ -1,0 +1,31 @@
+"""Train a few wavelets of each matrix's update.
+
+Bilican, Yılmaz, Tekalp, Cinbiş 2025, arXiv:2505.12532: ΔW = s · (inverse wavelet transform of a matrix that is 0 but at
+`frequencies` random places); through peft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from modelwright.core.settings import count, number
+from modelwright.methods.adapt._mechanism import StockAdapter, few
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waveft(StockAdapter):
+    """As FourierFT, with waves that are short in place; any number of trained values for each matrix."""
+
+    status: ClassVar[str] = "checked"
+    neutral = {}  # the wavelets start at zero
+    small = dict(frequencies=50)
+    config = "WaveFTConfig"
+    calls = dict(frequencies="n_frequency", scale="scaling")
+    patterns = dict(frequencies="n_frequency_pattern")
+
+    frequencies: int = count(2592)  # wavelets that train, of each matrix
+    scale: float = number(25.0)  # of the update
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return few(shape, self.frequencies, "frequencies")
