@@ -38,6 +38,7 @@ _HOMES = {
     "unpack_task": "tasks",
     "export_c": "c_code",
     "export": "formats",
+    "export_adapter": "formats.lora",
     "resize": "core.resizing",
     "kivi_cache": "caches",
     "fp8_cache": "caches",
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
     from .deltas import pack_delta, unpack_delta
     from .fit import fit
     from .formats import export
+    from .formats.lora import export_adapter
     from .mergekit import merge
     from .starter import starter
     from .tasks import pack_tasks, unpack_task

@@ -364,6 +364,28 @@ def _print_merged(model: Any, as_json: bool) -> None:
     out.print(f"saved to {model.folder}", soft_wrap=True)
 
 
+@app.command("export-adapter")
+def export_adapter(
+    model: Annotated[str, typer.Argument(help="The folder of a model with an adapter.")],
+    save: Annotated[Path, typer.Argument(help="The folder to write.")],
+    rank: Annotated[float | None, typer.Option(help="Of each layer at most; below 1 the share of the change's square to hold.")] = None,
+    base: Annotated[str | None, typer.Option(help="The original model, where the adapter stands on weights that have changed.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write an adapter as plain LoRA, for peft alone."""
+    from .formats.lora import export_adapter as export
+
+    done = export(model, save, rank=rank, base=base, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"folder": str(done.folder), "ranks": done.ranks, "errors": done.errors}, indent=2))
+        return
+    worst = max(done.errors, key=lambda path: done.errors[path])
+    ranks = f"ranks {min(done.ranks.values())} to {max(done.ranks.values())}"
+    _note(f"{ranks}; at most {done.errors[worst]:.2%} of a change is missing, at {worst}")
+    out.print(f"saved to {done.folder}", soft_wrap=True)
+
+
 @app.command()
 def check(method: Annotated[str, typer.Argument(help="A method, or path/file.py:Class.")], as_json: Json = False) -> None:
     """Check that a method keeps the contract. Each failing check is named with its reason."""

@@ -47,7 +47,7 @@ def one_line(text: str) -> str:
 def test_help_names_every_verb(call):
     code, printed, _ = call("--help")
     assert code == 0
-    for verb in ("list", "show", "plan", "run", "apply", "fit", "measure", "merge", "check", "new"):
+    for verb in ("list", "show", "plan", "run", "apply", "fit", "measure", "merge", "export-adapter", "check", "new"):
         assert verb in printed
 
 
@@ -213,6 +213,20 @@ def test_merge_needs_no_recipe(call, starter, tmp_path):
     assert code == 0
     assert "saved to" in printed
     assert json.loads((tmp_path / "merged" / "modelwright.json").read_text("utf-8"))["steps"][0]["settings"] == {"keep": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's, in from_pretrained
+def test_export_adapter_writes_plain_lora_and_says_what_is_missing(call, starter):
+    assert call("apply", "adapt.svfit", "starter", "adapted", "--set", "rank=4", "--quiet")[0] == 0
+    code, printed, _ = call("export-adapter", "adapted", "lora")
+    assert code == 0
+    assert "ranks 4 to 4; at most 0.00% of a change is missing" in one_line(printed)
+    assert json.loads(Path("lora/adapter_config.json").read_text("utf-8"))["peft_type"] == "LORA"
+    found = json.loads(call("export-adapter", "adapted", "lower", "--rank", "2", "--json")[1])
+    assert set(found["ranks"].values()) <= {0, 2}  # its change is nothing yet
+    code, _, said = call("export-adapter", "adapted", "lora")
+    assert code == 2
+    assert "lora" in said
 
 
 def test_new_writes_a_method_and_its_test_outside_a_checkout(call, monkeypatch, tmp_path):

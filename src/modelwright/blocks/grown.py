@@ -44,6 +44,13 @@ class Pieces(Thin):
             pieces.append(value)
         return new
 
+    @torch.no_grad()
+    def select(self, dim: int, index: Tensor) -> None:
+        pieces = self.downs if dim else self.ups
+        for number, value in enumerate(pieces):
+            pieces[number] = nn.Parameter(value.index_select(dim, index), value.requires_grad)
+        self.sizes = (self.sizes[0], len(index)) if dim else (len(index), self.sizes[1])
+
     def core(self) -> Tensor:
         """C [R, R]."""
         total, seen = sum(self.ranks), 0

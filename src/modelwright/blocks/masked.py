@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._part import Dense, Layer, Part
+from modelwright.blocks.reparametrised import take
 from modelwright.maths.masks import lowest
 
 
@@ -52,6 +53,14 @@ class Masked(Part):
         scores = self.scores(whole)
         mask = self.mask(scores)
         return whole * (mask + self.training * (scores - scores.detach()))
+
+    def select(self, dim: int, index: Tensor) -> None:
+        before = len(self.score_columns if dim else self.score_rows)
+        for name in ("down", "score_down") if dim else ("up", "score_up"):
+            take(self, name, dim, index)
+        take(self, "score_columns" if dim else "score_rows", 0, index)
+        self.size = self.size // before * len(index)
+        self.absent = self.absent * len(index) // before
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
         weight, bias = layer.dense()

@@ -56,9 +56,7 @@ class Product(Thin):
     def __init__(self, up: Tensor, down: Tensor, core: Tensor | nn.Module | None = None, fixed: Tensor | None = None, *,
                  scale: float | nn.Parameter = 1.0, dropout: float = 0.0):  # fmt: skip
         super().__init__()
-        hold(self, up=up, down=down, fixed=fixed)
-        hold(self, core=core) if core is None or isinstance(core, Tensor) else self.add_module("core", core)
-        hold(self, scale=scale) if isinstance(scale, Tensor) else setattr(self, "scale", scale)
+        hold(self, up=up, down=down, core=core, fixed=fixed, scale=scale)
         self.dropout = nn.Dropout(dropout)
 
     def parts(self) -> tuple[Tensor, Tensor | float, Tensor]:
@@ -262,13 +260,15 @@ def centred(change: Tensor, weight: Tensor) -> Tensor:
     return spread
 
 
-def hold(module: nn.Module, **values: Tensor | None) -> None:
-    """Give a module tensors by name: those that are parameters train, the others are saved as they are."""
+def hold(module: nn.Module, **values: Tensor | nn.Module | float | None) -> None:
+    """Give a module values by name: parameters train, other tensors are saved as they are, and numbers are not saved."""
     for name, value in values.items():
-        if isinstance(value, nn.Parameter) or value is None:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+            module.register_buffer(name, value)
+        elif isinstance(value, nn.Parameter) or value is None:
             module.register_parameter(name, value)
         else:
-            module.register_buffer(name, value)
+            setattr(module, name, value)
 
 
 @torch.no_grad()

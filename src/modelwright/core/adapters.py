@@ -67,7 +67,7 @@ def read(model: Model, sparse: bool = False) -> tuple[dict[str, Update], Whole]:
 
     from .tuners import Bearer
 
-    active = list(getattr(model.module, "active_adapters", []))
+    active = list(cast(Any, model.module).active_adapters) if hasattr(model.module, "peft_config") else []
     if len(active) != 1:
         raise ModelError(f"{model.name} has {len(active)} active adapters; one is needed. Name the folder of one.")
     name = active[0]
@@ -215,12 +215,9 @@ def attach(module: nn.Module, updates: Mapping[str, Update], whole: Whole) -> nn
     if not kept:  # peft wants a layer at least
         first = next((path, layer) for path, layer in module.named_modules() if type(layer).__name__ in ("Linear", "Conv1D"))
         kept = {first[0]: nothing(first[1])}
-    highest = max(update.rank for update in kept.values())
-    ranks = {path: update.rank for path, update in kept.items() if update.rank != highest}
-    config = peft.LoraConfig(
-        r=highest, lora_alpha=highest, rank_pattern=ranks, alpha_pattern=dict(ranks), target_modules=list(kept),
-        modules_to_save=list(whole) or None, lora_bias=any(update.bias is not None for update in kept.values()),
-        ensure_weight_tying=follows,
+    config = config_for(
+        {path: update.rank for path, update in kept.items()}, whole, ensure_weight_tying=follows,
+        lora_bias=any(update.bias is not None for update in kept.values()),
     )  # fmt: skip
     with quiet(), torch.random.fork_rng():
         wrapped = peft.get_peft_model(module, config)  # type: ignore[arg-type]
@@ -239,6 +236,18 @@ def attach(module: nn.Module, updates: Mapping[str, Update], whole: Whole) -> nn
         for path, tensors in whole.items():
             layers[path].modules_to_save["default"].load_state_dict(tensors)
     return wrapped.eval()
+
+
+def config_for(ranks: Mapping[str, int], whole: Whole, **others: Any) -> Any:
+    """peft's config of LoRA with ranks of layers by their whole paths, a scale of 1, and modules that train whole."""
+    import peft
+
+    highest = max(ranks.values())
+    lower = {path: rank for path, rank in ranks.items() if rank != highest}
+    return peft.LoraConfig(
+        r=highest, lora_alpha=highest, rank_pattern=lower, alpha_pattern=dict(lower), target_modules=list(ranks),
+        modules_to_save=list(whole) or None, **others,
+    )  # fmt: skip
 
 
 def tied_ends(module: nn.Module) -> tuple[str, str] | None:

@@ -318,8 +318,8 @@ def digest(layers: Sequence[Any], model: nn.Module) -> str | None:
 def course_of(model: nn.Module, steps: int, seed: int) -> Course | None:
     """What our active adapters on a model do in the course of a run of so many optimizer steps; None where there are none that do."""
     courses = []
-    for name in getattr(model, "active_adapters", ()):
-        config = getattr(model, "peft_config", {}).get(name)
+    for name in cast(Any, model).active_adapters if hasattr(model, "peft_config") else ():
+        config = cast(Any, model).peft_config.get(name)
         if isinstance(config, TunerConfig):
             layers = {path: layer for path, layer in unwrapped(model).named_modules() if isinstance(layer, Bearer) and name in layer.parts}
             courses.append(config.method("").course({path: layer.parts[name] for path, layer in layers.items()}, steps, seed))

@@ -165,6 +165,17 @@ def test_matrices_may_have_sparsities_of_their_own():
     assert sorted(round(share, 2) for share in shares) == [0.3, 0.8]
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_outputs_and_inputs_can_leave(dim):
+    weight, index = normal(6, 5), torch.tensor([0, 2, 3])
+    part = Pst().part(weight, None)
+    fill(part)
+    expected = part.merged(weight, None)[0].index_select(dim, index)
+    part.select(dim, index)
+    assert torch.allclose(part.merged(weight.index_select(dim, index), None)[0], expected, atol=1e-6)
+    assert part.size == 3 * (6 if dim else 5)
+
+
 def test_bad_settings_are_refused():
     for settings in ({"sparsity": 1.5}, {"rank": 0}, {"begin": 0.8, "end": 0.5}):
         with pytest.raises(SettingError, match=next(iter(settings))):

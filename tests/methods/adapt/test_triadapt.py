@@ -204,6 +204,18 @@ def test_schedules_of_the_learning_rate_know_what_has_grown():
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_outputs_and_inputs_can_leave(dim):
+    weight, index = normal(6, 5), torch.tensor([0, 2, 3])
+    part = Triadapt(rank=4).part(weight, None)
+    part.update.grow(2)
+    fill(part)
+    expected = part.merged(weight, None)[0].index_select(dim, index)
+    part.select(dim, index)
+    assert torch.allclose(part.merged(weight.index_select(dim, index), None)[0], expected, atol=1e-6)
+    assert part.update.grow(1)[1 - dim].shape == ((1, 3) if dim else (3, 1))
+
+
 def test_bad_settings_are_refused():
     for settings in ({"rank": 2, "first_rank": 3}, {"schedule": "cubic"}, {"every": 0}, {"begin_growing": 1.5}):
         with pytest.raises(SettingError, match=list(settings)[-1]):
