@@ -84,6 +84,7 @@ def main() -> None:
 
     calibration, scored = data.read(asked.data).split()
     encoder = asked.model == "encoder"
+    asked.length = _encoder.LENGTH if encoder else asked.length  # it has seen no place beyond
     source = _encoder.trained(calibration, Path(tempfile.mkdtemp(prefix="encoder-"))) if encoder else asked.model
     original = mw.open(source)
     config = original.config.get_text_config()
