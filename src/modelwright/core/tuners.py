@@ -168,7 +168,10 @@ class Bearer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter is a change of this linear layer's weight, and of nothing else."""
         part, base = self.parts[adapter_name], self.get_base_layer()
-        return part.mergeable and isinstance(base, nn.Linear) and part.merged(*dense_of(base))[1] is getattr(base, "bias", None)
+        if not part.mergeable or not isinstance(base, nn.Linear):
+            return False
+        moved = part.merged(*dense_of(base))[1]
+        return moved is None if base.bias is None else moved is not None and torch.equal(moved, base.bias)
 
 
 class Tuner(BaseTuner):
