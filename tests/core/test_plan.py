@@ -10,7 +10,7 @@ from tiny import tiny
 from transformers import LlamaConfig, ResNetConfig, ResNetForImageClassification
 
 import modelwright as mw
-from modelwright.core import find, recipe
+from modelwright.core import contract, find, recipe
 from modelwright.core.contract import letters
 from modelwright.core.data import Text
 from modelwright.core.errors import ModelError, PlanError, WeightsError
@@ -113,10 +113,12 @@ def test_every_method_can_be_planned(small, text, tmp_path):
     small_net = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
     Model(name="images", module=ResNetForImageClassification(small_net)).save(tmp_path / "images")
     models = {"prune.reap": tmp_path / "mixture", "prune.precropping": tmp_path / "images"}
+    small_module = mw.open(small).module
     for name in find.names():
         cls = find.find(name)
         given = {need: others[: cls.takes[0]] if need == "donors" else "$input" for need in cls.needs() if need in recipe.GIVEN}
         before = {"adapters": "adapt.lora", "packed": "quantize.rtn", "rounding": "quantize.fairy2i"}
+        given |= {"sources": list(contract.sources(small_module))} if hasattr(cls, "sources") else {}
         steps = [step for mark, step in before.items() if mark in cls.wants]
         found = plan(
             recipe.read({"model": str(models.get(name, small)), "data": str(text), "steps": [*steps, {name: {**cls.small, **given}}]})

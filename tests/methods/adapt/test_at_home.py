@@ -10,7 +10,7 @@ from tiny import outputs, tiny
 
 import modelwright
 from modelwright.core import contract, find, tuners
-from modelwright.core.errors import ModelError, SettingError
+from modelwright.core.errors import ModelError, ModelwrightError, SettingError
 from modelwright.core.method import LayerAdapter
 
 OURS = [name for name in find.names() if name.startswith("adapt.") and issubclass(find.find(name), LayerAdapter)]
@@ -160,3 +160,12 @@ def test_layers_may_have_settings_of_their_own(tmp_path):
     moved(model.module).save_pretrained(str(tmp_path / "one"))
     loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "one")).eval()
     assert torch.allclose(outputs(loaded), outputs(model.module), atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "setting"), [
+    ("hydra", "parallel"), ("hydra", "sequential"), ("triadapt", "rank"), ("petalface", "rank"), ("prompt_lora", "rank"), ("pst", "rank"),
+    ("dsee", "rank"),
+])  # fmt: skip
+def test_a_rank_above_the_layers_is_refused(name, setting):
+    with pytest.raises(ModelwrightError, match=r"is 64 × 64, and cannot have the rank 65\. Give a rank of at most 64"):
+        modelwright.apply(modelwright.open(tiny()), find.find(f"adapt.{name}")(**{setting: 65}, where="attn.q"))

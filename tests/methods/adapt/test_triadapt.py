@@ -110,7 +110,7 @@ def made(seed=0):
     return model.module, tuners.course_of(model.module, SHORT.steps, 0)
 
 
-@pytest.mark.parametrize("last", [4, 16, 33])
+@pytest.mark.parametrize("last", [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(33, marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, last):
     ids = torch.tensor(lettered().tokenizer(TEXT[0])["input_ids"])
     straight, course = made()

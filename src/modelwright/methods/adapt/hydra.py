@@ -15,6 +15,7 @@ from torch import Tensor
 from modelwright.blocks.reparametrised import Reparametrised, low_rank
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, number
+from modelwright.methods.adapt._mechanism import beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,9 @@ class Hydra(LayerAdapter):
         return ["parallel and sequential are both 0, so that nothing would train. Give one a rank."] * (
             self.parallel == self.sequential == 0
         )
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return beyond(self.parallel, shape) or beyond(self.sequential, (shape[0], shape[0]))
 
     def part(self, weight: Tensor, bias: Tensor | None) -> Reparametrised:
         rows, columns = weight.shape

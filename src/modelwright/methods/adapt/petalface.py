@@ -20,6 +20,7 @@ from modelwright.blocks.gated import Fixed, Opposed, Quality
 from modelwright.blocks.reparametrised import Product
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, fraction, number
+from modelwright.methods.adapt._mechanism import beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class Petalface(LayerAdapter):
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> nn.Module:
         return Quality(self.quality, self.threshold)
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return beyond(self.rank, shape)
 
     def part(self, weight: Tensor, bias: Tensor | None) -> Fixed:
         def update() -> Product:

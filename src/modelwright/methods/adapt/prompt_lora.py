@@ -20,6 +20,7 @@ from modelwright.blocks.gated import Gated, Prompt, Prompted
 from modelwright.blocks.reparametrised import low_rank
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, fraction, number
+from modelwright.methods.adapt._mechanism import beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,9 @@ class PromptLora(LayerAdapter):
 
     def shared(self, sizes: Sequence[tuple[int, int]]) -> nn.Module:
         return Prompt(min(columns for _, columns in sizes), self.most)
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return beyond(self.rank, shape)
 
     def part(self, weight: Tensor, bias: Tensor | None) -> Gated:
         rows, columns = weight.shape

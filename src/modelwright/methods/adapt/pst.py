@@ -20,6 +20,7 @@ from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, fraction, number
 from modelwright.core.training import Course
 from modelwright.maths.schedules import along, cubic
+from modelwright.methods.adapt._mechanism import beyond
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,9 @@ class Pst(LayerAdapter):
         return [f"begin is {self.begin} and end {self.end}. Give an earlier begin."] * (
             isinstance(self.begin, float) and isinstance(self.end, float) and self.begin > self.end
         )
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return beyond(max(self.rank, self.score_rank), shape)
 
     def part(self, weight: Tensor, bias: Tensor | None) -> Masked:
         rows, columns = weight.shape
