@@ -422,6 +422,7 @@ def allotted(bits: int, tilt: float, minds: list[float]) -> int | list[int]:
     if not minds or tilt == 0:
         return bits
     lost = torch.tensor(minds, dtype=torch.float64)
+    lost = lost.nan_to_num(nan=math.inf).clamp(max=float(lost[lost.isfinite()].max()) if lost.isfinite().any() else 1.0)
     lost = lost.clamp(min=max(LEAST * float(lost.max()), 1e-12)) ** tilt
     widths = torch.tensor(BITS, dtype=torch.float64)
     places = least_harm(lost[:, None] * 4.0**-widths, widths.expand(len(minds), -1), bits * len(minds))

@@ -19,8 +19,9 @@ from rich.text import Text
 from . import __version__
 from .anatomy import anatomy_of
 from .blocks._stored import Stored
-from .core import loading
+from .core import find, loading
 from .core.evaluate import GROUPS
+from .core.method import LayerAdapter
 from .core.model import Model, unwrapped
 
 INK, ACCENT, SOFT, WARM = "#1f2933", "#0b6e99", "#9fb3c8", "#c2410c"
@@ -425,20 +426,22 @@ LOADS = {
     "dense": "It loads with plain transformers.",
     "compressed-tensors": "It is a compressed-tensors checkpoint and loads with plain transformers (`pip install compressed-tensors`).",
     "adapter": "It is an adapter beside its base model, and loads with peft.",
+    "own adapter": "It is an adapter beside its base model, and loads with peft after `import modelwright`, which brings its type along.",
     loading.METHOD: "It loads with transformers after `import modelwright`: some of its layers have forms or sizes that no config can say. "
     "**Without that import transformers makes another model of it, or none: it warns of tensors that it does not know or misses, "
     "leaves out the one and fills the other with random numbers, and refuses sizes that differ.**",
 }
 
 
+ADAPTERS = ("adapter", "own adapter")
+
+
 def how_to_load(form: str, folder: str, architecture: str = "ForCausalLM") -> str:
     """The lines of Python that load a model of one of the forms `LOADS`, and a sentence about it."""
     auto = "AutoModelForCausalLM" if architecture.endswith(("ForCausalLM", "LMHeadModel")) else "AutoModel"
-    first = "import modelwright\n" if form == loading.METHOD else ""
-    package = "transformers"
-    if form == "adapter":
-        first, auto, package = "from transformers import AutoTokenizer\n", "AutoPeftModelForCausalLM", "peft"
-    also = "" if form == "adapter" else ", AutoTokenizer"
+    first, package, also = "import modelwright\n" if form in (loading.METHOD, "own adapter") else "", "transformers", ", AutoTokenizer"
+    if form in ADAPTERS:
+        first, auto, package, also = f"{first}from transformers import AutoTokenizer\n", "AutoPeftModelForCausalLM", "peft", ""
     return f"""```python
 {first}from {package} import {auto}{also}
 
@@ -490,11 +493,14 @@ def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     form = (config.get("quantization_config") or {"quant_method": "dense"})["quant_method"]
-    form = "adapter" if (folder / "adapter_config.json").is_file() else form
+    if (adapter := folder / "adapter_config.json").is_file():
+        kind = json.loads(adapter.read_text("utf-8"))["peft_type"].lower()
+        own = find.exists(f"adapt.{kind}") and issubclass(find.find(f"adapt.{kind}"), LayerAdapter)
+        form = "own adapter" if own else "adapter"
     columns = ("parameters", "zeros", "bytes_disk", "bits_per_weight", "flops_per_token")
     rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, account[0])} | {shown(column, account[-1])} |" for column in columns)
     return f"""---
-library_name: {"peft" if form == "adapter" else "transformers"}
+library_name: {"peft" if form in ADAPTERS else "transformers"}
 tags: [modelwright]
 base_model: {name}
 ---

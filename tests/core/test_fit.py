@@ -50,6 +50,7 @@ def test_bits_go_to_the_blocks_that_mind_most_within_their_average():
         assert sorted(widths) == [widths[place] for place in sorted(range(4), key=lambda place: minds[place])]
     assert fit.allotted(8, 1.0, [0.5, 0.1]) == 8  # there is no wider one
     assert fit.allotted(4, 1.0, []) == 4
+    assert fit.allotted(4, 1.0, [float("nan"), 1.6, 0.1, 0.1]) == [5, 5, 3, 3]  # what breaks the model minds as much as any
 
 
 @pytest.fixture(scope="module")

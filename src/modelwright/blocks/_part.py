@@ -56,6 +56,7 @@ class Part(nn.Module, ABC):
     """What one adapter does at one layer. Its parameters train; what it holds fixed are buffers. Both are saved."""
 
     shared: Any
+    hollow: bool = False  # of the right shapes, but its values are not there yet
     mergeable: bool = True  # there is a weight and a bias with which the layer alone gives the same
 
     @abstractmethod
@@ -82,6 +83,7 @@ class Part(nn.Module, ABC):
         """Make room for values of these shapes, by the names of parameters and buffers, that are loaded next."""
 
     def _load_from_state_dict(self, state: Any, prefix: str, *others: Any) -> None:
+        self.hollow &= not any(name.startswith(prefix) for name in state)
         self.adjust({name.removeprefix(prefix): tuple(value.shape) for name, value in state.items() if name.startswith(prefix)})
         super()._load_from_state_dict(state, prefix, *others)
 

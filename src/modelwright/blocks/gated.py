@@ -60,7 +60,7 @@ class Gated(Part):
     def take(self, pairs: Sequence[tuple[Tensor, Tensor]], activation: Activation = "none") -> None:
         """Hold these U [out, r] and D [r, in] as the updates, on the device and in the dtype of those before."""
         like = next(self.buffers())
-        self.sources = nn.ModuleList(Source(up.to(like), down.to(like), activation) for up, down in pairs)
+        self.sources = nn.ModuleList(Source(up.to(like, copy=True), down.to(like, copy=True), activation) for up, down in pairs)
 
     def adjust(self, found: dict[str, tuple[int, ...]]) -> None:
         for name, value in list(self.named_buffers()):
@@ -105,10 +105,16 @@ class Constant(nn.Module):
         self.own = own
 
     def forward(self, own: Tensor, changes: Sequence[Tensor]) -> Iterable[Tensor]:
-        return self.constants()
+        return self.scales()
 
     def constants(self) -> Tensor:
-        return (self.shared if self.own is None else self.own)()
+        """The gates as they are, none zeroed."""
+        return self.scales.scales
+
+    @property
+    def scales(self) -> Scales:
+        """The layer's own, or the shared ones."""
+        return self.shared if self.own is None else self.own
 
 
 class Activated(nn.Module):

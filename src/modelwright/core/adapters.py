@@ -116,19 +116,26 @@ class Trained:
     side: Literal["beside", "after"]
 
 
-@functools.lru_cache(maxsize=8)
 def trained(folder: str) -> Trained:
     """A LoRA adapter, or one of `adapt.parallel` or `adapt.series`, as it lies in a folder of peft's.
 
     Raises:
         ModelError: no adapter lies there, it is of another kind, or has more than these.
     """
+    file = Path(folder) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors. Name the folder of a trained adapter.")
+    now = file.stat()
+    return _trained(folder, now.st_mtime_ns, now.st_size, now.st_ino)
+
+
+@functools.lru_cache(maxsize=8)
+def _trained(folder: str, *_: int) -> Trained:
+    """The same, once for a file as it is now: each layer asks for it."""
     from peft.utils.other import get_pattern_key
     from safetensors.torch import load_file
 
     file = Path(folder) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"{folder} has no adapter_model.safetensors. Name the folder of a trained adapter.")
     stated = read_json(Path(folder) / "adapter_config.json", ModelError, "Save the adapter again.")
     kind = str(stated.get("peft_type")).upper()
     names = {"LORA": r"lora_([AB])\.weight"} | {ours: rf"{ours.lower()}_parts\.bottleneck\.(down|up)" for ours in ("PARALLEL", "SERIES")}

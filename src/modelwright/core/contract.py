@@ -41,6 +41,7 @@ from .method import (
     STATUSES,
     AdapterMethod,
     BlockMethod,
+    LayerAdapter,
     LayerMethod,
     Method,
     SiteMethod,
@@ -391,6 +392,10 @@ def check_dtype_is_kept(case: Case) -> None:
     case.applied(model=model, given=as_dtype(given, torch.bfloat16))
     module = unwrapped(model.module)
     exact = {f"{path}.{name}" for path, layer in module.named_modules() if isinstance(layer, Stored) for name in layer.exact}
+    if issubclass(case.cls, LayerAdapter):
+        inputs = tiny.tiny_inputs(unwrapped(model.module))
+        inputs = {name: value.bfloat16() if value.is_floating_point() else value for name, value in inputs.items()}
+        assert tiny.outputs(model.module, inputs).isfinite().all()  # whatever the part's own dtype is
     added: set[str] = set()  # by adapters, which are in float32 whatever the base is
     if "adapters" in case.cls.leaves | case.cls.wants:
         plain = case.model(wants=frozenset()).module.state_dict()

@@ -398,7 +398,8 @@ class LayerAdapter(AdapterMethod):
     verb: ClassVar[str] = "part"
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
-    grouped: ClassVar[bool] = False  # can stand on convolutions in groups
+    on_convolutions: ClassVar[bool] = False  # can stand on convolutions
+    grouped: ClassVar[bool] = False  # also on those in groups
 
     def fill(self, part: Any, path: str) -> None:
         """Put into a new part what is known of the layer at this path of the model; by default nothing."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar, cast
@@ -35,7 +35,7 @@ from .training import Course, Together
 
 Made = TypeVar("Made", bound=nn.Module)
 GAINS = "A layer without a bias gains one. Plain transformers may leave it out on loading the merged model: fold with adapt.fold."
-SEEN = 64  # values of each adapted weight that tell one base from another
+SEEN = 4  # values of each adapted weight that tell one base from another
 
 
 @dataclasses.dataclass
@@ -48,7 +48,7 @@ class TunerConfig(PeftConfig):
     layers_pattern: Any = dataclasses.field(default=None, metadata={"help": "the name of the list of blocks"})
     modules_to_save: Any = dataclasses.field(default=None, metadata={"help": "modules that train and are saved whole"})
     by_layer: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict, metadata={"help": "settings of layers that differ"})
-    base_digest: str | None = dataclasses.field(default=None, metadata={"help": "of the weights that it was made on"})
+    base_seen: list[float] | None = dataclasses.field(default=None, metadata={"help": "some of the weights that it was made on"})
     stored: bool = dataclasses.field(default=False, metadata={"help": "its values are in a file, so that none are made"})
 
     method_class: ClassVar[type[LayerAdapter]]
@@ -94,7 +94,6 @@ class Bearer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, part: Part, inference_mode: bool = False) -> None:
         """Bear one more part."""
         cast(nn.ModuleDict, self.parts)[adapter_name] = part.train(self.get_base_layer().training)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *others: Any, **named: Any) -> Tensor:
@@ -105,7 +104,7 @@ class Bearer(nn.Module, BaseTunerLayer):
         layer = Layer.plain(self.base_layer, *others, **named)
         if not self.disable_adapters and not self.merged:
             for name in self.active_adapters:
-                layer = layer.under(self.parts[name]) if name in self.parts else layer
+                layer = layer.under(whole(self.parts[name], name)) if name in self.parts else layer
         return layer(x)
 
     @torch.no_grad()
@@ -123,7 +122,7 @@ class Bearer(nn.Module, BaseTunerLayer):
                 continue
             if isinstance(base, Stored):
                 raise ModelError("An update cannot go into a packed weight, which would be rounded anew. Use quantize.dequantize first.")
-            part = self.parts[name]
+            part = whole(self.parts[name], name)
             if not part.mergeable:
                 raise ValueError(f"{type(part).__name__} is no change of a weight. Keep the adapter {name!r} beside the model.")
             weight, bias = part.merged(*dense_of(base))
@@ -191,6 +190,7 @@ class Tuner(BaseTuner):
         assert weight is not None
         if config.stored:  # shapes alone: the values come from a file
             part = empty(lambda: method.part(weight.to("meta"), None if bias is None else bias.to("meta")), weight.device)
+            part.hollow = True
         else:
             with torch.device(weight.device):
                 part = method.part(weight, bias)
@@ -218,10 +218,10 @@ class Tuner(BaseTuner):
             if path and not path.startswith(inside) and self._check_target_module_exists(config, path) is True
         }
         layers = list(named.values())
-        found = digest(layers, model)
-        if config.base_digest is None:
-            config.base_digest = found
-        elif found not in (None, config.base_digest):
+        found = seen_of(layers, model)
+        if config.base_seen is None:
+            config.base_seen = found
+        elif found is not None and not alike(found, config.base_seen):
             raise ModelError(
                 f"This {type_name(config.method_class)} adapter was made on other weights than the model's. Load it on "
                 f"{config.base_model_name_or_path or 'the model that it was trained on'}, unchanged."
@@ -233,6 +233,7 @@ class Tuner(BaseTuner):
         if self.uses_shared_state:
             self._share(config, adapter_name, layers)
         super().inject_adapter(model, adapter_name, *others, **told)
+        config.stored = False  # another adapter of this config begins anew
 
     def _share(self, config: TunerConfig, adapter_name: str, layers: Sequence[nn.Module]) -> None:
         """Make what an adapter's parts have in common."""
@@ -281,6 +282,20 @@ class Tuner(BaseTuner):
         return peft_config
 
 
+def whole(part: Part, name: str) -> Part:
+    """A part whose values are there.
+
+    Raises:
+        ModelError: they are not: its config came from a file, and its values did not.
+    """
+    if part.hollow:
+        raise ModelError(
+            f"The values of the adapter {name!r} were not loaded. Load it with PeftModel.from_pretrained; or, for a new one with these "
+            "settings, set `stored = False` on its config first."
+        )
+    return part
+
+
 def shape_of(layer: Any) -> tuple[tuple[int, ...], bool]:
     """The shape of a layer's weight, and whether it has a bias."""
     shape = sizes_of(layer) if isinstance(layer, Stored) else dense_of(layer)[0].shape
@@ -289,6 +304,8 @@ def shape_of(layer: Any) -> tuple[tuple[int, ...], bool]:
 
 def out_of_reach(layer: Any, method: LayerAdapter) -> str:
     """Why a method cannot stand on a layer of this kind, as the end of a sentence; "" if it can."""
+    if isinstance(layer, nn.modules.conv._ConvNd) and not method.on_convolutions:
+        return "is a convolution, and it stands on linear layers alone. Leave it out"
     if isinstance(layer, nn.modules.conv._ConvNd) and (layer.transposed or layer.groups > 1 and not method.grouped):
         return f"is a convolution {'that is transposed' if layer.transposed else f'in {layer.groups} groups'}. Leave it out"
     return ""
@@ -301,21 +318,26 @@ def empty(make: Callable[[], Made], device: torch.device) -> Made:
     return made.to_empty(device=device)
 
 
-def digest(layers: Sequence[Any], model: nn.Module) -> str | None:
-    """Tells the weights of a model's layers from others: their shapes and some values, to the precision of bfloat16.
+def seen_of(layers: Sequence[Any], model: nn.Module) -> list[float] | None:
+    """What tells the weights of a model's layers from others: of each its sizes and some values, to four digits.
 
     None where they are no longer, or not yet, what they were: packed, empty, or with adapters put into them.
     """
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in model.modules()):
         return None
-    found = hashlib.sha256()
+    found: list[float] = []
     for layer in layers:
         if isinstance(layer, Stored) or layer.weight.is_meta:
             return None
         weight = dense_of(layer)[0].detach()
-        values = weight.flatten()[:: max(1, weight.numel() // SEEN)]
-        found.update(repr(tuple(weight.shape)).encode() + values.float().bfloat16().view(torch.int16).cpu().numpy().tobytes())
-    return found.hexdigest()
+        values = weight.flatten()[:: max(1, weight.numel() // SEEN)][:SEEN]
+        found += [*map(float, weight.shape), *(float(f"{value:.4g}") for value in values.float().tolist())]
+    return found
+
+
+def alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether what was seen of two models is the same, up to the rounding of 16 bits."""
+    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=2**-7, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
 
 
 def course_of(model: nn.Module, steps: int, seed: int) -> Course | None:

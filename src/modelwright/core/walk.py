@@ -35,6 +35,7 @@ from .method import (
     AdapterMethod,
     BlockMethod,
     Chooses,
+    LayerAdapter,
     LayerMethod,
     Method,
     ModelMethod,
@@ -311,6 +312,8 @@ def _unfit(module: nn.Module, site: Site, local: Placed) -> str:
     if weight is None:
         return ""
     shape = tuple(weight.shape[1:] if site.stack else weight.shape)
+    if isinstance(local, LayerAdapter) and len(shape) > 2 and not local.on_convolutions:
+        return "is a convolution's, and the method stands on linear layers alone. Leave it out with `skip`"
     if why := local.unfit(shape):
         return why
     if isinstance(local, SiteMethod) and (len(shape) == 2 or local.whole) and not site.stack and not local.every:

@@ -107,7 +107,10 @@ def _factored(change: Tensor, floor: float) -> Update:
 
 def _with_shifts(updates: dict[str, Update], weights: Mapping[str, Tensor], model: Model, base: Model) -> dict[str, Update]:
     """The updates with what has changed in their layers since the base."""
-    own = {name.replace(".base_layer", ""): value for name, value in unwrapped(model.module).state_dict().items()}
+    own = {
+        name.replace(".base_layer", "").replace(".original_module", ""): value
+        for name, value in unwrapped(model.module).state_dict().items()
+    }
     before = unwrapped(base.module)
     for name, value in before.state_dict().items():
         if name.removesuffix(".weight") not in updates and not (name in own and torch.equal(own[name], value)):

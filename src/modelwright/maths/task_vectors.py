@@ -299,16 +299,16 @@ def moved(base: Entries, donors: Sequence[Entries], weights: Sequence[float], sc
     """The base plus `scale` times the weighted sum of what its donors learned, over the weights' sum if `normalize`; see `merge`."""
     assert all(tuple(donor.shape) == tuple(base.shape) for donor in donors), [donor.shape for donor in donors]
     stacked = Stacked([flat(one) for one in (base, *donors)], wide(base, *donors))
-    factor = scale / (1.0 if not normalize or cancel(weights) else sum(weights))
+    shares = [weight * scale / (1.0 if not normalize or cancel(weights) else sum(weights)) for weight in weights]
 
     def values(at: slice) -> Tensor:
         read = stacked.read(at)
         if (loops := kernels("_entry_kernels")) and (rows := halves(read)):
             total = torch.empty(len(read[0]))
-            loops.moved(rows[0], rows[1:], numpy.array([weight * factor for weight in weights], numpy.float32), total.numpy())
+            loops.moved(rows[0], rows[1:], numpy.array(shares, numpy.float32), total.numpy())
             return total
         start, *ends = stacked.widened(read)
-        return summed([end - start for end in ends], weights, normalize).mul_(scale).add_(start)
+        return summed([end - start for end in ends], shares, normalize=False).add_(start)
 
     return Sliced(tuple(base.shape), base.dtype, values)
 

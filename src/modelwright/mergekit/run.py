@@ -52,7 +52,8 @@ def merge(
     seed: decides the masks of DARE and DELLA.
 
     Returns the merged model; what the user should know is in `history[-1]["notes"]`.
-    Raises a subclass of ModelwrightError, before anything is written, with all that is wrong.
+    Raises a subclass of ModelwrightError with all that is wrong, before anything is written; but for NaN that always comes out in the
+    result, which ends the merge and leaves nothing.
     """
     documents = read(config)
     named = [Path(one.path) for document in documents if isinstance(document, Config) for one in document.references]

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from modelwright.blocks._part import Part, Several
-from modelwright.blocks.reparametrised import Reparametrised, Scatter
+from modelwright.blocks.reparametrised import Reparametrised, Scatter, low_rank
 from modelwright.core.errors import ModelError, SettingError
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, number
-from modelwright.methods.adapt.hydra import low_rank
 from modelwright.methods.adapt.series import Series
 
 ADDED, OWN = ("low-rank", "bottleneck"), ("weight", "bias")  # halves of the budget

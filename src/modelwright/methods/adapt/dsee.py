@@ -16,13 +16,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from modelwright.blocks.reparametrised import Reparametrised, Scatter
+from modelwright.blocks.reparametrised import Reparametrised, Scatter, low_rank
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, number
 from modelwright.maths import places
 from modelwright.maths.decomposition import rest
 from modelwright.methods.adapt._mechanism import beyond
-from modelwright.methods.adapt.hydra import low_rank
 
 
 @dataclass(frozen=True, kw_only=True)

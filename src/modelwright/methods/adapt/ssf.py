@@ -25,6 +25,7 @@ class Ssf(LayerAdapter):
     """Train two numbers for each output channel of linears, convolutions and norms; folds into the weights."""
 
     status: ClassVar[str] = "checked"
+    on_convolutions: ClassVar[bool] = True
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # γ starts at 1, β at 0
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv", "embed.patch", "norm")
