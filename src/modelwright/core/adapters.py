@@ -441,5 +441,5 @@ def save_base(bearer: nn.Module, folder: Path, final: Path) -> None:
         save_module(base, folder / "base")
     file = folder / "adapter_config.json"
     stated = read_json(file, ModelError, "Save the adapter again.")
-    others = {"base_digest": None} if "base_digest" in stated else {}  # its weights are no longer those that it was made on
+    others = {"base_seen": None} if "base_seen" in stated else {}  # its weights are no longer those that it was made on
     write_json(file, stated | {"base_model_name_or_path": str(final.absolute() / "base")} | others)

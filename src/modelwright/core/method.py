@@ -77,7 +77,7 @@ class Method(ABC):
     drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
-    checked_on: ClassVar[tuple[str, ...]] = ()  # of the contract's models, for what another library does; by default all
+    checked_on: ClassVar[tuple[str, ...]] = ()  # of the contract's models, where others would say nothing new; by default all
     loads: ClassVar[Mapping[str, int]] = {}  # library that the verb imports when it is first called -> its bytes in memory, for the plan
     fails: ClassVar[Mapping[str, str]] = {}  # contract check -> why it cannot hold; strict
     _outside_name: ClassVar[str] = ""  # of one that is not among the package's files
@@ -396,6 +396,7 @@ class LayerAdapter(AdapterMethod):
     """
 
     verb: ClassVar[str] = "part"
+    checked_on: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "vit")  # mixtures' layers are those of llama: experts are not adapted
     part: ClassVar[Verb]
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear")
     on_convolutions: ClassVar[bool] = False  # can stand on convolutions

@@ -190,7 +190,7 @@ class Tuner(BaseTuner):
         assert weight is not None
         if config.stored:  # shapes alone: the values come from a file
             part = empty(lambda: method.part(weight.to("meta"), None if bias is None else bias.to("meta")), weight.device)
-            part.hollow = True
+            part.hollow = bool(part.state_dict())
         else:
             with torch.device(weight.device):
                 part = method.part(weight, bias)

@@ -169,3 +169,21 @@ def test_layers_may_have_settings_of_their_own(tmp_path):
 def test_a_rank_above_the_layers_is_refused(name, setting):
     with pytest.raises(ModelwrightError, match=r"is 64 × 64, and cannot have the rank 65\. Give a rank of at most 64"):
         modelwright.apply(modelwright.open(tiny()), find.find(f"adapt.{name}")(**{setting: 65}, where="attn.q"))
+
+
+def test_a_config_from_a_file_makes_no_adapter_out_of_nothing(tmp_path):
+    moved(peft.get_peft_model(tiny(), config("adapt.hydra"))).save_pretrained(str(tmp_path / "one"))
+    hollow = peft.get_peft_model(tiny(), peft.PeftConfig.from_pretrained(str(tmp_path / "one")))
+    with pytest.raises(ModelError, match=r"values of the adapter 'default' were not loaded"):
+        outputs(hollow)
+    loaded = peft.PeftModel.from_pretrained(tiny(), str(tmp_path / "one")).eval()
+    loaded.add_adapter("second", loaded.peft_config["default"])
+    loaded.set_adapter("second")
+    assert torch.equal(outputs(loaded), outputs(tiny()))  # it begins anew
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_adapter_made_in_32_bits_goes_on_the_same_model_in_16(dtype, tmp_path):
+    peft.get_peft_model(tiny(), config("adapt.svfit")).save_pretrained(str(tmp_path / "one"))
+    loaded = peft.PeftModel.from_pretrained(tiny().to(dtype), str(tmp_path / "one"))
+    assert outputs(loaded).dtype == dtype

@@ -134,7 +134,7 @@ def test_a_run_ends_at_the_sparsity_and_folds_to_what_it_computed():
     assert torch.equal(model.module.model.layers[0].input_layernorm.weight, tiny().model.layers[0].input_layernorm.weight)
 
 
-@pytest.mark.parametrize("last", [5, 13])
+@pytest.mark.parametrize("last", [pytest.param(5, marks=pytest.mark.slow), 13])
 def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, last):
     ids = torch.tensor(lettered().tokenizer(TEXT[0])["input_ids"])
 

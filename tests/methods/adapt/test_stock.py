@@ -31,7 +31,11 @@ def small(name, **others):
     return STOCK[name](**{**STOCK[name].small, **others})
 
 
-@pytest.mark.parametrize("name", STOCK)
+FEW = ("adapt.lora", "adapt.dora", "adapt.adalora", "adapt.ia3", "adapt.miss", "adapt.vera")
+TRAINED = [name if name in FEW else pytest.param(name, marks=pytest.mark.slow) for name in STOCK]
+
+
+@pytest.mark.parametrize("name", TRAINED)
 def test_it_trains_and_plain_peft_loads_it(name, tmp_path):
     model = lettered()
     mw.apply(model, [small(name), BRIEF], data=TEXT)
