@@ -35,6 +35,7 @@ from .training import Course, Together
 
 Made = TypeVar("Made", bound=nn.Module)
 GAINS = "A layer without a bias gains one. Plain transformers may leave it out on loading the merged model: fold with adapt.fold."
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of AdaLoRA's allocator, by the names of parameters
 SEEN = 4  # values of each adapted weight that tell one base from another
 
 
@@ -375,6 +376,18 @@ class Allocation(Course):
 
     def update(self, step: int) -> None:
         self.tuner.update_and_allocate(step)
+
+    def state(self) -> dict[str, Tensor]:
+        averages = {f"{kind}.{name}": value for kind in AVERAGES for name, value in getattr(self.tuner.rankallocator, kind).items()}
+        return averages | {f"pattern.{name}": torch.tensor(kept) for name, kept in (self.config.rank_pattern or {}).items()}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "pattern":
+                self.config.rank_pattern = (self.config.rank_pattern or {}) | {name: value.tolist()}
+            else:
+                getattr(self.tuner.rankallocator, kind)[name] = value.to(self.factors[0].device)
 
 
 class StepEvents(TrainerCallback):

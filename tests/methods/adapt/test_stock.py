@@ -11,6 +11,8 @@ from tiny import outputs, tiny
 import modelwright as mw
 from modelwright.core import find
 from modelwright.core.errors import SettingError, SiteError
+from modelwright.core.training import Training, train
+from modelwright.core.tuners import course_of
 from modelwright.methods.adapt._mechanism import StockAdapter
 from modelwright.methods.train import Train
 
@@ -150,3 +152,28 @@ def test_adaloras_ranks_fall_to_their_mean_within_the_run():
     layers = sum("lora_E" in path for path, _ in model.module.named_parameters())
     assert kept <= 2 * layers < 4 * layers
     assert len(set(map(sum, config.rank_pattern.values()))) > 1  # which differ from layer to layer
+
+
+@pytest.mark.parametrize("last", [pytest.param(4, marks=pytest.mark.slow), 11])
+def test_an_adalora_run_that_was_killed_ends_with_the_same_bits(tmp_path, last):
+    ids = torch.tensor(lettered().tokenizer(TEXT[0])["input_ids"])
+    settings = Training(tokens=12 * 32, batch=2, length=16, save_every=1, learning_rate=1e-2)
+
+    def made():
+        model = mw.apply(lettered(), STOCK["adapt.adalora"](rank=2, initial=4, begin=0.1, end=0.7, every=1)).module
+        return model, course_of(model, settings.steps, 0)
+
+    def kill(step, total, parts):
+        if step == last:
+            raise KeyboardInterrupt
+
+    straight, course = made()
+    train(straight, ids, settings, course=course)
+    broken, course = made()
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, ids, settings, course=course, folder=tmp_path, report=kill)
+    resumed, course = made()
+    train(resumed, ids, settings, course=course, folder=tmp_path)
+    own = dict(resumed.named_parameters())
+    assert all(torch.equal(value, own[name]) for name, value in straight.named_parameters())
+    assert straight.peft_config["default"].rank_pattern == resumed.peft_config["default"].rank_pattern
