@@ -12,6 +12,8 @@ from modelwright.methods.adapt.hydra import Hydra
 from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.adapt.parallel import Parallel
 from modelwright.methods.adapt.ssf import Ssf
+from modelwright.methods.adapt.svfit import Svfit
+from modelwright.methods.adapt.triadapt import Triadapt
 from modelwright.methods.prune.dsee_heads import DseeHeads
 
 
@@ -49,7 +51,8 @@ def test_heads_do_not_leave_an_adapter_that_is_more_than_low_rank(method):
     assert torch.equal(outputs(model.module), before)
 
 
-def test_heads_leave_lora_and_a_folded_adapter():
-    mw.apply(adapted(Lora(rank=2)), DseeHeads(share=0.5))
+def test_heads_leave_low_rank_adapters_and_a_folded_one():
+    for method in (Lora(rank=2), Triadapt(rank=2), Svfit(rank=2)):
+        assert outputs(mw.apply(adapted(method), DseeHeads(share=0.5)).module).isfinite().all()
     model = mw.apply(adapted(Hydra()), Fold())
     assert outputs(model.module).isfinite().all()

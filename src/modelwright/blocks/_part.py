@@ -57,6 +57,7 @@ class Part(nn.Module, ABC):
 
     shared: Any
     hollow: bool = False  # of the right shapes, but its values are not there yet
+    selectable: bool = False  # outputs and inputs can be taken from it
     mergeable: bool = True  # there is a weight and a bias with which the layer alone gives the same
 
     @abstractmethod

@@ -20,6 +20,8 @@ class Masked(Part):
 
     absent: Tensor
 
+    selectable = True
+
     def __init__(self, rows: int, columns: int, rank: int, score_rank: int, scales: tuple[float, float, float], sparsity: float):
         super().__init__()
         self.sparsity, self.size = sparsity, rows * columns
@@ -39,9 +41,9 @@ class Masked(Part):
         outer = self.score_rows[:, None] + self.score_columns
         return whole.abs() + self.scales[1] * (self.score_up @ self.score_down) + self.scales[2] * outer
 
-    def mask(self, scores: Tensor) -> Tensor:
-        """1 where an entry stays, and 0 elsewhere, [out, in]."""
-        state = tuple((value.data_ptr(), value._version) for value in (*self.parameters(), self.absent))
+    def mask(self, scores: Tensor, weight: Tensor) -> Tensor:
+        """1 where an entry stays, and 0 elsewhere, [out, in]; weight: of which the scores are."""
+        state = tuple((value.data_ptr(), value._version) for value in (*self.parameters(), self.absent, weight))
         if self._found is None or self._found[0] != state:
             share = (int(self.absent) + 0.5) / scores.numel()  # half an entry more, so that rounding takes none off
             self._found = state, ~lowest(scores.detach(), share)
@@ -51,7 +53,7 @@ class Masked(Part):
         """mask ⊙ W_t [out, in]."""
         whole = self.whole(weight)
         scores = self.scores(whole)
-        mask = self.mask(scores)
+        mask = self.mask(scores, weight)
         return whole * (mask + self.training * (scores - scores.detach()))
 
     def select(self, dim: int, index: Tensor) -> None:

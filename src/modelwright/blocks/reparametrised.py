@@ -174,6 +174,7 @@ class Reparametrised(Part):
     The layer gives (I + Λ) y + s B C A x + s S x + β for its own outputs y.
     """
 
+    selectable = True
     factor: Tensor | None
     shift: Tensor | None
 
@@ -218,11 +219,6 @@ class Reparametrised(Part):
         """Whether it only adds to the weight."""
         return self.outer is None and self.factor is None and self.shift is None
 
-    @property
-    def selectable(self) -> bool:
-        """Whether outputs and inputs can be taken from it."""
-        return self.update is None or isinstance(self.update, Product)
-
     def select(self, dim: int, index: Tensor) -> None:
         for part in (self.update, self.scatter):
             if part is not None:
@@ -231,7 +227,7 @@ class Reparametrised(Part):
             self.outer.select(0, index)
             self.outer.select(1, index)
         for name in ("factor", "shift"):
-            if getattr(self, name) is not None and dim == 0:
+            if (own := getattr(self, name)) is not None and len(own) > 1 and dim == 0:  # one number is that of all outputs
                 take(self, name, 0, index)
 
     def adjust(self, found: dict[str, tuple[int, ...]]) -> None:

@@ -301,7 +301,7 @@ def without_units(bearers: Mapping[str, Any], found: Sequence[Units], kept: Sequ
 
     for path, layer in bearers.items():
         own = getattr(layer, "parts", None)
-        whole = own is not None and all(isinstance(part, Reparametrised) and part.selectable for part in own.values())
+        whole = own is not None and all(part.selectable for part in own.values())
         if not whole and not isinstance(layer, (LoraLayer, ModulesToSaveWrapper)):
             raise ModelError(f"{path} bears an adapter whose rows and columns cannot leave with units. Fold it with adapt.fold first.")
     bearers = {path: layer for path, layer in bearers.items() if not isinstance(layer, ModulesToSaveWrapper)}

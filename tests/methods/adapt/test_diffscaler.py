@@ -160,3 +160,9 @@ def test_a_layer_may_have_one_scale(scope, scales):
 def test_other_convolutions_are_refused(base):
     with pytest.raises(ModelError, match=r"adapt\.diffscaler: 0 is a convolution (in 4 groups|that is transposed)\. Leave it out"):
         peft.get_peft_model(nn.Sequential(base), config_class(Diffscaler)(target_modules=["0"]))
+
+
+def test_one_scale_for_all_outputs_stays_when_outputs_leave():
+    part = Diffscaler(scope="layer", inner=0).part(torch.randn(6, 5), None)
+    part.select(0, torch.tensor([0, 2]))
+    assert (part.factor.shape, part.shift.shape) == ((1,), (2,))

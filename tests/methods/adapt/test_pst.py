@@ -180,3 +180,12 @@ def test_bad_settings_are_refused():
     for settings in ({"sparsity": 1.5}, {"rank": 0}, {"begin": 0.8, "end": 0.5}):
         with pytest.raises(SettingError, match=next(iter(settings))):
             Pst(**settings)
+
+
+def test_the_mask_is_found_anew_when_the_weight_under_it_changes():
+    weight = normal(6, 5)
+    part = Pst().part(weight, None)
+    part.absent.fill_(15)
+    before = part.merged(weight, None)[0] == 0
+    weight.copy_(weight.flip(0))
+    assert torch.equal(part.merged(weight, None)[0] == 0, before.flip(0))  # at first S is |W|
