@@ -102,6 +102,7 @@ def test_another_way_to_draw_is_refused(tmp_path):
         outputs(loaded)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss():
     model = mw.apply(lettered(), [Intrinsic(dimension=500)])
     before = surprise(model)

@@ -150,6 +150,7 @@ def test_zeros_of_a_pruned_model_stay():
         assert int((block.mlp.up_proj.weight == 0).sum()) == 64 * 160 // 2
 
 
+@pytest.mark.slow
 def test_it_learns_nearly_as_much_as_training_of_everything():
     settings = dict(tokens=64 * 64, batch=4, length=16, learning_rate=3e-3)
     models = [mw.apply(lettered(), method, data=TEXT) for method in (Lisa(blocks=2, every=4, **settings), Train(**settings))]
