@@ -9,7 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+from torch import Tensor, nn
+
 from modelwright.core.contract import LETTERS
+from modelwright.core.training import Course, Training, train
 
 TEXT = "\n\n".join(f"{LETTERS[start:]}{LETTERS[:start]} and so on, line {start}." * 3 for start in range(60))
 
@@ -47,3 +51,23 @@ def contents(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in ("account.json", "recipe.yaml", "report.html", "README.md")
     }
+
+
+def straight_and_resumed(
+    made: Callable[[], tuple[nn.Module, Course | None]], ids: Tensor, settings: Training, folder: Path, last: int
+) -> tuple[nn.Module, nn.Module]:
+    """The module of a run to its end, and that of one that is broken off after `last` steps and goes on from its checkpoint.
+
+    made: a new module with the course of its run.
+    """
+
+    def kill(step: int, total: int, parts: object) -> None:
+        if step == last:
+            raise KeyboardInterrupt
+
+    (straight, one), (broken, other), (resumed, third) = made(), made(), made()
+    train(straight, ids, settings, course=one)
+    with pytest.raises(KeyboardInterrupt):
+        train(broken, ids, settings, course=other, folder=folder, report=kill)
+    train(resumed, ids, settings, course=third, folder=folder)
+    return straight, resumed

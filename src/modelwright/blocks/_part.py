@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,13 +98,17 @@ class Several(Part):
         self.mergeable = all(part.mergeable for part in parts)
 
     def forward(self, x: Tensor, layer: Layer) -> Tensor:
-        for part in self.parts:
-            layer = layer.under(part)  # type: ignore[arg-type]
+        for part in self.each():
+            layer = layer.under(part)
         return layer(x)
 
+    def each(self) -> Iterable[Part]:
+        """The parts in their order."""
+        return cast(Iterable[Part], self.parts)
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> Dense:
-        for part in self.parts:
-            weight, bias = part.merged(weight, bias)  # type: ignore[operator]
+        for part in self.each():
+            weight, bias = part.merged(weight, bias)
         return weight, bias
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,9 +77,10 @@ class Fixed(Gated):
     @torch.no_grad()
     def merged(self, weight: Tensor, bias: Tensor | None) -> Dense:
         total = weight.float()
-        for gate, source in zip(self.gate.constants(), self.sources, strict=True):  # type: ignore[operator]
-            up, down = source.factors()  # type: ignore[operator]
-            total = total + centred((gate.to(up).view(-1, 1) * up) @ down, weight)
+        gate: Any = self.gate
+        for share, source in zip(gate.constants(), cast(Iterable[Product], self.sources), strict=True):
+            up, down = source.factors()
+            total = total + centred((share.to(up).view(-1, 1) * up) @ down, weight)
         return total.to(weight.dtype), bias
 
 

@@ -6,34 +6,21 @@ for the bias of a steps. With all ages alike it is AdamW.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelwright.core.one_by_one import OneByOne
+from modelwright.core.one_by_one import AdamWOneByOne
 
 
-class AgedAdamW(OneByOne):
+class AgedAdamW(AdamWOneByOne):
     """Adam with decoupled weight decay for entries that are replaced; of each, 12 bytes are stored."""
 
-    def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 1e-2,
-    ) -> None:  # fmt: skip
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-
-    def change(self, value: Tensor, group: dict[str, Any]) -> None:
-        state, gradient = self._begun(value), value.grad.float()  # type: ignore[union-attr]
-        first, second, age = state["first"], state["second"], state["age"]
-        slow, slower = group["betas"]
-        age += 1
-        first.lerp_(gradient, 1 - slow)
-        second.mul_(slower).addcmul_(gradient, gradient, value=1 - slower)
-        size = (second / (1 - slower**age)).sqrt_().add_(group["eps"])
-        value.mul_(1 - group["lr"] * group["weight_decay"])
-        value.sub_((group["lr"] * (first / (1 - slow**age)) / size).to(value.dtype))
+    def change(self, value: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        state = self._begun(value)
+        state["age"] += 1
+        self.move(value, gradient, state["first"], state["second"], state["age"], group)
 
     @torch.no_grad()
     def replace(self, value: Tensor, slots: Tensor, mean: Tensor, square: Tensor, age: float) -> None:

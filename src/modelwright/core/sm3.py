@@ -30,8 +30,7 @@ class Sm3(OneByOne):
         super().__init__(params, dict(lr=lr, eps=eps, weight_decay=weight_decay))
         self.entries = dict(entries or {})
 
-    def change(self, value: Tensor, group: dict[str, Any]) -> None:
-        gradient = value.grad.float()  # type: ignore[union-attr]
+    def change(self, value: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         numbers, square = self.numbers(value), gradient.square()
         if value in self.entries:
             (_, columns), places = self.entries[value]

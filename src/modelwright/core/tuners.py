@@ -26,6 +26,7 @@ from transformers import TrainerCallback
 from modelwright.anatomy import removal
 from modelwright.blocks._part import Layer, Part, dense_of, kept_as, sizes_of, transposed
 from modelwright.blocks._stored import Stored
+from modelwright.maths.low_rank import from_orthogonal
 
 from . import find
 from .errors import ModelError
@@ -36,7 +37,7 @@ from .training import Course, Together
 Made = TypeVar("Made", bound=nn.Module)
 GAINS = "A layer without a bias gains one. Plain transformers may leave it out on loading the merged model: fold with adapt.fold."
 AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of AdaLoRA's allocator, by the names of parameters
-SEEN = 4  # values of each adapted weight that tell one base from another
+SEEN = 8  # values of each adapted weight that tell one base from another
 
 
 @dataclasses.dataclass
@@ -338,7 +339,7 @@ def seen_of(layers: Sequence[Any], model: nn.Module) -> list[float] | None:
 
 def alike(one: Sequence[float], other: Sequence[float]) -> bool:
     """Whether what was seen of two models is the same, up to the rounding of 16 bits."""
-    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=2**-7, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(math.isclose(a, b, rel_tol=2**-8, abs_tol=1e-6) for a, b in zip(one, other, strict=True))
 
 
 def course_of(model: nn.Module, steps: int, seed: int) -> Course | None:
@@ -368,10 +369,7 @@ class Allocation(Course):
 
     def penalty(self) -> Tensor | None:
         """How far P and Q are from orthogonal, on average, as peft has it for losses that a model computes itself."""
-        apart = []
-        for value in self.factors:
-            own = value @ value.T if value.shape[0] < value.shape[1] else value.T @ value
-            apart.append((own - torch.eye(len(own), device=own.device)).norm())
+        apart = [from_orthogonal(value if value.shape[0] < value.shape[1] else value.T) for value in self.factors]
         return self.config.orth_reg_weight * torch.stack(apart).mean()
 
     def update(self, step: int) -> None:

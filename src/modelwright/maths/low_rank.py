@@ -100,3 +100,8 @@ def gradient_of_product(tall: Tensor, wide: Tensor, tall_gradient: Tensor, wide_
     dB A + B dA - dB dA: what a step of size 1 against both gradients takes from B A (LoRAPrune, 2305.18403).
     """
     return tall_gradient @ wide + tall @ wide_gradient - tall_gradient @ wide_gradient
+
+
+def from_orthogonal(directions: Tensor) -> Tensor:
+    """How far directions A [r, n] are from standing at right angles with length one: ‖A Aᵀ - I‖_F."""
+    return (directions @ directions.T - torch.eye(len(directions), device=directions.device)).norm()

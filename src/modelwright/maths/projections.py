@@ -6,7 +6,7 @@ Li, Farkhoor, Liu, Yosinski 2018, arXiv:1804.08838, sections 2 and S7. What is d
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def padded(size: int) -> int:
 def fingerprint(seed: int) -> int:
     """What a generator of this seed draws, as a number that tells it from one that draws otherwise."""
     random = torch.Generator().manual_seed(seed)
-    parts = [value for form in ("dense", "sparse", "fastfood") for value in draw(form, 64, 4, random)]  # type: ignore[arg-type]
+    parts = [value for form in get_args(Form) for value in draw(form, 64, 4, random)]
     return int.from_bytes(hashlib.sha256(b"".join(value.numpy().tobytes() for value in parts)).digest()[:7], "big")
 
 

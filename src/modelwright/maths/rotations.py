@@ -74,7 +74,8 @@ def walsh_hadamard(values: Tensor) -> Tensor:
     """
     if (size := values.shape[-1]) & (size - 1) or not size:
         raise ValueError(f"The Walsh-Hadamard transform takes a power of two of values, and these are {size}.")
-    return _WalshHadamard.apply(values)  # type: ignore[no-any-return]
+    found: Tensor = _WalshHadamard.apply(values)
+    return found
 
 
 class _WalshHadamard(torch.autograd.Function):

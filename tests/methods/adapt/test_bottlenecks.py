@@ -38,7 +38,7 @@ def parts(model):
 
 
 def test_a_case_by_hand_of_each_place():
-    # W = 2 on (1, -3). D = (1, 1) gives -2, which relu takes to 0; D = (1, -1) gives 4, U = (1, 0) brings it to the first number, scale 2: 8.
+    # W = 2 on (1, -3). D = (1, 1) gives -2, which relu takes to 0; D = (1, -1) gives 4, which U = (1, 0) and the scale make (8, 0).
     weight, x = 2 * torch.eye(2), torch.tensor([1.0, -3.0])
     layer = Layer.plain(linear(weight))
     for down, before, beside in (([[1.0, 1.0]], [2.0, -6.0], [2.0, -6.0]), ([[1.0, -1.0]], [18.0, -6.0], [10.0, -6.0])):

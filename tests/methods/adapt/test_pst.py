@@ -1,6 +1,7 @@
 import pytest
 import torch
 from calibration import TEXT, lettered, normal, surprise
+from killing import straight_and_resumed
 from tiny import outputs, tiny
 from torch import nn
 
@@ -8,7 +9,7 @@ import modelwright as mw
 from modelwright.blocks._part import Layer
 from modelwright.core import tuners
 from modelwright.core.errors import SettingError
-from modelwright.core.training import Training, train
+from modelwright.core.training import Training
 from modelwright.maths.schedules import cubic
 from modelwright.methods.adapt.fold import Fold
 from modelwright.methods.adapt.pst import Pst, Sparsening
@@ -142,17 +143,7 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, last):
         module = mw.apply(lettered(), Pst(sparsity=0.5)).module
         return module, tuners.course_of(module, SHORT.steps, 0)
 
-    def kill(step, total, parts):
-        if step == last:
-            raise KeyboardInterrupt
-
-    straight, course = made()
-    train(straight, ids, SHORT, course=course)
-    broken, course = made()
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, ids, SHORT, course=course, folder=tmp_path, report=kill)
-    resumed, course = made()
-    train(resumed, ids, SHORT, course=course, folder=tmp_path)
+    straight, resumed = straight_and_resumed(made, ids, SHORT, tmp_path, last)
     one, other = straight.state_dict(), resumed.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert torch.equal(outputs(straight.eval()), outputs(resumed.eval()))

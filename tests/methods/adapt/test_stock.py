@@ -6,12 +6,13 @@ import peft
 import pytest
 import torch
 from calibration import TEXT, lettered
+from killing import straight_and_resumed
 from tiny import outputs, tiny
 
 import modelwright as mw
 from modelwright.core import find
 from modelwright.core.errors import SettingError, SiteError
-from modelwright.core.training import Training, train
+from modelwright.core.training import Training
 from modelwright.core.tuners import course_of
 from modelwright.methods.adapt._mechanism import StockAdapter
 from modelwright.methods.train import Train
@@ -163,17 +164,7 @@ def test_an_adalora_run_that_was_killed_ends_with_the_same_bits(tmp_path, last):
         model = mw.apply(lettered(), STOCK["adapt.adalora"](rank=2, initial=4, begin=0.1, end=0.7, every=1)).module
         return model, course_of(model, settings.steps, 0)
 
-    def kill(step, total, parts):
-        if step == last:
-            raise KeyboardInterrupt
-
-    straight, course = made()
-    train(straight, ids, settings, course=course)
-    broken, course = made()
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, ids, settings, course=course, folder=tmp_path, report=kill)
-    resumed, course = made()
-    train(resumed, ids, settings, course=course, folder=tmp_path)
+    straight, resumed = straight_and_resumed(made, ids, settings, tmp_path, last)
     own = dict(resumed.named_parameters())
     assert all(torch.equal(value, own[name]) for name, value in straight.named_parameters())
     assert straight.peft_config["default"].rank_pattern == resumed.peft_config["default"].rank_pattern

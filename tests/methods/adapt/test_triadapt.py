@@ -2,6 +2,7 @@ import peft
 import pytest
 import torch
 from calibration import TEXT, lettered, normal, surprise
+from killing import straight_and_resumed
 from tiny import outputs, tiny
 from torch import nn
 
@@ -113,18 +114,7 @@ def made(seed=0):
 @pytest.mark.parametrize("last", [pytest.param(4, marks=pytest.mark.slow), 16, pytest.param(33, marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, last):
     ids = torch.tensor(lettered().tokenizer(TEXT[0])["input_ids"])
-    straight, course = made()
-    train(straight, ids, SHORT, course=course)
-
-    def kill(step, total, parts):
-        if step == last:
-            raise KeyboardInterrupt
-
-    broken, course = made()
-    with pytest.raises(KeyboardInterrupt):
-        train(broken, ids, SHORT, course=course, folder=tmp_path, report=kill)
-    resumed, course = made()
-    train(resumed, ids, SHORT, course=course, folder=tmp_path)
+    straight, resumed = straight_and_resumed(made, ids, SHORT, tmp_path, last)
     one, other = values(straight), values(resumed)
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)

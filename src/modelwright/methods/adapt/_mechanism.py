@@ -16,7 +16,7 @@ from modelwright.blocks.gated import Source
 from modelwright.core.adapters import trained
 from modelwright.core.errors import LayoutError, ModelError, SettingError
 from modelwright.core.method import AdapterMethod, LayerAdapter
-from modelwright.core.settings import count
+from modelwright.core.settings import count, fraction, number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +62,59 @@ class LowRank(StockAdapter):
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         return beyond(self.rank, shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lowered(LowRank):
+    """An adapter of the class that peft has for LoRA and its kin."""
+
+    config = "LoraConfig"
+    calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout", stabilised="use_rslora")
+    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
+
+    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
+    dropout: float = fraction(0.0, high=0.99)  # of the update's inputs, while training
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfTwoProducts(LowRank):
+    """An adapter whose update is made of two small products, as LyCORIS has them."""
+
+    neutral = {}  # a factor starts at zero: attaching changes no output
+    calls = dict(rank="r", dropout="rank_dropout")
+    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
+
+    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
+    dropout: float = fraction(0.0, high=0.99)  # of whole ranks, while training
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfWaves(StockAdapter):
+    """An adapter whose update is a sum of few waves at places that are drawn once."""
+
+    neutral = {}  # the waves start at zero
+    small = dict(frequencies=50)
+    calls = dict(frequencies="n_frequency", scale="scaling")
+    patterns = dict(frequencies="n_frequency_pattern")
+
+    frequencies: int = count(1000)  # waves that train, of each matrix
+    scale: float = number(1.0)  # of the update
+
+    def unfit(self, shape: tuple[int, ...]) -> str:
+        return few(shape, self.frequencies, "frequencies")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bottlenecked(LayerAdapter):
+    """An adapter of ours that is a bottleneck scale · U φ(D x) somewhere at a layer."""
+
+    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
+    neutral = {}  # U starts at zero
+    small = dict(inner=8)
+
+    inner: int = count(256)  # rows of D, columns of U
+    activation: Activation = "tanh"  # φ
+    scale: float = number(1.0)  # of what the bottleneck gives
 
 
 def beyond(rank: int, shape: tuple[int, ...]) -> str:

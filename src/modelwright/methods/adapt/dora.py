@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelwright.core.settings import fraction, number
-from modelwright.methods.adapt._mechanism import LowRank
+from modelwright.methods.adapt._mechanism import Lowered
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dora(LowRank):
+class Dora(Lowered):
     """LoRA that turns and stretches weights apart, closer to full tuning at low ranks; each step costs more than LoRA's."""
 
     status: ClassVar[str] = "checked"
-    config = "LoraConfig"
-    calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout")
-    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
     fixed = dict(use_dora=True)
-
-    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
-    dropout: float = fraction(0.0, high=0.99)  # of the update's inputs, while training

@@ -11,23 +11,16 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from modelwright.core.settings import count, number
-from modelwright.methods.adapt._mechanism import StockAdapter, few
+from modelwright.methods.adapt._mechanism import OfWaves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fourierft(StockAdapter):
+class Fourierft(OfWaves):
     """A thousand numbers for each matrix, whatever its size; the update has full rank."""
 
     status: ClassVar[str] = "checked"
-    neutral = {}  # the frequencies start at zero
-    small = dict(frequencies=50)
     config = "FourierFTConfig"
-    calls = dict(frequencies="n_frequency", scale="scaling")
-    patterns = dict(frequencies="n_frequency_pattern")
     fixed = dict(init_weights=True)
 
     frequencies: int = count(1000)  # that train, of each matrix
     scale: float = number(150.0)  # of the update
-
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        return few(shape, self.frequencies, "frequencies")

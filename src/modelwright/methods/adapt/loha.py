@@ -9,19 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from modelwright.core.settings import fraction, number
-from modelwright.methods.adapt._mechanism import LowRank
+from modelwright.methods.adapt._mechanism import OfTwoProducts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loha(LowRank):
+class Loha(OfTwoProducts):
     """Reaches high ranks with as many numbers as LoRA of twice the rank."""
 
     status: ClassVar[str] = "checked"
-    neutral = {}  # a factor starts at zero: attaching changes no output
     config = "LoHaConfig"
-    calls = dict(rank="r", dropout="rank_dropout")
-    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
-
-    alpha: float = number(16.0, low=0)  # the update is scaled by alpha / rank
-    dropout: float = fraction(0.0, high=0.99)  # of whole ranks, while training

@@ -15,27 +15,22 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from modelwright.core.settings import count, fraction, number
-from modelwright.methods.adapt._mechanism import StockAdapter
+from modelwright.core.settings import number
+from modelwright.methods.adapt._mechanism import Lowered
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraGa(StockAdapter):
+class LoraGa(Lowered):
     """LoRA whose first step is that of full training as nearly as its rank allows; needs text, and saves a base of its own."""
 
     status: ClassVar[str] = "checked"
     causal: ClassVar[bool] = True
     changes_base: ClassVar[bool] = True
     small = dict(rank=2)
-    config = "LoraConfig"
-    calls = dict(rank="r", alpha="lora_alpha", dropout="lora_dropout", stabilised="use_rslora")
-    patterns = dict(rank="rank_pattern", alpha="alpha_pattern")
     apart = ("directions", "magnitude", "gamma")
 
-    rank: int = count(8)  # rows of A, columns of B; twice as many directions are needed
     alpha: float = number(16.0, low=1e-6)  # the update is scaled by s, alpha / √rank
     stabilised: bool = True  # rsLoRA; otherwise s is alpha / rank
-    dropout: float = fraction(0.0, high=0.99)  # of the update's inputs, while training
     directions: Literal["ArB2r", "A2rBr", "ArBr", "random"] = "ArB2r"  # A the first r and B the next, the reverse, in turn, or by chance
     magnitude: Literal["stable", "unit", "gd", "weights"] = "stable"  # c; 1; 1 / s; or the mean root of W's largest singular values / s
     gamma: float = number(16.0, low=1e-6)  # γ, for magnitude: stable

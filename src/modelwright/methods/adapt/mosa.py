@@ -17,19 +17,16 @@ from torch import Tensor
 
 from modelwright.blocks.bottlenecks import Activation, Split
 from modelwright.blocks.bottlenecks import Parallel as ParallelPart
-from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, fraction, number
+from modelwright.methods.adapt._mechanism import Bottlenecked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mosa(LayerAdapter):
+class Mosa(Bottlenecked):
     """Train narrow bottlenecks in random parts, which uses their numbers better; costs nothing more when used."""
 
     status: ClassVar[str] = "checked"
-    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
-    neutral = {}  # U starts at zero
     sites: ClassVar[tuple[str, ...]] = ("mlp", "linear")
-    small = dict(inner=8)
 
     experts: int = count(4)  # groups of U's entries
     inner: int = count(64)  # rows of D, columns of U

@@ -12,24 +12,16 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from modelwright.blocks.bottlenecks import Activation, Narrow
+from modelwright.blocks.bottlenecks import Narrow
 from modelwright.blocks.bottlenecks import Parallel as ParallelPart
-from modelwright.core.method import LayerAdapter
-from modelwright.core.settings import count, number
+from modelwright.methods.adapt._mechanism import Bottlenecked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parallel(LayerAdapter):
+class Parallel(Bottlenecked):
     """Train two narrow matrices with a curve between them beside each layer; stays beside the model when trained."""
 
     status: ClassVar[str] = "checked"
-    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
-    neutral = {}  # U starts at zero
-    small = dict(inner=8)
-
-    inner: int = count(256)  # rows of D, columns of U
-    activation: Activation = "tanh"  # φ
-    scale: float = number(1.0)  # of what the bottleneck gives
 
     def part(self, weight: Tensor, bias: Tensor | None) -> ParallelPart:
         rows, columns = weight.shape

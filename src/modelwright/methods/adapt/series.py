@@ -13,26 +13,19 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from modelwright.blocks.bottlenecks import Activation, Narrow
+from modelwright.blocks.bottlenecks import Narrow
 from modelwright.blocks.bottlenecks import Series as SeriesPart
-from modelwright.core.method import LayerAdapter
-from modelwright.core.settings import count, number
+from modelwright.methods.adapt._mechanism import Bottlenecked
 
 
 @dataclass(frozen=True, kw_only=True)
-class Series(LayerAdapter):
+class Series(Bottlenecked):
     """Train two narrow matrices with a curve between them in the path of each layer; stays beside the model when trained."""
 
     status: ClassVar[str] = "checked"
-    suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
-    neutral = {}  # U starts at zero
     sites: ClassVar[tuple[str, ...]] = ("mlp", "linear")
-    small = dict(inner=8)
 
-    inner: int = count(256)  # rows of D, columns of U
-    activation: Activation = "tanh"  # φ
     side: Literal["auto", "before", "after"] = "auto"  # of the layer; auto: where fewer numbers pass, and after where it makes none more
-    scale: float = number(1.0)  # of what the bottleneck gives
 
     def part(self, weight: Tensor, bias: Tensor | None) -> SeriesPart:
         rows, columns = weight.shape

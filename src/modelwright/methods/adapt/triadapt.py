@@ -22,6 +22,7 @@ from modelwright.blocks.grown import Growing, Pieces
 from modelwright.core.method import LayerAdapter
 from modelwright.core.settings import count, fraction, number
 from modelwright.core.training import Course
+from modelwright.maths.low_rank import from_orthogonal
 from modelwright.methods.adapt._mechanism import beyond
 
 
@@ -70,7 +71,9 @@ class Growth(Course):
         if self.method.orthogonality:
             ends = [value for part in self.parts for value in (*part.update.downs, *part.update.ups)]
             with torch.enable_grad():
-                apart = torch.stack([_apart(down) + _apart(up.T) for up, _, down in (part.update.parts() for part in self.parts)])
+                apart = torch.stack(
+                    [from_orthogonal(down) + from_orthogonal(up.T) for up, _, down in (part.update.parts() for part in self.parts)]
+                )
                 found = torch.autograd.grad(self.method.orthogonality * apart.mean(), ends)
             for value, more in zip(ends, found, strict=True):
                 value.grad = more if value.grad is None else value.grad + more
@@ -107,8 +110,3 @@ class Growth(Course):
             self.grow(chosen)
         self.before = state["before"]
         self.random.set_state(state["random"])
-
-
-def _apart(directions: Tensor) -> Tensor:
-    """‖A Aᵀ - I‖_F for directions A [r, n]."""
-    return (directions @ directions.T - torch.eye(len(directions)).to(directions)).norm()

@@ -10,22 +10,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from modelwright.core.settings import count, number
-from modelwright.methods.adapt._mechanism import StockAdapter, few
+from modelwright.methods.adapt._mechanism import OfWaves
 
 
 @dataclass(frozen=True, kw_only=True)
-class Waveft(StockAdapter):
+class Waveft(OfWaves):
     """As FourierFT, with waves that are short in place; any number of trained values for each matrix."""
 
     status: ClassVar[str] = "checked"
-    neutral = {}  # the wavelets start at zero
-    small = dict(frequencies=50)
     config = "WaveFTConfig"
-    calls = dict(frequencies="n_frequency", scale="scaling")
-    patterns = dict(frequencies="n_frequency_pattern")
 
     frequencies: int = count(2592)  # wavelets that train, of each matrix
     scale: float = number(25.0)  # of the update
-
-    def unfit(self, shape: tuple[int, ...]) -> str:
-        return few(shape, self.frequencies, "frequencies")
