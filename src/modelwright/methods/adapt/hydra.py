@@ -2,7 +2,8 @@
 
 Kim, Lee, Kim, Park, Choi, Yoon 2023, arXiv:2309.06922, section 3.3: y = f + s B_p A_p x + s B_s A_s f with f = W x + b. Both are
 linear, and go into the weight: W' = W + s (B_p A_p + B_s A_s W), b' = b + s B_s A_s b.
-Differs: the updates have no biases, as in the authors' code for text; that for images has some.
+Differs: the updates have no biases, as in the authors' code for text; that for images has some. All matrices of the blocks bear
+them without `where`; the authors adapt the second matrix of the MLP, and for images the attention's output too.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ Zhang, Zhang, Gao, Zhang, Shutova, Zhou, Zhang 2023, arXiv:2312.02923, section 3
 chance divides the entries of U into `experts` groups of one size. In training a layer draws one in each pass: U is then 0 but for the
 entries of its group, which alone learn; D is whole and shared (their hierarchical form). Used, U is the sum of all, divided by the number
 of experts with `divide` (their merge "add"). Train it with `distill.agree`, whose second pass draws again: their objective.
-Differs: an expert stores its own group alone, as all else of it stays at zero; so the adapter is as large as a plain one, and no decay
-shrinks what is not its own. Each layer has a bottleneck, where the authors have one beside each MLP.
+Differs: U and D have no biases. The parts come together in use alone, and not also after each epoch. An expert stores its own group
+alone, as all else of it stays at zero; so the adapter is as large as a plain one, and no decay shrinks what is not its own. Each
+layer has a bottleneck, where the authors have one beside each MLP.
 """
 
 from __future__ import annotations

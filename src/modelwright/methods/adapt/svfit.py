@@ -3,7 +3,8 @@
 Sun, Wei, Wu, Lu, Wang, Chen 2024, arXiv:2409.05926, section 3.2: W = U Σ Vᵀ, of which U_r and V_r are held and σ trains. What is added
 to W is U_r (C - Σ_r) V_rᵀ, which is nothing at first. With `band` above 0 entries of C beside the diagonal train too; with all of them it
 is the matrix between held factors of LoRA-XS (arXiv:2405.17604).
-Differs: C - Σ_r trains, which begins at 0, and not σ itself; both give the same steps, and W is not stored a second time.
+Differs: C - Σ_r trains, which begins at 0, and not σ itself; both give the same steps, and W is not stored a second time. All matrices
+of the blocks bear it without `where`; the authors adapt queries and values.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Every few steps the layers in which ‖C‖_F, over the number of pieces, has ri
 many as are needed for the ranks' sum to come to `rank` for each layer at the end of the run.
 Differs: s is alpha / rank from the start, and not over the rank that there is by now, so that growing changes no output. New
 parameters join the optimizer's group of the others, so that schedules of the learning rate know them. When growing begins and how
-often is not stated in the paper, and is ours.
+often is not stated in the paper, and is ours. A and B both begin at random, as C is zero; the authors' file has B at zero too, so
+that nothing would learn. The penalty for directions that are not orthogonal is off by default, where their config has a λ of 0.5.
 """
 
 from __future__ import annotations
