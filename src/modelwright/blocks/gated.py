@@ -131,8 +131,8 @@ class Activated(nn.Module):
             return F.layer_norm(values.to(self.out.dtype), self.out.shape)
 
         y = normed(own)
-        inner = [(v, y * self.of_layer + v * self.of_source + y * v * self.of_both + self.shift) for v in map(normed, changes)]
-        return [self.out * torch.sigmoid(score) for _, score in inner]
+        scores = [y * self.of_layer + v * self.of_source + y * v * self.of_both + self.shift for v in map(normed, changes)]
+        return [self.out * torch.sigmoid(score) for score in scores]
 
 
 class Quality(nn.Module):

@@ -134,6 +134,8 @@ class Estimating(Zeros):
             mask.grad.add_(mask.sign(), alpha=self.method.l1)
         for path, total in self.ranks.items() if self.recording else ():
             down, up = adapters.factors_of(self.bearers[path])
+            if down.grad is None or up.grad is None:  # the layer saw no token
+                continue
             own = (down * down.grad).mean(1).abs() + (up * up.grad).mean(0).abs()
             total += own.nan_to_num(0, 0, 0)
 
