@@ -6,9 +6,15 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from modelwright.maths._compiled import compiled
 
+AHEAD = 4096  # bytes before they are needed, codes are asked of the memory: decoding waits for it more than for sums
+VECTORS = 8  # at most so many are added up one after the other; other sums begin meanwhile
 FOUR, LOW, HALVES = np.uint8(4), np.uint8(15), np.uint32(16)
 LOOSE = {"reassoc", "contract", "nsz"}  # sums in any order, so that the processor takes many terms at once; NaN stays NaN
 
@@ -32,28 +38,93 @@ def shift(zero: Any, bits: Any, row: Any, group: Any) -> Any:
     return np.float32(1 << (bits - 1)) + real(zero, row, group)
 
 
+@intrinsic
+def dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
+    """Add up a row of bytes: Σ step · Σ code · x, where the second codes of bytes go with x[1].
+
+    It takes codes uint8 [n], x float32 [codes in a byte, n], steps float32 [n / vectors / lanes], how many vectors share a step, and two
+    tuples whose lengths are known to the compiler: an entry for each lane of a vector, and one for each code in a byte. It is written in
+    LLVM's words, since numba's own loops do not ask for memory ahead.
+    """
+
+    def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
+        arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(signature.args[:3], given[:3], strict=True)]
+        size, count = (build.extract_value(array.shape, 0) for array in (arrays[0], arrays[2]))
+        return _summed(build, *(array.data for array in arrays), size, count, given[3], len(lanes), len(halves))
+
+    return types.float32(codes, x, steps, vectors, lanes, halves), generate
+
+
+def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, vectors: Any, lanes: int, halves: int) -> Any:
+    """Write the loops of `dot` into a function that is being built; returns the sum."""
+    number, place, real = ir.IntType(32), ir.IntType(64), ir.FloatType()
+    floats, whole = ir.VectorType(real, lanes), ir.VectorType(number, lanes)
+    zero, low, four = ir.Constant(floats, [0.0] * lanes), ir.Constant(whole, [15] * lanes), ir.Constant(whole, [4] * lanes)
+
+    def called(name: str, result: Any, *values: Any, **how: Any) -> Any:
+        kind = ir.FunctionType(result, [value.type for value in values])
+        return build.call(cgutils.get_or_insert_function(build.module, kind, name), values, **how)
+
+    def read(array: Any, at: Any, item: Any) -> Any:
+        values = build.load(build.bitcast(build.gep(array, [at]), ir.VectorType(item, lanes).as_pointer()))
+        values.align = item.width // 8 if isinstance(item, ir.IntType) else 4
+        return values
+
+    def add(total: Any, left: Any, right: Any) -> None:
+        build.store(called(f"llvm.fma.v{lanes}f32", floats, left, right, build.load(total)), total)
+
+    total, part = cgutils.alloca_once_value(build, zero), cgutils.alloca_once_value(build, zero)
+    wide = build.mul(vectors, place(lanes))
+    with cgutils.for_range(build, count, intp=place) as step:
+        build.store(zero, part)
+        with cgutils.for_range(build, vectors, intp=place) as vector:
+            at = build.add(build.mul(step.index, wide), build.mul(vector.index, place(lanes)))
+            called("llvm.prefetch.p0", ir.VoidType(), build.gep(codes, [build.add(at, place(AHEAD))]), number(0), number(3), number(1))
+            found = build.zext(read(codes, at, ir.IntType(8)), whole)
+            first = found if halves == 1 else build.and_(found, low)
+            add(part, build.sitofp(first, floats), read(x, at, real))
+            if halves == 2:
+                add(part, build.sitofp(build.lshr(found, four), floats), read(x, build.add(at, size), real))
+        one = build.insert_element(zero, build.load(build.gep(steps, [step.index])), number(0))
+        add(total, build.shuffle_vector(one, zero, ir.Constant(whole, [0] * lanes)), build.load(part))
+    return called(f"llvm.vector.reduce.fadd.v{lanes}f32", real, ir.Constant(real, 0.0), build.load(total), fastmath=("reassoc",))
+
+
 @partial(compiled, fastmath=LOOSE)
-def nibbles(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, first: Any, last: Any) -> Any:
-    """Rows `first` to `last` of codes of 4 bits, times x float32 [count, 2, in / 2], the even columns and the odd ones, into out."""
-    groups = scale.shape[1]
-    size = x.shape[2] // groups
+def in_turn(size: Any, lanes: Any) -> Any:
+    """How many vectors of a group of `size` bytes are added up one after the other."""
+    vectors = size // lanes
+    while vectors > VECTORS and vectors % 2 == 0:
+        vectors //= 2
+    return vectors
+
+
+@partial(compiled, fastmath=LOOSE)
+def rest(steps: Any, zero: Any, bits: Any, row: Any, sums: Any) -> Any:
+    """What the shifts of a row's groups take from its product."""
+    parts = len(steps) // len(sums)
+    total = np.float32(0)
+    for group in range(len(sums)):
+        total += steps[group * parts] * shift(zero, bits, row, group) * sums[group]
+    return total
+
+
+@partial(compiled, fastmath=LOOSE)
+def integers(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, lanes: Any, halves: Any, first: Any, last: Any) -> Any:
+    """Rows `first` to `last` of codes, times x float32 [count, codes in a byte, bytes], into out; the tuples are those of `dot`."""
+    groups, bits = scale.shape[1], 8 // len(halves)
+    vectors = in_turn(x.shape[2] // groups, len(lanes))
+    steps = np.empty(x.shape[2] // (vectors * len(lanes)), np.float32)
     for row in range(first, last):
+        for place in range(len(steps)):
+            steps[place] = real(scale, row, place * groups // len(steps))
         for one in range(len(x)):
-            total = np.float32(0)
-            for group in range(groups):
-                part = slice(group * size, (group + 1) * size)
-                codes, even, odd = packed[row, part], x[one, 0, part], x[one, 1, part]
-                found = np.float32(0)
-                for place in range(size):
-                    code = codes[place]  # stays a byte as long as it can, of which the processor takes most at once
-                    found += even[place] * np.float32(np.uint8(code & LOW)) + odd[place] * np.float32(np.uint8(code >> FOUR))
-                total += real(scale, row, group) * (found - shift(zero, 4, row, group) * sums[one, group])
-            out[one, row] = total
+            out[one, row] = dot(packed[row], x[one], steps, vectors, lanes, halves) - rest(steps, zero, bits, row, sums[one])
 
 
 @partial(compiled, fastmath=LOOSE)
 def levels(packed: Any, scale: Any, table: Any, x: Any, out: Any, first: Any, last: Any) -> Any:
-    """The same where a code is a place in a table of 16 levels."""
+    """The same for codes of 4 bits that are places in a table of 16 levels."""
     groups = scale.shape[1]
     size = x.shape[2] // groups
     for row in range(first, last):
@@ -67,22 +138,4 @@ def levels(packed: Any, scale: Any, table: Any, x: Any, out: Any, first: Any, la
                     code = codes[place]
                     found += even[place] * table[code & LOW] + odd[place] * table[code >> FOUR]
                 total += real(scale, row, group) * found
-            out[one, row] = total
-
-
-@partial(compiled, fastmath=LOOSE)
-def bytewise(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, first: Any, last: Any) -> Any:
-    """The same for codes of 8 bits, with x [count, 1, in]."""
-    groups = scale.shape[1]
-    size = x.shape[2] // groups
-    for row in range(first, last):
-        for one in range(len(x)):
-            total = np.float32(0)
-            for group in range(groups):
-                part = slice(group * size, (group + 1) * size)
-                codes, inputs = packed[row, part], x[one, 0, part]
-                found = np.float32(0)
-                for place in range(size):
-                    found += inputs[place] * np.float32(codes[place])
-                total += real(scale, row, group) * (found - shift(zero, 8, row, group) * sums[one, group])
             out[one, row] = total

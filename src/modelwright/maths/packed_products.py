@@ -7,6 +7,7 @@ of what 16-bit floats are. The processor's loops are compiled by numba, those fo
 from __future__ import annotations
 
 import functools
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -18,6 +19,7 @@ from modelwright.maths._kernels import kernels
 
 ROWS = 8  # more inputs than this make it worth to have the weight
 LEAST = 1 << 15  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
+LANES = 16  # numbers that are multiplied at once, where a group has a multiple of them
 SHARE = 1 << 19  # weights for which a thread of its own is worth waking
 compiled = functools.partial(kernels, "_packed_kernels")
 accelerated = functools.partial(kernels, "_packed_triton")
@@ -59,9 +61,8 @@ def _on_processor(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Ten
     if table is not None:
         work = functools.partial(kernels.levels, codes, steps, table.numpy(), x.numpy(), out.numpy())
     else:
-        work = functools.partial(
-            kernels.nibbles if bits == 4 else kernels.bytewise, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy()
-        )
+        lanes, halves = (0,) * math.gcd(x.shape[2] // groups, LANES), (0,) * x.shape[1]
+        work = functools.partial(kernels.integers, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy(), lanes, halves)
     _shared(work, rows, weights)
     return out
 

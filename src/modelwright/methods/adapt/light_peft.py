@@ -13,6 +13,7 @@ adapter's rate, as in the authors' scripts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -100,7 +101,7 @@ class Estimating(Zeros):
         self.masks = [nn.Parameter(torch.ones(units.count, device=device)) for units in self.found]
         self.weighs = torch.zeros(len(sizes), device=device)
         self.ranks = {path: torch.zeros(rank, device=device) for path, rank in sizes.items()}
-        self.recording, self.handles = False, list[Any]()
+        self.recording, self.hooks = False, ExitStack()
 
     def own_optimizers(self, settings: Training) -> list[torch.optim.Optimizer]:
         return [torch.optim.AdamW(self.masks, settings.learning_rate, settings.betas, weight_decay=0.0)] if self.masks else []
@@ -110,34 +111,31 @@ class Estimating(Zeros):
         for units, mask in zip(self.found, self.masks, strict=True):
             name = next(span.name for span in units.spans if span.output)
             layer = self.module.get_submodule(name.removesuffix(".weight"))
-            self.handles.append(layer.register_forward_pre_hook(lambda _, args, mask=mask: (masked(args[0], mask), *args[1:])))
+            self.hooks.callback(layer.register_forward_pre_hook(lambda _, args, mask=mask: (masked(args[0], mask), *args[1:])).remove)
         for place, path in enumerate(self.ranks):
             layer, own = self.bearers[path], list[Tensor]()
-            self.handles.append(layer.get_base_layer().register_forward_hook(lambda _, args, out, own=own: own.append(out.detach())))
-            self.handles.append(layer.register_forward_hook(lambda _, args, out, own=own, place=place: self.weigh(place, own.pop(), out)))
+            self.hooks.callback(layer.get_base_layer().register_forward_hook(lambda _, args, out, own=own: own.append(out.detach())).remove)
+            self.hooks.callback(layer.register_forward_hook(lambda _, args, out, own=own, at=place: self.weigh(at, own.pop(), out)).remove)
 
     @torch.no_grad()
     def weigh(self, place: int, own: Tensor, out: Tensor) -> None:
         """Note how large an update's outputs are beside the layer's own."""
         if self.recording:
-            ratio = (out - own).float().norm(dim=-1) / own.float().norm(dim=-1)
-            self.weighs[place] += ratio.nan_to_num(0, 0, 0).mean()
+            self.weighs[place] += ((out - own).float().norm(dim=-1) / own.float().norm(dim=-1)).nan_to_num(0, 0, 0).mean()
 
     def begin(self, step: int) -> None:
         self.recording = step >= self.steps // 2
 
+    def penalty(self) -> Tensor | None:
+        return self.method.l1 * torch.cat(self.masks).abs().sum() if self.masks else None
+
     @torch.no_grad()
     def gradient(self, step: int) -> None:
         super().gradient(step)
-        for mask in self.masks:
-            assert mask.grad is not None
-            mask.grad.add_(mask.sign(), alpha=self.method.l1)
         for path, total in self.ranks.items() if self.recording else ():
             down, up = adapters.factors_of(self.bearers[path])
-            if down.grad is None or up.grad is None:  # the layer saw no token
-                continue
-            own = (down * down.grad).mean(1).abs() + (up * up.grad).mean(0).abs()
-            total += own.nan_to_num(0, 0, 0)
+            if down.grad is not None and up.grad is not None:  # the layer saw tokens
+                total += ((down * down.grad).mean(1).abs() + (up * up.grad).mean(0).abs()).nan_to_num(0, 0, 0)
 
     def finish(self) -> None:
         self.leave()
@@ -147,8 +145,7 @@ class Estimating(Zeros):
             self.notes.append(f"{self.method.name()}: {why}; so the model loads after `import modelwright`, and not in plain transformers")
 
     def leave(self) -> None:
-        while self.handles:
-            self.handles.pop().remove()
+        self.hooks.close()
 
     def state(self) -> dict[str, Tensor]:
         return {str(number): value.detach() for number, value in enumerate([*self.masks, self.weighs, *self.ranks.values()])}
