@@ -152,7 +152,7 @@ def test_the_penalty_has_the_gradient_of_its_formula():
     method = Triadapt(rank=3, first_rank=2, orthogonality=0.5)
     part = method.part(torch.zeros(4, 5), None)
     fill(part)
-    Growth(method, [part], steps=10, seed=0).gradient(0)
+    Growth(method, [part], steps=10, seed=0).penalty().backward()
     down, up = part.update.downs[0], part.update.ups[0]
     square = down.detach() @ down.detach().T - torch.eye(2)
     assert torch.allclose(down.grad, 0.5 * 2 * square @ down.detach() / square.norm(), atol=1e-5)

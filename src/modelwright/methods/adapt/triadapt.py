@@ -68,16 +68,11 @@ class Growth(Course):
         self.before = torch.zeros(len(parts))  # ‖C‖ over the pieces, when it was last looked at
         self.grown: list[Tensor] = []  # which parts grew, each time
 
-    def gradient(self, step: int) -> None:
-        if self.method.orthogonality:
-            ends = [value for part in self.parts for value in (*part.update.downs, *part.update.ups)]
-            with torch.enable_grad():
-                apart = torch.stack(
-                    [from_orthogonal(down) + from_orthogonal(up.T) for up, _, down in (part.update.parts() for part in self.parts)]
-                )
-                found = torch.autograd.grad(self.method.orthogonality * apart.mean(), ends)
-            for value, more in zip(ends, found, strict=True):
-                value.grad = more if value.grad is None else value.grad + more
+    def penalty(self) -> Tensor | None:
+        if not self.method.orthogonality:
+            return None
+        apart = [from_orthogonal(down) + from_orthogonal(up.T) for up, _, down in (part.update.parts() for part in self.parts)]
+        return self.method.orthogonality * torch.stack(apart).mean()
 
     @torch.no_grad()
     def update(self, step: int) -> None:
