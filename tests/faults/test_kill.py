@@ -42,7 +42,12 @@ def test_killed_run_resumes_to_the_same_bytes(case: str, small: Path, text: Path
 
 
 @pytest.mark.parametrize(
-    "moment", [("modelwright.fit", "try_out", 4), ("modelwright.core.recipe", "write_json", 1), ("modelwright.fit", "publish", 1)]
+    "moment",
+    [
+        ("modelwright.fit", "try_out", 4),
+        pytest.param(("modelwright.core.recipe", "write_json", 1), marks=pytest.mark.slow),
+        pytest.param(("modelwright.fit", "publish", 1), marks=pytest.mark.slow),
+    ],
 )
 def test_killed_fit_resumes_to_the_same_model(moment: tuple[str, str, int], small: Path, text: Path, tmp_path: Path) -> None:
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 from modelwright.maths._compiled import compiled
 
 AHEAD = 4096  # bytes before they are needed, codes are asked of the memory: decoding waits for it more than for sums
-VECTORS = 8  # at most so many are added up one after the other; other sums begin meanwhile
 FOUR, LOW, HALVES = np.uint8(4), np.uint8(15), np.uint32(16)
 LOOSE = {"reassoc", "contract", "nsz"}  # sums in any order, so that the processor takes many terms at once; NaN stays NaN
 
@@ -91,35 +90,41 @@ def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, v
 
 
 @partial(compiled, fastmath=LOOSE)
-def in_turn(size: Any, lanes: Any) -> Any:
-    """How many vectors of a group of `size` bytes are added up one after the other."""
-    vectors = size // lanes
-    while vectors > VECTORS and vectors % 2 == 0:
-        vectors //= 2
-    return vectors
+def spread(scale: Any, parts: Any) -> Any:
+    """The scales as float32, each `parts` times beside itself."""
+    rows, groups = scale.shape
+    out = np.empty((rows, groups * parts), np.float32)
+    for row in range(rows):
+        if parts == 1:
+            for group in range(groups):
+                out[row, group] = real(scale, row, group)
+        else:
+            for place in range(groups * parts):
+                out[row, place] = real(scale, row, place // parts)
+    return out
 
 
 @partial(compiled, fastmath=LOOSE)
-def rest(steps: Any, zero: Any, bits: Any, row: Any, sums: Any) -> Any:
-    """What the shifts of a row's groups take from its product."""
-    parts = len(steps) // len(sums)
-    total = np.float32(0)
-    for group in range(len(sums)):
-        total += steps[group * parts] * shift(zero, bits, row, group) * sums[group]
-    return total
+def integers(packed: Any, steps: Any, zero: Any, x: Any, sums: Any, out: Any, lanes: Any, halves: Any, first: Any, last: Any) -> Any:
+    """Rows `first` to `last` of codes, times x float32 [count, codes in a byte, bytes], into out; the tuples are those of `dot`.
 
-
-@partial(compiled, fastmath=LOOSE)
-def integers(packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, lanes: Any, halves: Any, first: Any, last: Any) -> Any:
-    """Rows `first` to `last` of codes, times x float32 [count, codes in a byte, bytes], into out; the tuples are those of `dot`."""
-    groups, bits = scale.shape[1], 8 // len(halves)
-    vectors = in_turn(x.shape[2] // groups, len(lanes))
-    steps = np.empty(x.shape[2] // (vectors * len(lanes)), np.float32)
+    steps: float32 [out, parts of rows], scales. sums: of x in each part, [count, parts].
+    """
+    count, bits = steps.shape[1], 8 // len(halves)
+    vectors = x.shape[2] // (count * len(lanes))
     for row in range(first, last):
-        for place in range(len(steps)):
-            steps[place] = real(scale, row, place * groups // len(steps))
         for one in range(len(x)):
-            out[one, row] = dot(packed[row], x[one], steps, vectors, lanes, halves) - rest(steps, zero, bits, row, sums[one])
+            total = dot(packed[row], x[one], steps[row], vectors, lanes, halves)
+            if zero is None:
+                apart = np.float32(0)
+                for part in range(count):
+                    apart += steps[row, part] * sums[one, part]
+                total -= shift(zero, bits, 0, 0) * apart
+            else:
+                parts = count // (zero.shape[1] // (4 if zero.itemsize == 1 else 1))
+                for part in range(count):
+                    total -= steps[row, part] * sums[one, part] * shift(zero, bits, row, part // parts)
+            out[one, row] = total
 
 
 @partial(compiled, fastmath=LOOSE)

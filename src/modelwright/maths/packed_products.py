@@ -20,6 +20,7 @@ from modelwright.maths._kernels import kernels
 ROWS = 8  # more inputs than this make it worth to have the weight
 LEAST = 1 << 15  # weights; a smaller matrix is unpacked in less time than a compiler takes to load
 LANES = 16  # numbers that are multiplied at once, where a group has a multiple of them
+VECTORS = 8  # of so many, that are added up one after the other
 SHARE = 1 << 19  # weights for which a thread of its own is worth waking
 compiled = functools.partial(kernels, "_packed_kernels")
 accelerated = functools.partial(kernels, "_packed_triton")
@@ -54,17 +55,24 @@ def _on_processor(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Ten
     if (kernels := compiled()) is None:
         return None
     rows, groups = scale.shape
-    sums = x.view(len(x), groups, -1).sum(-1).numpy()
-    weights, x = rows * x.shape[1], _apart(x, bits)
-    out = torch.empty(len(x), rows)
-    codes, steps = packed.contiguous().view(torch.uint8).numpy(), _numbers(scale)
+    codes, parted, out = packed.contiguous().view(torch.uint8).numpy(), _apart(x, bits), torch.empty(len(x), rows)
     if table is not None:
-        work = functools.partial(kernels.levels, codes, steps, table.numpy(), x.numpy(), out.numpy())
+        work = functools.partial(kernels.levels, codes, _numbers(scale), table.numpy(), parted.numpy(), out.numpy())
     else:
-        lanes, halves = (0,) * math.gcd(x.shape[2] // groups, LANES), (0,) * x.shape[1]
-        work = functools.partial(kernels.integers, codes, steps, _numbers(zero), x.numpy(), sums, out.numpy(), lanes, halves)
-    _shared(work, rows, weights)
+        lanes, parts = _divided(parted.shape[2] // groups)
+        steps, sums = kernels.spread(_numbers(scale), parts), x.view(len(x), groups * parts, -1).sum(-1).numpy()
+        shapes = (0,) * lanes, (0,) * parted.shape[1]
+        work = functools.partial(kernels.integers, codes, steps, _numbers(zero), parted.numpy(), sums, out.numpy(), *shapes)
+    _shared(work, rows, x.shape[1] * rows)
     return out
+
+
+def _divided(size: int) -> tuple[int, int]:
+    """How many bytes of a group of `size` are taken at once, and into how many parts it falls whose sums begin beside each other."""
+    lanes, parts = math.gcd(size, LANES), 1
+    while (vectors := size // (lanes * parts)) > VECTORS and vectors % 2 == 0:
+        parts *= 2
+    return lanes, parts
 
 
 def _on_accelerator(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Tensor | None, table: Tensor | None) -> Tensor | None:
