@@ -29,7 +29,7 @@ def plot(rows: list[dict[str, Any]], x: str, panels: dict[str, str], label: str,
     """
     from modelwright import report
 
-    figure, _ = report.figure_of(7.6 * len(panels), 5.4)
+    figure, _ = report.figure_of(7.6 * len(panels), 6.4)
     figure.clear()
     names, first = list(dict.fromkeys(one["method"] for one in rows[1:])), rows[0]
     level = next(first[key] for key in panels if first[key] is not None)
@@ -49,7 +49,8 @@ def plot(rows: list[dict[str, Any]], x: str, panels: dict[str, str], label: str,
         axes.set_xlabel(label)
         axes.set_ylabel(title)
         axes.set_xlim(left=0)
-        axes.legend(frameon=False, fontsize=7, ncols=2)
+    lines = {label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(lines.values(), lines, loc="outside lower center", frameon=False, fontsize=7, ncols=4 * len(panels))
     return report.svg_of(figure)
 
 
