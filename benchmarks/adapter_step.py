@@ -5,7 +5,8 @@
 
 A random Llama in float32 is made in each subject's own process, and adapted in all matrices of its blocks. The setting that decides
 how many numbers train is chosen so that they come nearest to LoRA's of rank 8. Ratios are to LoRA's medians; memory is the
-most that the process held beyond what it held with the frozen model alone.
+most that the process held beyond what it held with the frozen model alone. What an adapter does in the course of a run (grow, move its
+places) is not in a step; SVFit, LoLDU and SSF have no number to choose, and train fewer.
 """
 
 from __future__ import annotations
@@ -14,34 +15,38 @@ import argparse
 import functools
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import _run
 
 SIZES = dict(hidden_size=768, intermediate_size=2048, num_attention_heads=12, num_key_value_heads=12, vocab_size=8192)
 LORA = ("adapt.lora", {"rank": 8})
-KNOBS = {  # of each method, the setting that decides how many numbers train, and where to look for it
-    "adapt.hydra": ("both", range(1, 33)), "adapt.series": ("inner", range(1, 129)), "adapt.parallel": ("inner", range(1, 33)),
-    "adapt.dora": ("rank", range(1, 17)), "adapt.miss": ("rank", (4, 8, 12, 16, 24, 32)), "adapt.loha": ("rank", range(1, 17)),
-    "adapt.lokr": ("rank", range(1, 17)), "adapt.gralora": ("rank", range(2, 17, 2)), "adapt.hira": ("rank", range(1, 17)),
-    "adapt.delora": ("rank", range(1, 17)),
+RANKS = range(1, 17)
+KNOBS: dict[str, tuple[tuple[str, ...], Iterable[Any]]] = {  # of each method, the settings that decide how many numbers train, and values
+    "adapt.hydra": (("parallel", "sequential"), RANKS), "adapt.triadapt": (("rank", "first_rank"), RANKS),
+    "adapt.pst": (("rank",), RANKS), "adapt.dsee": (("rank",), RANKS), "adapt.petalface": (("rank",), RANKS),
+    "adapt.apet": (("parameters",), (1_600_000, 1_640_000)), "adapt.intrinsic": (("dimension",), (1_640_000,)),
+    "adapt.spiel": (("trained",), (0.016, 0.0165, 0.017)), "adapt.compacter": (("reduction",), (1, 2, 4, 8, 16, 32)),
+    "adapt.mosa": (("inner",), range(1, 33)), "adapt.diffscaler": (("inner",), range(1, 33)),
+    "adapt.series": (("inner",), range(1, 33)), "adapt.parallel": (("inner",), range(1, 33)),
+    "adapt.svfit": ((), ()), "adapt.loldu": ((), ()), "adapt.ssf": ((), ()),
+    "adapt.dora": (("rank",), RANKS), "adapt.miss": (("rank",), (4, 8, 12, 16, 24, 32)), "adapt.loha": (("rank",), RANKS),
+    "adapt.lokr": (("rank",), RANKS), "adapt.gralora": (("rank",), range(2, 17, 2)), "adapt.hira": (("rank",), RANKS),
+    "adapt.delora": (("rank",), RANKS),
 }  # fmt: skip
-
-
-def settings_of(name: str, knob: str, value: int) -> dict[str, Any]:
-    """The settings with the knob at a value; `both` turns two of the same kind."""
-    return {"parallel": value, "sequential": value} if knob == "both" else {knob: value}
 
 
 def chosen(name: str, layers: int) -> dict[str, Any]:
     """The settings with which as many numbers train as LoRA's, as nearly as the knob allows."""
     if name == LORA[0]:
         return LORA[1]
-    if name not in KNOBS:
-        return {}
+    names, values = KNOBS[name]
+    tried = [dict.fromkeys(names, value) for value in values] or [{}]
+    if len(tried) == 1:
+        return tried[0]
     wanted = trained(*LORA, layers)
-    knob, values = KNOBS[name]
-    return min((settings_of(name, knob, value) for value in values), key=lambda settings: abs(trained(name, settings, layers) - wanted))
+    return min(tried, key=lambda settings: abs(trained(name, settings, layers) - wanted))
 
 
 def trained(name: str, settings: dict[str, Any], layers: int) -> int:

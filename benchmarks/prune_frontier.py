@@ -77,6 +77,15 @@ def main() -> None:
     parser.add_argument("--recover", type=int, default=0, help="tokens to train on afterwards")
     asked = parser.parse_args()
 
+    model, text = _frontier.source(asked.model, "models"), _frontier.source(asked.data, "text")
+    command = f"python benchmarks/prune_frontier.py --model {model} --data {text} --name {asked.name}"
+    others = {name: getattr(asked, name) for name in ("samples", "length", "scored", "recover")}
+    command += "".join(f" --{name} {value}" for name, value in others.items() if value != parser.get_default(name))
+    if asked.add:
+        before = json.loads((_run.RESULTS / f"prune-{asked.name}.json").read_text("utf-8"))
+        if before["command"].partition("\n")[0].partition(" --methods")[0] != command:
+            parser.error(f"--add goes with the settings of before; these were: {before['command']}")
+
     import modelwright as mw
     from modelwright.core import data, find, loading
     from modelwright.core.errors import ModelwrightError
@@ -128,19 +137,13 @@ def main() -> None:
                 continue
             rows.append(row)
             print(rows[-1], file=sys.stderr, flush=True)
-    before: dict[str, Any] = {"rows": [], "command": ""}
     if asked.add:
-        before = json.loads((_run.RESULTS / f"prune-{asked.name}.json").read_text("utf-8"))
         own = {row["method"] for row in rows}
         rows = [rows[0], *({PLAIN: None, AFTER: None} | row for row in before["rows"] if row["method"] not in own), *rows[1:]]
     _frontier.mark_dominated(rows, "bytes", PLAIN, "dominated by")
     _frontier.mark_dominated(rows, "bytes", AFTER, "recovered, dominated by")
     if not asked.recover or encoder:
         rows = [{key: value for key, value in row.items() if AFTER not in key} for row in rows]
-    model, text = _frontier.source(asked.model, "models"), _frontier.source(asked.data, "text")
-    command = f"python benchmarks/prune_frontier.py --model {model} --data {text} --name {asked.name}"
-    if asked.recover:
-        command += f" --recover {asked.recover}"
     if asked.methods:
         command += f" --methods {' '.join(asked.methods)}"
     if asked.add:
