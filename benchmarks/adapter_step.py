@@ -26,7 +26,7 @@ RANKS = range(1, 17)
 KNOBS: dict[str, tuple[tuple[str, ...], Iterable[Any]]] = {  # of each method, the settings that decide how many numbers train, and values
     "adapt.hydra": (("parallel", "sequential"), RANKS), "adapt.triadapt": (("rank", "first_rank"), RANKS),
     "adapt.pst": (("rank",), RANKS), "adapt.dsee": (("rank",), RANKS), "adapt.petalface": (("rank",), RANKS),
-    "adapt.apet": (("parameters",), (1_600_000, 1_640_000)), "adapt.intrinsic": (("dimension",), (1_640_000,)),
+    "adapt.apet": (("parameters",), (1_600_000, 1_640_000)), "adapt.intrinsic": (("dimension",), (16_700,)),
     "adapt.spiel": (("trained",), (0.016, 0.0165, 0.017)), "adapt.compacter": (("reduction",), (1, 2, 4, 8, 16, 32)),
     "adapt.mosa": (("inner",), range(1, 33)), "adapt.diffscaler": (("inner",), range(1, 33)),
     "adapt.series": (("inner",), range(1, 33)), "adapt.parallel": (("inner",), range(1, 33)),
