@@ -79,7 +79,7 @@ def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, v
         with cgutils.for_range(build, vectors, intp=place) as vector:
             at = build.add(build.mul(step.index, wide), build.mul(vector.index, place(lanes)))
             ahead = build.gep(codes, [build.add(at, place(AHEAD))])
-            called(f"llvm.prefetch.{ahead.type.intrinsic_name}", ir.VoidType(), ahead, number(0), number(3), number(1))  # to read, soon, data
+            called(f"llvm.prefetch.{ahead.type.intrinsic_name}", ir.VoidType(), ahead, number(0), number(3), number(1))  # to read
             found = build.zext(read(codes, at, ir.IntType(8)), whole)
             first = found if halves == 1 else build.and_(found, low)
             add(part, build.sitofp(first, floats), read(x, at, real))
