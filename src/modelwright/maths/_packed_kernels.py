@@ -37,8 +37,7 @@ def shift(zero: Any, bits: Any, row: Any, group: Any) -> Any:
     return np.float32(1 << (bits - 1)) + real(zero, row, group)
 
 
-@intrinsic
-def dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
+def _dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
     """Add up a row of bytes: Σ step · Σ code · x, where the second codes of bytes go with x[1].
 
     It takes codes uint8 [n], x float32 [codes in a byte, n], steps float32 [n / vectors / lanes], how many vectors share a step, and two
@@ -49,9 +48,13 @@ def dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves
     def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
         arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(signature.args[:3], given[:3], strict=True)]
         size, count = (build.extract_value(array.shape, 0) for array in (arrays[0], arrays[2]))
-        return _summed(build, *(array.data for array in arrays), size, count, given[3], len(lanes), len(halves))
+        row, inputs, scales = (array.data for array in arrays)
+        return _summed(build, row, inputs, scales, size, count, given[3], len(lanes), len(halves))
 
     return types.float32(codes, x, steps, vectors, lanes, halves), generate
+
+
+dot: Any = intrinsic(_dot)
 
 
 def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, vectors: Any, lanes: int, halves: int) -> Any:

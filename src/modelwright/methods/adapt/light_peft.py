@@ -98,7 +98,7 @@ class Estimating(Zeros):
         with adapters.plain_layers(module) as self.bearers:
             self.found = method.found(module, notes)
         device, sizes = next(module.parameters()).device, adapters.ranks_of(self.bearers)
-        self.masks = [nn.Parameter(torch.ones(units.count, device=device)) for units in self.found]
+        self.masks: list[Tensor] = [nn.Parameter(torch.ones(units.count, device=device)) for units in self.found]
         self.weighs = torch.zeros(len(sizes), device=device)
         self.ranks = {path: torch.zeros(rank, device=device) for path, rank in sizes.items()}
         self.recording, self.hooks = False, ExitStack()
