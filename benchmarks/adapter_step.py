@@ -131,7 +131,8 @@ def main() -> None:
     parameters = _run.subject("adapter_step:size", layers=asked.layers).returned
     _run.save(
         asked.name, f"Steps of {asked.tokens} tokens on a random Llama of {parameters / 1e6:.0f} M parameters in float32",
-        f"python benchmarks/adapter_step.py --layers {asked.layers} --tokens {asked.tokens} --steps {asked.steps} --rounds {asked.rounds}",
+        f"python benchmarks/adapter_step.py --methods {' '.join(asked.methods)} --layers {asked.layers} --tokens {asked.tokens} "
+        f"--steps {asked.steps} --rounds {asked.rounds}",
         rows,
     )  # fmt: skip
 
