@@ -42,6 +42,29 @@ def test_the_product_is_that_of_the_dense_weights(bits, group, zeros, dtype, mon
     assert (found.double() - expected).norm() < within * expected.norm()
 
 
+@pytest.mark.parametrize("zeros", ["none", "packed", "float"])
+@pytest.mark.parametrize(("size", "group"), [(12, None), (20, 4), (22, None), (36, 12), (60, None), (1028, 4)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_rows_that_do_not_fill_their_words(bits, size, group, zeros):
+    layer = packed(bits, group, zeros, out=1 + LEAST // size, size=size)
+    inputs = normal(3, size)
+    found = product(inputs, layer.weight_packed, bits, layer.weight_scale, layer.weight_zero_point)
+    expected = linear(inputs.double(), layer.dense().double())
+    assert found is not None
+    assert (found.double() - expected).norm() < 2e-6 * expected.norm()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_does_not_matter(kind):
+    layer, inputs = packed(4, 32, "none"), normal(2, IN)
+    expected = layer(inputs)
+    torch.set_default_dtype(kind)
+    try:
+        assert torch.equal(layer(inputs), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", [Nf4(), Nf4(nested=False), Nvfp4()], ids=repr)
 def test_levels_of_four_bits_too(method, dtype, monkeypatch):

@@ -55,7 +55,7 @@ def _on_processor(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Ten
     if (kernels := compiled()) is None:
         return None
     rows, groups = scale.shape
-    codes, parted, out = packed.contiguous().view(torch.uint8).numpy(), _apart(x, bits), torch.empty(len(x), rows)
+    codes, parted, out = packed.contiguous().view(torch.uint8).numpy(), _apart(x, bits), x.new_empty(len(x), rows)
     if table is not None:
         work = functools.partial(kernels.levels, codes, _numbers(scale), table.numpy(), parted.numpy(), out.numpy())
     else:
