@@ -40,14 +40,14 @@ def shift(zero: Any, bits: Any, row: Any, group: Any) -> Any:
 def _dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
     """Add up a row of bytes: Σ step · Σ code · x, where the second codes of bytes go with x[1].
 
-    It takes codes uint8 [n or more], x float32 [codes in a byte, n], steps float32 [n / vectors / lanes], how many vectors share a step, and two
-    tuples whose lengths are known to the compiler: an entry for each lane of a vector, and one for each code in a byte. It is written in
-    LLVM's words, since numba's own loops do not ask for memory ahead.
+    It takes codes uint8 [n or more, as words may be padded], x float32 [codes in a byte, n], steps float32 [n / vectors / lanes], how many
+    vectors share a step, and two tuples whose lengths are known to the compiler: an entry for each lane of a vector, and one for each
+    code in a byte. It is written in LLVM's words, since numba's own loops do not ask for memory ahead.
     """
 
     def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
         arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(signature.args[:3], given[:3], strict=True)]
-        size, count = build.extract_value(arrays[1].shape, 1), build.extract_value(arrays[2].shape, 0)  # a row of codes may be padded
+        size, count = build.extract_value(arrays[1].shape, 1), build.extract_value(arrays[2].shape, 0)
         row, inputs, scales = (array.data for array in arrays)
         return _summed(build, row, inputs, scales, size, count, given[3], len(lanes), len(halves))
 
