@@ -62,6 +62,24 @@ def test_a_known_failure_is_the_checks_own_or_has_the_words_of_the_reason(tmp_pa
     assert contract.run(find.find(f"{file}:Known"), "defaults_do_something", "llama").outcome == outcome
 
 
+def test_a_check_is_made_on_the_kinds_that_a_method_names_where_the_usual_ones_are_none_of_them() -> None:
+    alone = find.find("quantize.repq_vit")
+    for kinds, name, expected in [
+        (("gpt2",), "same_seed_gives_same_bits", ("gpt2",)),
+        (("llama", "vit"), "same_seed_gives_same_bits", ("llama", "vit")),
+        ((), "same_seed_gives_same_bits", ("llama", "vit")),
+        ((), "dtype_is_kept", contract.KINDS),
+        (("vit",), "skipped_blocks_stay", ("vit",)),
+    ]:
+        assert contract.kinds_of(type("Other", (alone,), {"checked_on": kinds}), name) == expected
+
+
+def test_a_method_that_has_no_place_in_a_model_leaves_no_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert contract.run(find.find("train"), "defaults_do_something", "vit").outcome == "skipped"
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_cannot_be_imported_fails_by_name(tmp_path) -> None:
     file = tmp_path / "worse.py"
     file.write_text("import no_such_module\n")
