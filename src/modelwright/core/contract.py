@@ -58,7 +58,7 @@ KINDS = ("llama", "gpt2", "qwen3_moe", "vit")
 ENOUGH = {  # checks that each kind of model would answer alike -> the kinds that they are made on
     "same_seed_gives_same_bits": ("llama", "vit"), "skipped_blocks_stay": ("llama", "gpt2"),
 }  # fmt: skip
-LLAMA_ONLY = ("ties_survive", "odd_shapes_work")  # checks that are written for it
+LLAMA_ONLY = ("ties_survive", "odd_shapes_work", "zeros_stay_while_the_mark_does")  # checks that are written for it
 CONFIGS: dict[str, dict[str, Any]] = {"qwen3_moe": {"num_experts": 4}}
 LETTERS = "".join(map(chr, range(32, 126)))
 
@@ -422,6 +422,25 @@ def check_dtype_is_kept(case: Case) -> None:
     assert not wrong, f"{wrong[:3]} left bfloat16"
 
 
+def check_zeros_stay_while_the_mark_does(case: Case) -> None:
+    if "sparse" in case.cls.leaves:
+        raise NotApplicable("the method makes zeros of its own")
+    if "float" not in case.cls.wants or "adapters" in case.cls.wants:
+        raise NotApplicable("the method starts from other models than pruned ones")
+    model = case.model()
+    walk.change(model, find.find("prune.magnitude")(), Given())
+    zeros = {name: weight == 0 for name, weight in matrices(model).items() if not weight.all()}
+    method = case.method(model)
+    made = case.applied(method, model)
+    assert ("sparse" in made.marks) == ("sparse" not in method.lost())
+    if "sparse" in made.marks:
+        after = matrices(made)
+        kept = {name: after[name] for name, gone in zeros.items() if name in after and after[name].shape == gone.shape}
+        assert kept, "no matrix is left as it was"
+        filled = [name for name, weight in kept.items() if weight[zeros[name]].any()]
+        assert not filled, f"zeros of {filled[:3]} were filled in, and the model is said to be sparse"
+
+
 def check_odd_shapes_work(case: Case) -> None:
     odd: dict[str, Any] = {
         "hidden_size": 72,
@@ -524,6 +543,16 @@ def state(model: Model) -> dict[str, Tensor]:
     module = copy.deepcopy(model.module)
     split_experts(unwrapped(module))
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def matrices(model: Model) -> dict[str, Tensor]:
+    """The matrices of the linear layers of a model as they compute, without what adapters add."""
+    found = {}
+    for path, layer in unwrapped(model.module).named_modules():
+        weight = layer.dense() if isinstance(layer, Stored) and hasattr(layer, "dense") else getattr(layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.ndim == 2 and not isinstance(layer, nn.Embedding):
+            found[path.removesuffix(".base_layer")] = weight
+    return found
 
 
 def _others(given: Given) -> list[dict[str, Tensor]]:

@@ -74,7 +74,7 @@ class Method(ABC):
     wants: ClassVar[frozenset[str]] = frozenset({"float"})  # marks that the model must carry
     suffices: ClassVar[frozenset[str]] = frozenset()  # marks of which one does in the place of float
     leaves: ClassVar[frozenset[str]] = frozenset()  # marks that it carries afterwards
-    drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer
+    drops: ClassVar[frozenset[str]] = frozenset()  # marks that it carries no longer, whatever the settings
     donors_want: ClassVar[frozenset[str]] = frozenset()  # marks that every donor must carry
     small: ClassVar[Mapping[str, Any]] = {}  # settings that suit the contract's tiny models
     checked_on: ClassVar[tuple[str, ...]] = ()  # of the contract's models, where others would say nothing new; by default all
@@ -123,6 +123,10 @@ class Method(ABC):
     def promise(self) -> dict[str, float]:
         """Measurable effects on the chosen sites, such as `{"zeros": 0.5}`; compared after every run."""
         return {}
+
+    def lost(self) -> frozenset[str]:
+        """The marks that a model carries no longer after the method with these settings; for methods to extend."""
+        return self.drops
 
     # The record, read from the class.
 

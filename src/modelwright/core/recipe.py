@@ -481,13 +481,13 @@ def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], lis
             advice = "Make it dense before, with `quantize.dequantize`." if packed else "Put it earlier."
             sentence = f"step {number}: {method.name()} wants a model that is {mark}, but {because}. {advice}"
             problems.setdefault(number, []).append(sentence)
-        for mark in sorted(method.drops & marks):
+        for mark in sorted(method.lost() & marks):
             if mark == "sparse":
                 warnings.append(f"step {number} ({method.name()}) fills in the zeros of step {makers.get(mark, 'input')}.")
             makers[f"-{mark}"] = f"{number} ({method.name()})"
         for mark in method.leaves:
             makers[mark] = f"{number} ({method.name()})"
-        marks = (marks | method.leaves) - method.drops
+        marks = (marks | method.leaves) - method.lost()
     return problems, warnings
 
 

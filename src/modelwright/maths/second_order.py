@@ -175,6 +175,16 @@ def rounded(grid: Grid, order: Tensor | None = None) -> Choose:
     return choose
 
 
+def masked(keep: Tensor, then: Choose) -> Choose:
+    """Pick 0 where `keep` [out, in] is false, and what `then` picks elsewhere."""
+
+    def choose(start: int, block: Tensor, columns: int) -> Pick:
+        later, own = then(start, block, columns), keep[:, start : start + len(block)].t().to(block.dtype)
+        return lambda k, column: later(k, column) * own[k]
+
+    return choose
+
+
 def zeroed(inverse: Tensor, sparsity: float = 0.0, *, pattern: tuple[int, int] | None = None, then: Choose | None = None) -> Choose:
     """Pick 0 where the error w² / U_jj² that this makes is least: SparseGPT.
 

@@ -9,9 +9,12 @@ import modelwright as mw
 from modelwright.core.errors import SiteError
 from modelwright.core.given import Given
 from modelwright.core.model import Model
+from modelwright.core.plan import plan
+from modelwright.core.recipe import Step
 from modelwright.core.walk import change
 from modelwright.maths import second_order
 from modelwright.maths.rounding import decode, encode
+from modelwright.methods.prune.magnitude import Magnitude
 from modelwright.methods.quantize.gptq import Gptq
 from modelwright.methods.quantize.rtn import Rtn
 
@@ -108,6 +111,25 @@ def test_blocks_of_columns_change_nothing_but_rounding():
     results = [Gptq(bits=3, group=32, columns=size).layer(WEIGHT, SEEN).dense() for size in (16, 100, 128, 1000)]
     for result in results:
         assert (result != results[0]).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("settings", [*KINDS, {"grid": "nf4", "group": 32}, {"grid": "nvfp4", "group": 16}])
+@pytest.mark.parametrize("order", [False, True])
+def test_weights_that_are_zero_stay_so_and_their_columns_errors_are_passed_on(settings, order):
+    keep = WEIGHT.view(24, 32, 4).abs().argsort(-1).argsort(-1).ge(2).view(24, 128)
+    pruned = WEIGHT * keep
+    layer = Gptq(**settings, order=order).layer(pruned, SEEN)
+    assert not layer.dense()[~keep].any()
+    assert cost(pruned, layer.dense(), SEEN.moment) < cost(pruned, Rtn(**settings).tensor(pruned).dense(), SEEN.moment)
+
+
+@pytest.mark.parametrize("grid", ["k-means", "odd"])
+def test_a_grid_without_zero_says_that_it_fills_zeros(grid):
+    assert "sparse" in Gptq(grid=grid, group=32).lost() and "sparse" not in Gptq(group=32).lost()
+    half = WEIGHT * (torch.arange(128) % 2)
+    assert Gptq(grid=grid, group=32).layer(half, SEEN).dense()[:, ::2].any()
+    recipe = mw.Recipe(model="starter", data="corpus", steps=(Step(Magnitude()), Step(Gptq(grid=grid))))
+    assert plan(recipe).warnings == ["step 1 (quantize.gptq) fills in the zeros of step 0 (prune.magnitude)."]
 
 
 def test_columns_that_no_input_reaches_become_zero():

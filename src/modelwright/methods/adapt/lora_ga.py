@@ -26,6 +26,7 @@ class LoraGa(Lowered):
     status: ClassVar[str] = "checked"
     causal: ClassVar[bool] = True
     changes_base: ClassVar[bool] = True
+    drops: ClassVar[frozenset[str]] = frozenset({"sparse"})  # the base takes off what the update begins with
     small = dict(rank=2)
     apart = ("directions", "magnitude", "gamma")
 

@@ -47,7 +47,7 @@ class Bitstack(ModelMethod, Rescales):
     causal: ClassVar[bool] = True
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "experts", "linear")
     leaves: ClassVar[frozenset[str]] = frozenset({"packed"})
-    drops: ClassVar[frozenset[str]] = frozenset({"float"})
+    drops: ClassVar[frozenset[str]] = frozenset({"float", "sparse"})
     small = dict(terms=2, rank=4, tries=2)
 
     terms: int = count(16)  # of each matrix, each of which stores what those before leave over

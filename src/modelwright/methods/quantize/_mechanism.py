@@ -33,11 +33,12 @@ class Kind(NamedTuple):
     scales: str  # how they are stored, of `maths.scales`
     bits: int | None = None  # where there is no choice
     group: int | None = None
+    zero: bool = True  # one of the levels
 
 
 KINDS = {
     "nf4": Kind("nf4", "float32", 4), "fp4": Kind("e2m1", "own", 4), "mxfp4": Kind("e2m1", "e8m0", 4, 32),
-    "nvfp4": Kind("e2m1", "e4m3", 4, 16), "k-means": Kind("k-means", "own"), "odd": Kind("odd", "own"),
+    "nvfp4": Kind("e2m1", "e4m3", 4, 16), "k-means": Kind("k-means", "own", zero=False), "odd": Kind("odd", "own", zero=False),
 }  # fmt: skip
 
 
@@ -170,6 +171,13 @@ class Quantizer(Grouped):
     symmetric: bool = True  # of integers; false adds zero points, and then modelwright is needed to load
     search: bool = False  # shrink each group's range to the one with the least error, as GPTQ's authors offer
     nested: bool = False  # store the scales in 8 bits, with scales of their own
+
+    def lost(self) -> frozenset[str]:
+        return self.drops if self.holds_zeros() else self.drops | {"sparse"}
+
+    def holds_zeros(self) -> bool:
+        """Whether a weight can be 0 on the grid."""
+        return self.grid not in KINDS or KINDS[self.grid].zero
 
     def problems(self) -> list[str]:
         kind = KINDS.get(self.grid)

@@ -25,6 +25,7 @@ class Bipolar(Grouped, TensorMethod):
     """Store weights in planes of one bit, of which any number of first ones is a model too; no weight stays 0."""
 
     status: ClassVar[str] = "checked"
+    drops: ClassVar[frozenset[str]] = Grouped.drops | {"sparse"}  # no odd number is 0
     small = dict(group=32)
 
     bits: int = count(4, 1, 8, "bits")  # per weight

@@ -24,6 +24,7 @@ class Fairy2i(Trainable, TensorMethod):
     """Round weights to sums of complex phases, 1 bit each for a term, while the model trains; then pack with `quantize.pack`."""
 
     status: ClassVar[str] = "checked"
+    drops: ClassVar[frozenset[str]] = Trainable.drops | {"sparse"}  # no phase is 0
 
     terms: int = count(2)  # each of which rounds what those before leave over; bits for each weight
     by_row: bool = False  # scales for each row, and not for the whole matrix

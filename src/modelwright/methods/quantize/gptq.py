@@ -3,7 +3,8 @@
 Frantar, Ashkboos, Hoefler, Alistarh 2022, arXiv:2210.17323, algorithm 1.
 Differs: group scales are those of the original weights, also when columns are taken by falling importance ("static"
 order), so that checkpoints need no column index. A group that does not divide a row is lowered to the largest
-divisor that they share, or raised to the whole row where that is below 16. The damping is raised tenfold when the factorisation fails.
+divisor that they share, or raised to the whole row where that is below 16. Weights that are 0 stay 0 on grids with a 0, as in
+SparseGPT's joint form, so that what a pruned model has lost stays lost. The damping is raised tenfold when the factorisation fails.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class Gptq(Quantizer, LayerMethod):
             inverse, dead, _ = statistics.inverse_factor(self.damp)
         ordered = weight if places is None else weight[:, places]
         pick = second_order.rounded(grid, places)
+        if self.holds_zeros() and not weight.all():
+            pick = second_order.masked(ordered != 0, pick)
         values, _ = second_order.sweep(ordered, inverse, pick, dead=dead, block=self.columns, dtype=torch.float32)
         del inverse
         if places is not None:

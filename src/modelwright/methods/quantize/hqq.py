@@ -25,6 +25,7 @@ class Hqq(Grouped, TensorMethod):
     """Store weights as integers with zero points that are fitted to the bulk of each group; needs no text."""
 
     status: ClassVar[str] = "checked"
+    drops: ClassVar[frozenset[str]] = Grouped.drops | {"sparse"}  # zero points between whole numbers have no 0
     small = dict(group=32)
 
     bits: int = count(4, 2, 8, "bits")  # per weight
