@@ -54,6 +54,24 @@ def test_rows_that_do_not_fill_their_words(bits, size, group, zeros):
     assert (found.double() - expected).norm() < 2e-6 * expected.norm()
 
 
+@pytest.mark.parametrize("zeros", ["none", "packed", "float"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_outlier_and_inputs_with_a_mean_cost_no_digits(bits, zeros):
+    weight = normal(OUT, IN)
+    weight[:, 0] = 40  # all other codes lie close to the zero point
+    scale, zero = scales(weight, bits, symmetric=zeros == "none")
+    zero = zero.float() + 0.25 if zeros == "float" else zero
+    layer = PackedLinear.from_codes(encode(weight, scale, zero, bits), scale, zero, bits)
+    inputs = normal(1, IN) + 30
+    inputs[:, 0] = 0
+    expected = linear(inputs.double(), layer.dense().double())
+    assert (layer(inputs).double() - expected).norm() < 2e-6 * expected.norm()
+    if zeros == "float":
+        return
+    inputs[:, 0] = float("inf")
+    assert torch.equal(layer(inputs), linear(inputs, layer.dense()))
+
+
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
 def test_torchs_default_dtype_does_not_matter(kind):
     layer, inputs = packed(4, 32, "none"), normal(2, IN)
@@ -130,6 +148,32 @@ def test_gradients_are_those_of_the_dense_weights():
     assert torch.equal(layer.bias.grad, torch.full((OUT,), 2.0))
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.script.*:DeprecationWarning")  # torch's own, of dual numbers
+def test_transforms_of_functions_go_by_the_dense_weights():
+    layer, inputs = packed(4, 32, "none"), normal(2, IN)
+    expected = linear(inputs, layer.dense(), layer.bias)
+    assert torch.allclose(torch.vmap(layer)(inputs), expected, atol=1e-5)
+    found, moved = torch.func.jvp(layer, (inputs,), (inputs,))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert torch.allclose(moved, expected - layer.bias, atol=1e-5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = layer(torch.autograd.forward_ad.make_dual(inputs, inputs))
+        assert torch.allclose(torch.autograd.forward_ad.unpack_dual(dual).tangent, expected - layer.bias, atol=1e-5)
+    layer.weight_scale.requires_grad_()
+    layer(inputs).sum().backward()
+    assert torch.allclose(layer.weight_scale.grad, (layer.codes().view(OUT, -1, 32) * inputs.sum(0).view(-1, 32)).sum(-1), atol=1e-4)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        assert layer(fake.from_tensor(inputs)).shape == (2, OUT)
+
+
+def test_packed_words_in_any_order_of_memory():
+    layer = packed(4, None, "none", out=LEAST // 8, size=8)
+    inputs = normal(1, 8)
+    words = torch.empty_strided(layer.weight_packed.shape, (1, 7), dtype=torch.int32).copy_(layer.weight_packed)
+    found = product(inputs, words, 4, layer.weight_scale)
+    assert torch.equal(found, product(inputs, layer.weight_packed, 4, layer.weight_scale))
+
+
 def test_the_rest_is_left_to_dense_weights():
     layer, inputs = packed(4, 32, "none"), normal(ROWS + 1, IN)
     own = (layer.weight_packed, 4, layer.weight_scale)
@@ -138,6 +182,8 @@ def test_the_rest_is_left_to_dense_weights():
     assert product(inputs[:0], *own) is None
     assert product(inputs[:1].to("meta"), *own) is None
     assert product(inputs[:1].clone().requires_grad_(), *own) is None
+    bytes_ = packed(8, 32, "none")
+    assert product(inputs[:1], bytes_.weight_packed, 8, bytes_.weight_scale, table=normal(16)) is None
     for small in (packed(3, 32, "none"), packed(4, 3, "none"), packed(4, 32, "none", out=60)):
         assert product(inputs[:1], small.weight_packed, small.bits, small.weight_scale) is None
         assert torch.allclose(small(inputs[:1]), linear(inputs[:1], small.dense(), small.bias))

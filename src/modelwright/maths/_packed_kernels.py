@@ -15,6 +15,8 @@ from modelwright.maths._compiled import compiled
 
 AHEAD = 4096  # bytes before they are needed, codes are asked of the memory: decoding waits for it more than for sums
 FOUR, LOW, HALVES = np.uint8(4), np.uint8(15), np.uint32(16)
+SIXTEEN = np.float32(16)
+WHOLE = np.float32(1 << 23)  # whose last bit is worth 1
 LOOSE = {"reassoc", "contract", "nsz"}  # sums in any order, so that the processor takes many terms at once; NaN stays NaN
 
 
@@ -37,31 +39,32 @@ def shift(zero: Any, bits: Any, row: Any, group: Any) -> Any:
     return np.float32(1 << (bits - 1)) + real(zero, row, group)
 
 
-def _dot(_: Any, codes: Any, x: Any, steps: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
-    """Add up a row of bytes: Σ step · Σ code · x, where the second codes of bytes go with x[1].
+def _dot(_: Any, codes: Any, x: Any, steps: Any, shifts: Any, vectors: Any, lanes: Any, halves: Any) -> Any:
+    """Add up a row of bytes: Σ step · Σ (code - middle) · x, where the second codes of bytes, times 16 as they lie there, go with x[1].
 
     It takes codes uint8 [n or more, as words may be padded], x float32 [codes in a byte, n], steps float32 [n / vectors / lanes], how many
-    vectors share a step, and two tuples whose lengths are known to the compiler: an entry for each lane of a vector, and one for each
-    code in a byte. It is written in LLVM's words, since numba's own loops do not ask for memory ahead.
+    vectors share one, shifts float32 [codes in a byte, n / vectors / lanes], and two tuples whose lengths are known to the compiler: an
+    entry for each lane of a vector, and one for each code in a byte. A code becomes a float as the last bits of WHOLE, and the shift,
+    WHOLE + middle (times 16), is taken from it without rounding. In LLVM's words, since numba's own loops do not ask for memory ahead.
     """
 
     def generate(context: Any, build: Any, signature: Any, given: Any) -> Any:
-        arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(signature.args[:3], given[:3], strict=True)]
+        arrays = [context.make_array(kind)(context, build, value) for kind, value in zip(signature.args[:4], given[:4], strict=True)]
         size, count = build.extract_value(arrays[1].shape, 1), build.extract_value(arrays[2].shape, 0)
-        row, inputs, scales = (array.data for array in arrays)
-        return _summed(build, row, inputs, scales, size, count, given[3], len(lanes), len(halves))
+        row, inputs, scales, middles = (array.data for array in arrays)
+        return _summed(build, row, inputs, scales, middles, size, count, given[4], len(lanes), len(halves))
 
-    return types.float32(codes, x, steps, vectors, lanes, halves), generate
+    return types.float32(codes, x, steps, shifts, vectors, lanes, halves), generate
 
 
 dot: Any = intrinsic(_dot)
 
 
-def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, vectors: Any, lanes: int, halves: int) -> Any:
+def _summed(build: Any, codes: Any, x: Any, steps: Any, shifts: Any, size: Any, count: Any, vectors: Any, lanes: int, halves: int) -> Any:
     """Write the loops of `dot` into a function that is being built; returns the sum."""
     number, place, real = ir.IntType(32), ir.IntType(64), ir.FloatType()
     floats, whole = ir.VectorType(real, lanes), ir.VectorType(number, lanes)
-    zero, low, four = ir.Constant(floats, [0.0] * lanes), ir.Constant(whole, [15] * lanes), ir.Constant(whole, [4] * lanes)
+    zero = ir.Constant(floats, [0.0] * lanes)
 
     def called(name: str, result: Any, *values: Any, **how: Any) -> Any:
         kind = ir.FunctionType(result, [value.type for value in values])
@@ -75,59 +78,67 @@ def _summed(build: Any, codes: Any, x: Any, steps: Any, size: Any, count: Any, v
     def add(total: Any, left: Any, right: Any) -> None:
         build.store(called(f"llvm.fmuladd.v{lanes}f32", floats, left, right, build.load(total)), total)
 
+    def everyone(value: int) -> Any:
+        return ir.Constant(whole, [value] * lanes)
+
+    def everywhere(values: Any, at: Any) -> Any:  # an entry, in all lanes
+        one = build.insert_element(zero, build.load(build.gep(values, [at])), number(0))
+        return build.shuffle_vector(one, zero, everyone(0))
+
     total, part = cgutils.alloca_once_value(build, zero), cgutils.alloca_once_value(build, zero)
     wide = build.mul(vectors, place(lanes))
     with cgutils.for_range(build, count, intp=place) as step:
         build.store(zero, part)
+        middles = [everywhere(shifts, build.add(step.index, build.mul(count, place(half)))) for half in range(halves)]
         with cgutils.for_range(build, vectors, intp=place) as vector:
             at = build.add(build.mul(step.index, wide), build.mul(vector.index, place(lanes)))
             ahead = build.gep(codes, [build.add(at, place(AHEAD))])
             called(f"llvm.prefetch.{ahead.type.intrinsic_name}", ir.VoidType(), ahead, number(0), number(3), number(1))  # to read
             found = build.zext(read(codes, at, ir.IntType(8)), whole)
-            first = found if halves == 1 else build.and_(found, low)
-            add(part, build.sitofp(first, floats), read(x, at, real))
-            if halves == 2:
-                add(part, build.sitofp(build.lshr(found, four), floats), read(x, build.add(at, size), real))
-        one = build.insert_element(zero, build.load(build.gep(steps, [step.index])), number(0))
-        add(total, build.shuffle_vector(one, zero, ir.Constant(whole, [0] * lanes)), build.load(part))
+            for half, (mask, middle) in enumerate(zip((255,) if halves == 1 else (15, 240), middles, strict=True)):
+                own = build.or_(build.and_(found, everyone(mask)), everyone(int(WHOLE.view(np.int32))))
+                own = build.fsub(build.bitcast(own, floats), middle)
+                add(part, own, read(x, build.add(at, build.mul(size, place(half))), real))
+        add(total, everywhere(steps, step.index), build.load(part))
     return called(f"llvm.vector.reduce.fadd.v{lanes}f32", real, ir.Constant(real, 0.0), build.load(total), fastmath=("reassoc",))
 
 
 @partial(compiled, fastmath=LOOSE)
-def spread(scale: Any, parts: Any) -> Any:
-    """The scales as float32, each `parts` times beside itself."""
-    rows, groups = scale.shape
-    out = np.empty((rows, groups * parts), np.float32)
-    for row in range(rows):
-        if parts == 1:
-            for group in range(groups):
-                out[row, group] = real(scale, row, group)
-        else:
-            for place in range(groups * parts):
-                out[row, place] = real(scale, row, place // parts)
-    return out
-
-
-@partial(compiled, fastmath=LOOSE)
-def integers(packed: Any, steps: Any, zero: Any, x: Any, sums: Any, out: Any, lanes: Any, halves: Any, first: Any, last: Any) -> Any:
+def integers(
+    packed: Any, scale: Any, zero: Any, x: Any, sums: Any, out: Any, parts: Any, lanes: Any, halves: Any, first: Any, last: Any
+) -> Any:
     """Rows `first` to `last` of codes, times x float32 [count, codes in a byte, bytes], into out; the tuples are those of `dot`.
 
-    steps: float32 [out, parts of rows], scales. sums: of x in each part, [count, parts].
+    sums: of the inputs of each group, [count, groups]. parts: into how many each group falls, whose sums begin beside each other. What a
+    zero point has behind the comma, which is little, is taken from the sum.
     """
-    count, bits = steps.shape[1], 8 // len(halves)
-    vectors = x.shape[2] // (count * len(lanes))
+    groups, bits = scale.shape[1], 8 // len(halves)
+    vectors = x.shape[2] // (groups * parts * len(lanes))
+    steps, shifts = np.empty(groups * parts, np.float32), np.empty((len(halves), groups * parts), np.float32)
+    rest = np.zeros(groups, np.float32)
+    for half in range(len(halves)):
+        shifts[half] = WHOLE + (np.float32(1) if half == 0 else SIXTEEN) * shift(None, bits, 0, 0)
     for row in range(first, last):
+        if parts == 1:  # a loop of its own, which takes many at once
+            for group in range(groups):
+                steps[group] = real(scale, row, group)
+        else:
+            for group in range(groups):
+                steps[group * parts : (group + 1) * parts] = real(scale, row, group)
+        if zero is not None:
+            for group in range(groups):
+                middle = shift(zero, bits, row, group)
+                near = np.float32(np.rint(middle))
+                rest[group] = real(scale, row, group) * (middle - near)
+                for part in range(group * parts, (group + 1) * parts):
+                    shifts[0, part] = WHOLE + near
+                    shifts[-1, part] = WHOLE + (SIXTEEN if len(halves) == 2 else np.float32(1)) * near
         for one in range(len(x)):
-            total = dot(packed[row], x[one], steps[row], vectors, lanes, halves)
-            if zero is None:
-                apart = np.float32(0)
-                for part in range(count):
-                    apart += steps[row, part] * sums[one, part]
-                total -= shift(zero, bits, 0, 0) * apart
-            else:
-                parts = count // (zero.shape[1] // (4 if zero.itemsize == 1 else 1))
-                for part in range(count):
-                    total -= steps[row, part] * sums[one, part] * shift(zero, bits, row, part // parts)
+            total = dot(packed[row], x[one], steps, shifts, vectors, lanes, halves)
+            if zero is not None:
+                for group in range(groups):
+                    if rest[group] != 0:
+                        total -= rest[group] * sums[one, group]
             out[one, row] = total
 
 

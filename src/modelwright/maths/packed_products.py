@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.autograd import forward_ad
 
 from modelwright.maths._kernels import kernels
 
@@ -35,14 +37,15 @@ def product(
     codes; or int32 [ceil(out · bits / 32), groups], packed along the rows. table: float32 [16]. Sums and weights are in float32.
 
     Returns None where the weights must be made dense instead: for many inputs, for which no gain is to be had; a small matrix; other
-    numbers of bits than 4 and, on the processor, 8; groups that end inside a byte; inputs that a gradient is wanted of; a device that is
-    neither the processor nor one of CUDA's; missing numba or triton.
+    numbers of bits than 4 and, on the processor and without a table, 8; groups that end inside a byte; inputs, scales, zeros or tables
+    that a gradient is wanted of, or that stand for others, as those of `vmap`; a device that is neither the processor nor one of CUDA's;
+    missing numba or triton.
     """
     size, (rows, groups) = inputs.shape[-1], scale.shape
-    fits = bits in (4, 8) and (table is None or len(table) == 16) and size * bits % (8 * groups) == 0 and rows * size >= LEAST
+    fits = bits in (4, 8) and (table is None or (bits, len(table)) == (4, 16)) and size * bits % (8 * groups) == 0 and rows * size >= LEAST
     if not fits or not 0 < inputs.numel() <= ROWS * size or torch.compiler.is_compiling():
         return None
-    if torch.is_grad_enabled() and inputs.requires_grad:
+    if not all(map(_plain, (values for values in (inputs, scale, zero, table) if values is not None))):
         return None
     work = {"cpu": _on_processor, "cuda": _on_accelerator}.get(inputs.device.type)
     with torch.no_grad():
@@ -50,19 +53,27 @@ def product(
         return None if out is None else out.to(inputs.dtype).view(*inputs.shape[:-1], rows)
 
 
+def _plain(values: Tensor) -> bool:
+    """Whether only the numbers of a tensor are wanted."""
+    followed = torch.is_grad_enabled() and values.requires_grad
+    stands_for_others = type(values) not in (Tensor, torch.nn.Parameter) or is_functorch_wrapped_tensor(values)
+    return not (followed or stands_for_others or forward_ad._current_level >= 0 and forward_ad.unpack_dual(values).tangent is not None)
+
+
 def _on_processor(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: Tensor | None, table: Tensor | None) -> Tensor | None:
     """The products with x float32 [count, in], float32 [count, out]; None where numba is missing."""
     if (kernels := compiled()) is None:
         return None
     rows, groups = scale.shape
-    codes, parted, out = packed.contiguous().view(torch.uint8).numpy(), _apart(x, bits), x.new_empty(len(x), rows)
+    codes, parted, out = _bytes(packed).numpy(), _apart(x, bits), x.new_empty(len(x), rows)
     if table is not None:
         work = functools.partial(kernels.levels, codes, _numbers(scale), table.numpy(), parted.numpy(), out.numpy())
     else:
         lanes, parts = _divided(parted.shape[2] // groups)
-        steps, sums = kernels.spread(_numbers(scale), parts), x.view(len(x), groups * parts, -1).sum(-1).numpy()
-        shapes = (0,) * lanes, (0,) * parted.shape[1]
-        work = functools.partial(kernels.integers, codes, steps, _numbers(zero), parted.numpy(), sums, out.numpy(), *shapes)
+        sums = x.view(len(x), groups, -1).sum(-1)
+        parted[:, 1:] /= 16  # the second code of a byte is read as 16 times itself
+        given = [codes, _numbers(scale), _numbers(zero), *(values.numpy() for values in (parted, sums, out))]
+        work = functools.partial(kernels.integers, *given, parts, (0,) * lanes, (0,) * parted.shape[1])
     _shared(work, rows, x.shape[1] * rows)
     return out
 
@@ -80,7 +91,7 @@ def _on_accelerator(x: Tensor, packed: Tensor, bits: int, scale: Tensor, zero: T
     if bits != 4 or (kernels := accelerated()) is None:
         return None
     with torch.cuda.device_of(x):  # triton runs on the current one
-        found: Tensor = kernels.products(packed.contiguous().view(torch.uint8), scale, zero, table, _apart(x, bits))
+        found: Tensor = kernels.products(_bytes(packed), scale, zero, table, _apart(x, bits))
         return found
 
 
@@ -95,9 +106,15 @@ def _numbers(values: Tensor | None) -> Any:
         return None
     if values.dtype == torch.bfloat16:
         return values.detach().view(torch.uint16).numpy()
-    if values.dtype == torch.int32:  # a matrix of one column calls any stride contiguous, hence the copy
-        return values.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+    if values.dtype == torch.int32:
+        return _bytes(values).numpy()
     return values.detach().float().numpy()
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """Words [rows, columns] as their bytes; a matrix of one column calls any stride contiguous, hence the second question."""
+    whole = words.is_contiguous() and words.stride(-1) == 1
+    return (words if whole else words.clone(memory_format=torch.contiguous_format)).view(torch.uint8)
 
 
 def _shared(work: Any, rows: int, weights: int) -> None:
@@ -116,4 +133,5 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="packed")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of them
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a forked process has none of them
