@@ -487,9 +487,8 @@ BITS = "bits.svg"  # beside a run's weights
 PICTURE = f"![Bits of each matrix]({BITS})\n\n"
 
 
-def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path) -> str:
-    """The model card of a run, as README.md beside the weights in `folder`; no weight is read."""
-    name = name if isinstance(name, str) else f"new {name['new']}"
+def _top(name: Any, what: str, folder: Path) -> str:
+    """How the card of what lies in `folder` begins, and how that loads; no weight is read."""
     file = folder / "config.json"
     config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     form = (config.get("quantization_config") or {"quant_method": "dense"})["quant_method"]
@@ -497,18 +496,35 @@ def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path
         kind = json.loads(adapter.read_text("utf-8"))["peft_type"].lower()
         own = find.exists(f"adapt.{kind}") and issubclass(find.find(f"adapt.{kind}"), LayerAdapter)
         form = "own adapter" if own else "adapter"
-    columns = ("parameters", "zeros", "bytes_disk", "bits_per_weight", "flops_per_token")
-    rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, account[0])} | {shown(column, account[-1])} |" for column in columns)
     return f"""---
 library_name: {"peft" if form in ADAPTERS else "transformers"}
 tags: [modelwright]
 base_model: {name}
 ---
 
-# {name}, after {", ".join(row["step"] for row in account[1:])}
+# {name}{what}
 
 {how_to_load(form, "./", next(iter(config.get("architectures") or ["ForCausalLM"])))}
+"""
 
+
+def saved_card(name: str, history: list[dict[str, Any]], folder: Path) -> str:
+    """The model card of a model that is saved by itself, as README.md beside the weights in `folder`."""
+    steps = ", ".join(step["method"] for step in history)
+    notes = "".join(f"- {note}\n" for step in history for note in step.get("notes", ()))
+    done = f"What was done: {steps}.\n\n" if steps else ""
+    return f"""{_top(name, "", folder)}
+{done}{notes}
+`modelwright.json` has the settings of the steps. Made by Modelwright {__version__}.
+"""
+
+
+def run_card(name: Any, recipe: str, account: list[dict[str, Any]], folder: Path) -> str:
+    """The model card of a run, as README.md beside the weights in `folder`; no weight is read."""
+    name = name if isinstance(name, str) else f"new {name['new']}"
+    columns = ("parameters", "zeros", "bytes_disk", "bits_per_weight", "flops_per_token")
+    rows = "\n".join(f"| {COLUMNS[column]} | {shown(column, account[0])} | {shown(column, account[-1])} |" for column in columns)
+    return f"""{_top(name, ", after " + ", ".join(row["step"] for row in account[1:]), folder)}
 | | original | this model |
 |---|---|---|
 {rows}

@@ -145,6 +145,9 @@ def test_where_that_chooses_nothing(small, text) -> None:
         mw.apply(small, Magnitude(where="attnn"))
     with pytest.raises(SiteError, match="chooses no weight. This model has the roles"):
         mw.apply(small, Magnitude(where="experts"))
+    model = mw.apply(Model(name="tied", module=tiny("llama", tie_word_embeddings=True)), Magnitude(where=("attn", "head", "mlp.up")))
+    found = "'head' in where chooses no weight of this model; where the head has the embedding's weight, it is `embed`"
+    assert model.history[-1]["notes"] == [f"prune.magnitude: {found}"]
 
 
 def test_donors_of_other_shapes_are_named(small, tmp_path) -> None:

@@ -137,6 +137,17 @@ def alone(final: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def fresh_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder of this name, removed at the end; what a process that was killed has left there goes first."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Whether no other process has this folder; the system holds the lock, so it ends with a process that is killed."""
     try:

@@ -26,6 +26,9 @@ from .errors import ModelError
 
 METHOD = "modelwright"
 EXPERTS = "split_experts"  # experts with matrices of their own, where the architecture has them in one tensor
+PACKED = {  # kinds of layers that store codes
+    "packed", "embedding", "levels", "float8", "static", "planes", "bit_stack", "coded", "coded_embedding",
+}  # fmt: skip
 RESIZED = "resized"  # a module of the architecture, of other sizes than the config's
 
 
@@ -99,6 +102,11 @@ def described(module: nn.Module) -> dict[str, dict[str, Any]]:
         elif hasattr(layer, "resized"):
             found[name] = _sizes(layer)
     return found
+
+
+def holds_codes(descriptions: dict[str, dict[str, Any]]) -> bool:
+    """Whether some layer stores codes, which nothing can train."""
+    return any(text["kind"] in PACKED or text.get("packed") is True for text in descriptions.values())
 
 
 def quantization_config(module: nn.Module) -> dict[str, Any] | None:

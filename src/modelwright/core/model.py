@@ -25,7 +25,7 @@ from modelwright.blocks._stored import Stored
 
 from . import hub, loading, sharing
 from .errors import ModelError, WeightsError, nearest
-from .files import read_json, restore, whole_folder, write_json
+from .files import read_json, restore, whole_folder, write_json, write_text
 from .weights import Checkpoint, Writer, check_finite, not_finite
 
 if TYPE_CHECKING:
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 RECORD = "modelwright.json"
 COMPRESSED = "compressed.json"  # beside a checkpoint that `compress` wrote, whose tensors no module has
 GUESTS = {"dropping", "token_router", "adapter", "beside"}  # kinds of layers whose work no method on weights may change afterwards
-PACKED = {  # kinds of layers that store codes
-    "packed", "embedding", "levels", "float8", "static", "planes", "bit_stack", "coded", "coded_embedding",
-}  # fmt: skip
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
@@ -178,7 +175,7 @@ class Model:
             self._marks |= {"sparse"} if "sparse" in kinds else set()
             trained = [text["packed"] for text in described.values() if text["kind"] in ("ternary", "phases")]
             self._marks |= {"rounding"} if not all(trained) else set()
-            if any(trained) or kinds & PACKED:
+            if loading.holds_codes(described):
                 self._marks = (self._marks | {"packed"}) - {"float"}
             self._marks -= {"float"} if kinds & GUESTS else set()
             if hasattr(self._module, "get_base_model") or (self.folder is not None and (self.folder / "adapter_config.json").is_file()):
@@ -190,7 +187,7 @@ class Model:
         self._marks = set(marks)
 
     def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model, its tokenizer and its record; the folder appears when it is whole.
+        """Write the model, its tokenizer, its record and a card; the folder appears when it is whole.
 
         Raises:
             RecipeError: the folder holds something and `overwrite` is false.
@@ -203,6 +200,7 @@ class Model:
 
                 save_base(self.module, partial, final)
             self.save_beside(partial)
+            write_card(self.name, self.history, partial)
         return final
 
     def save_beside(self, folder: Path) -> None:
@@ -214,6 +212,13 @@ class Model:
         elif self._tokenizer is not None:
             self._tokenizer.save_pretrained(folder)
         write_json(folder / RECORD, {"steps": self.history, "marks": sorted(self.marks)})
+
+
+def write_card(name: str, history: list[dict[str, Any]], folder: Path) -> None:
+    """Write README.md, which says how the model that lies in a folder loads and what was done to it."""
+    from modelwright import report
+
+    write_text(folder / "README.md", report.saved_card(name, history, folder))
 
 
 class Made(Model, ABC):

@@ -10,7 +10,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import sharing
-from .loading import METHOD, install
+from .loading import METHOD, holds_codes, install
 
 
 class ModelwrightConfig(QuantizationConfigMixin):
@@ -40,6 +40,8 @@ class ModelwrightQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> None:
         stated: Any = self.quantization_config
         sharing.tie(model, stated.ties)
+        if not holds_codes(stated.modules):
+            model.is_quantized = False  # type: ignore[assignment]  # smaller, but all of floats: it trains and changes dtype as any other
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Any], dict[str, str]]:
         """What `save_pretrained` writes: shared tensors once."""

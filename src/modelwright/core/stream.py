@@ -23,7 +23,7 @@ from . import kinds, loading, walk
 from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, Chooses, LayerMethod, Method, TensorMethod
-from .model import RECORD, Model, empty_module, open, put, tensor_of, tokenizer_files
+from .model import RECORD, Model, empty_module, open, put, tensor_of, tokenizer_files, write_card
 from .passage import Resident, fill
 from .progress import track
 from .weights import Checkpoint, Writer
@@ -392,3 +392,4 @@ def _write_beside(out: Writer, model: Model, method: Method, given: Given, confi
     record.history = list(model.history)
     walk.record(record, method, given)
     out.write_json(RECORD, {"steps": record.history, "marks": sorted(record.marks)})
+    write_card(model.name, record.history, out.partial)

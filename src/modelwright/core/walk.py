@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from modelwright.maths.slices import Joined, Sliced
 from . import adapters, find, kinds, sharing, training
 from . import data as texts
 from .errors import DataError, LayoutError, MethodError, ModelError, PlanError, SiteError, refuse
-from .files import alone, place_of, refuse_existing, refuse_inputs
+from .files import alone, fresh_folder, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .gradients import mean_gradients
 from .method import (
@@ -45,7 +44,8 @@ from .method import (
     TensorMethod,
     TrainMethod,
 )
-from .model import PACKED, Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
+from .loading import PACKED
+from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
 from .statistics import Statistics
@@ -107,9 +107,9 @@ def apply(
         refuse_existing(save, overwrite=overwrite)
     if save is not None and (len(methods) == 1 or model.checkpoint is not None):
         final = place_of(save)
-        with alone(final) as steps, tempfile.TemporaryDirectory(dir=steps) as between:
+        with alone(final) as steps, fresh_folder(steps / "between") as between:
             for number, step in enumerate(methods[:-1]):
-                model = write(model, step, given, Path(between) / str(number))
+                model = write(model, step, given, between / str(number))
             return write(model, methods[-1], given, final, overwrite=overwrite)
     for step in methods:
         change(model, step, given)
@@ -272,6 +272,10 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
         raise LayoutError(
             f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}."
         )
+    for pattern in method.where if isinstance(method.where, (list, tuple)) and notes is not None else ():
+        if not any(matches(site, None, pattern) for site in sites):
+            tied = "; where the head has the embedding's weight, it is `embed`" if matches("head", None, pattern) else ""
+            notes.append(f"{method.name()}: {pattern!r} in where chooses no weight of this model{tied}")
     for what, modules in otherwise.items():
         if what and notes is not None:
             notes.append(f"{method.name()}: {len(modules)} weights {what}; first {modules[0]}")

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from modelwright.anatomy import Site, anatomy_of
 from modelwright.core.errors import PlanError, SiteError
-from modelwright.core.given import Batch
+from modelwright.core.given import Batch, first
 from modelwright.core.gradients import input_fisher, text_loss
 from modelwright.core.method import ModelMethod
 from modelwright.core.model import Model, put, unwrapped, weight_of
 from modelwright.core.passage import statistics_of
 from modelwright.core.progress import track
-from modelwright.core.settings import number
+from modelwright.core.settings import count, number
 from modelwright.core.statistics import Statistics
 from modelwright.core.walk import Chosen, alike, choose, dense_sites, split_experts
 from modelwright.maths import low_rank
@@ -45,6 +45,7 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
     measure: Literal["mean", "largest", "fisher"] = "mean"  # of an input's absolute values; or its Fisher information, by gradients
     allocate: Literal["uniform", "perplexity"] = "perplexity"  # all matrices keep the same share, or what perplexity asks for
     keeps: tuple[float, ...] = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the shares that are tried of each matrix
+    tries: int = count(32, unit="sequences")  # of the text, on which the perplexity is taken
 
     def problems(self) -> list[str]:
         wrong = []
@@ -65,7 +66,7 @@ class Asvd(Factoriser, ModelMethod):  # type: ignore[misc]  # sizes are planned 
             metrics = self.metrics(model, [site for site, _ in chosen], calibration)
             known: list[tuple[Tensor, Tensor] | None] = [None] * len(chosen)
             if self.allocate == "perplexity" and self.keep < 1:
-                chosen, known = self.allocated(model, chosen, metrics, calibration, notes)
+                chosen, known = self.allocated(model, chosen, metrics, first(calibration, self.tries), notes)
             for (site, local), metric, factors in zip(chosen, metrics, known, strict=True):
                 weight = weight_of(module, site)
                 assert weight is not None, site

@@ -17,7 +17,8 @@ from modelwright.blocks.experts import SplitExperts
 from modelwright.core.errors import ModelError
 from modelwright.core.loading import described
 from modelwright.core.method import ModelMethod
-from modelwright.core.model import GUESTS, PACKED, Model, plain_module, unwrapped
+from modelwright.core.loading import PACKED
+from modelwright.core.model import GUESTS, Model, plain_module, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
