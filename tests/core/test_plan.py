@@ -80,6 +80,13 @@ def test_folding_an_adapter_warns_that_it_fills_zeros(small, text):
     assert plan(made).warnings == ["step 3 (adapt.fold) fills in the zeros of step 0 (prune.magnitude)."]
 
 
+def test_zeros_go_with_the_blocks_that_they_are_in(small, text):
+    made = recipe.read({"model": str(small), "data": str(text), "steps": ["prune.magnitude", {"prune.shortgpt": {"blocks": 2}}]})
+    _, pruned, shorter = plan(made).rows
+    assert shorter.zeros == pytest.approx(pruned.zeros * shorter.parameters / pruned.parameters)
+    assert shorter.zeros < pruned.zeros
+
+
 def test_steps_out_of_order_are_all_said(small, text):
     made = recipe.read({"model": str(small), "data": str(text), "steps": ["quantize.rtn", "prune.wanda", "adapt.fold"]})
     with pytest.raises(PlanError, match=r"(?s)3 problems.*step 1: prune.wanda wants.*step 2: adapt.fold wants a model that is adapters"):

@@ -18,6 +18,7 @@ from modelwright.core import recipe, stream, walk, weights
 from modelwright.core.contract import LETTERS, letters
 from modelwright.core.errors import (
     DataError,
+    LayoutError,
     MethodError,
     ModelError,
     ModelwrightError,
@@ -148,6 +149,16 @@ def test_where_that_chooses_nothing(small, text) -> None:
     model = mw.apply(Model(name="tied", module=tiny("llama", tie_word_embeddings=True)), Magnitude(where=("attn", "head", "mlp.up")))
     found = "'head' in where chooses no weight of this model; where the head has the embedding's weight, it is `embed`"
     assert model.history[-1]["notes"] == [f"prune.magnitude: {found}"]
+
+
+def test_what_cannot_be_is_refused_before_text_runs(small, text, monkeypatch) -> None:
+    monkeypatch.setattr(walk.Resident, "enter", lambda *_: pytest.fail("the text was run"))
+    with pytest.raises(PlanError, match="all 4 blocks of model.layers would go"):
+        mw.apply(mw.open(small), find("prune.shortgpt")(blocks=4), data=str(text))
+    with pytest.raises(SiteError, match="^prune.wanda: sparsity: 'foo' names no part of any model"):
+        mw.apply(mw.open(small), find("prune.wanda")(sparsity={"foo": 0.6}), data=str(text))
+    with pytest.raises(LayoutError, match="no channels to remove; it has mlp, heads, residual"):
+        mw.apply(mw.open(small), find("prune.llm_pruner")(units=("channels",)), data=str(text))
 
 
 def test_donors_of_other_shapes_are_named(small, tmp_path) -> None:

@@ -252,6 +252,8 @@ class Anatomy:
         if not found:
             split = kind == "experts" and any(site.role.startswith("experts.") for site in self.sites(module))
             what_to_do = "; its experts are split, fuse them first" if split else ""
+            others = [each for each in KINDS if each not in self.why_not and getattr(self, f"_{each}")(module)]
+            what_to_do = what_to_do or (f"; it has {', '.join(others)}" if others else "")
             raise LayoutError(f"this {self.name} model has no {kind} to remove{what_to_do}")
         return found
 

@@ -327,6 +327,11 @@ class BlockMethod(Method):
         """The indices of the blocks that stay, by the scores of every run of `span` blocks, by its first."""
         raise AssertionError("a BlockMethod writes keep")
 
+    def guess(self, depths: int) -> list[int]:
+        """The indices of the blocks of so many that would go, did their scores rise with the depth: as many as will go."""
+        kept = self.keep([float(depth) for depth in range(depths - min(self.span, depths) + 1)])
+        return [depth for depth in range(depths) if depth not in kept]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelMethod(Method):

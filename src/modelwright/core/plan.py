@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy import Site, anatomy_of, matches, removal
+from modelwright.anatomy import Site, anatomy_of, removal
 from modelwright.blocks.experts import split_experts
 from modelwright.maths.slices import SLICE
 
@@ -28,7 +28,6 @@ from .given import Given
 from .measure import count, flops_per_token
 from .method import AdapterMethod, BlockMethod, LayerMethod, Method, ModelMethod, SiteMethod, TensorMethod, TrainMethod
 from .model import Model, emptied, open, put, quiet, stored_bytes, unwrapped, weight_of
-from .settings import ByRole
 from .statistics import SAMPLE
 from .training import refuse_other_vocabulary
 
@@ -96,7 +95,8 @@ def plan(recipe: Any, *, overrides: Any = ()) -> Plan:
 
 def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults: Faults) -> Plan:
     """The plan of a prepared recipe; what cannot be done goes to `faults`, and the plan goes on without that step."""
-    strange = [number for number, step in enumerate(recipe.steps) if not check_patterns(number, step.method, faults)]
+    strange = {number: words for number, step in enumerate(recipe.steps) if (words := walk.strange_patterns(step.method))}
+    faults += [SiteError(f"step {number}: {word}") for number, words in strange.items() for word in words]
     if model is None:
         return Plan([], [])
     unordered, warnings = recipes.check_order(recipe, model)
@@ -119,7 +119,9 @@ def predicted(recipe: recipes.Recipe, model: Model | None, given: Given, faults:
             if isinstance(step.method, TrainMethod) and "teacher" in named and (teacher := _opened(named["teacher"], model)):
                 refuse_other_teacher(step.method, skeleton, teacher)
             skeleton, zeros = predict(skeleton, step.method, replace(given, **named))
-        row = _row(step.method.name(), skeleton, zeros if zeros is not None else rows[-1].zeros)
+        row = _row(step.method.name(), skeleton, zeros or 0.0)
+        if zeros is None:  # what leaves the model takes its zeros along
+            row.zeros = rows[-1].zeros * min(1.0, row.parameters / max(1, rows[-1].parameters))
         row.peak_bytes = memory
         row.time = time_class(lasts)
         row.notes = list(given.notes)
@@ -158,19 +160,8 @@ def loads_with(module: nn.Module) -> str:
     )
 
 
-def check_patterns(number: int, method: Method, faults: Faults) -> bool:
-    """Whether `where`, `skip` and maps by role name parts of models; every word that does not goes to `faults`."""
-    before = len(faults)
-    for name, value in vars(method).items():
-        patterns = [key for key in value if key != "*"] if isinstance(value, ByRole) else value if name in ("where", "skip") else None
-        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
-            with faults.collected(f"step {number}: {method.name()}: {name}: "):
-                matches("", None, pattern)
-    return len(faults) == before
-
-
 def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module, float | None]:
-    """The empty module after a method, and the zeros expected in it (None: as many as before)."""
+    """The empty module after a method, and the zeros expected in it (None: those before, but for what is gone)."""
     if isinstance(method, SiteMethod):
         expected: float | None = None
         sites = walk.everything(module) if method.every else anatomy_of(module).sites(module)
@@ -189,9 +180,7 @@ def predict(module: nn.Module, method: Method, given: Given) -> tuple[nn.Module,
     if isinstance(method, BlockMethod):
         path = anatomy_of(module).blocks(module)
         if path is not None:
-            depths = len(list(module.get_submodule(path).children()))
-            kept = method.keep([float(depth) for depth in range(depths - min(method.span, depths) + 1)])
-            removal.remove_blocks(module, [depth for depth in range(depths) if depth not in kept])
+            removal.remove_blocks(module, method.guess(len(list(module.get_submodule(path).children()))))
     elif isinstance(method, TrainMethod):
         step, zeros = method.first(), None
         if step is not None:

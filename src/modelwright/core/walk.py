@@ -30,6 +30,7 @@ from .errors import DataError, LayoutError, MethodError, ModelError, PlanError, 
 from .files import alone, fresh_folder, place_of, refuse_existing, refuse_inputs
 from .given import Batch, Given
 from .gradients import mean_gradients
+from .loading import PACKED
 from .method import (
     AdapterMethod,
     BlockMethod,
@@ -44,10 +45,10 @@ from .method import (
     TensorMethod,
     TrainMethod,
 )
-from .loading import PACKED
 from .model import Model, check_readable, emptied, open, put, quiet, tensor_of, unwrapped, weight_of, why_not_stored
 from .passage import Resident, gather, last_real, real
 from .progress import bar, track
+from .settings import ByRole
 from .statistics import Statistics
 
 Chosen = list[tuple[Site, Any]]  # with the method's settings for that site
@@ -100,6 +101,7 @@ def apply(
     for checked in [model, *given.donors] if given.donors else []:
         check_readable(checked)
     for number, step in enumerate(methods):
+        refuse(SiteError, strange_patterns(step))
         given.refuse_lacking(step)
         refuse(PlanError, doubled(step, None if number else model, given.donors))
     if save is not None:
@@ -241,6 +243,19 @@ def doubled(method: Method, model: Model | None, donors: Sequence[Model]) -> lis
 # Which sites
 
 
+def strange_patterns(method: Method) -> list[str]:
+    """The words in `where`, `skip` and maps by role that name no part of any model, each with a sentence."""
+    found = []
+    for name, value in vars(method).items():
+        patterns = [key for key in value if key != "*"] if isinstance(value, ByRole) else value if name in ("where", "skip") else None
+        for pattern in [patterns] if isinstance(patterns, str) else patterns or ():
+            try:
+                matches("", None, pattern)
+            except SiteError as error:
+                found.append(f"{method.name()}: {name}: {error}")
+    return found
+
+
 def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, notes: list[str] | None = None) -> Chosen:
     """The sites that `where`, `skip` and settings by role choose, each with the method's settings for it.
 
@@ -272,8 +287,8 @@ def choose(module: nn.Module | None, sites: Sequence[Site], method: Chooses, not
         raise LayoutError(
             f"{method.name()}: where={method.where!r} skip={method.skip!r} chooses no weight. This model has the roles {roles}."
         )
-    for pattern in method.where if isinstance(method.where, (list, tuple)) and notes is not None else ():
-        if not any(matches(site, None, pattern) for site in sites):
+    for pattern in method.where if isinstance(method.where, (list, tuple)) else ():
+        if notes is not None and not any(matches(site, None, pattern) for site in sites):
             tied = "; where the head has the embedding's weight, it is `embed`" if matches("head", None, pattern) else ""
             notes.append(f"{method.name()}: {pattern!r} in where chooses no weight of this model{tied}")
     for what, modules in otherwise.items():
@@ -680,6 +695,7 @@ def _choose_blocks(walk: Resident, method: BlockMethod, given: Given) -> list[in
     """The indices of the blocks to remove."""
     if walk.path is None:
         raise LayoutError(f"{method.name()} removes whole blocks, but {walk.model.name} has no single row of them.")
+    removal.remove_blocks(emptied(walk.module), method.guess(walk.depths))  # what cannot be is refused before the text runs
     walk.enter(given.batches(walk.model))
     scores, entered, seen = [], [], last_real if method.last else real
     for depth in track(range(walk.depths), method.name()):

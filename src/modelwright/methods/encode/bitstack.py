@@ -87,6 +87,10 @@ class Bitstack(ModelMethod, Rescales):
         if self.budget is not None:
             resizing.shorten(module, self.budget, before)
         notes.append(f"{self.name()}: {len(chosen)} matrices; {least:,} bytes with one term of each, {most:,} with {self.terms}")
+        if stored_bytes(module) > before:
+            notes.append(
+                f"{self.name()}: all terms together are larger than the model was, {before:,} bytes; `budget` or fewer terms limit them"
+            )
         return model
 
     def chosen(self, module: nn.Module, notes: list[str]) -> walk.Chosen:

@@ -34,7 +34,7 @@ class Pela(TrainMethod):
     drops: ClassVar[frozenset[str]] = frozenset({"sparse"})
     small = dict(tokens=256, batch=2, length=16)
 
-    keep: float = fraction(0.5)  # of each matrix's parameters, in both factors together
+    keep: float = fraction(0.5, low=1e-3)  # of each matrix's parameters, in both factors together
     where: Places = None  # roles to factor; by default the matrices of the blocks
     skip: Places = None  # roles to leave whole
     text: float = number(1.0, low=0)  # weight of the text's own next tokens in the loss

@@ -42,7 +42,7 @@ class Tensor(TensorMethod):
     small = dict(where="attn", iterations=3)
 
     form: Form = "cp"  # cp: one rank for all, nearest in small weights; tucker: a core between factors; tt: for large tables
-    keep: float = fraction(0.5)  # of each weight's parameters, in all parts together; 1 leaves it as it is
+    keep: float = fraction(0.5, low=1e-3)  # of each weight's parameters, in all parts together; 1 leaves it as it is
     parts: int = count(3, low=2, high=8)  # ways into which tables and matrices are folded
     iterations: int = count(50)  # of alternating least squares (cp) and HOOI (tucker), at most
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere

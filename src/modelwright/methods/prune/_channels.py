@@ -25,7 +25,7 @@ NAME = "channels"  # of the parts that the model bears
 class Narrower(Method):
     """Makes the stream narrower."""
 
-    keep: float = fraction(0.75)  # of the width of the hidden states
+    keep: float = fraction(0.75, low=1e-3)  # of the width of the hidden states
     multiple: int = count(8, unit="channels")  # the width is rounded down to a multiple of this
 
     def width(self, module: nn.Module) -> tuple[int, int]:

@@ -24,7 +24,7 @@ from modelwright.methods.prune._units import Kept, UnitChoice, per_member
 class Shrinker(UnitChoice, TrainMethod):
     """Takes units out while all weights train on the next token."""
 
-    share: float = fraction(0.3)  # of the units that go, by what they cost
+    share: float = fraction(0.3)  # of the units that go, by what they cost; one of each stays
     effect: Literal["first", "mix"] = "first"  # of the estimate of a weight's effect
 
     def loss(self, module: nn.Module, ids: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -37,7 +37,7 @@ class UnitChoice(Method):
     kinds: ClassVar[tuple[str, ...]] = KINDS  # that the method can take out
 
     units: tuple[str, ...] = ("mlp", "heads")  # kinds that go: mlp, heads, residual, experts, channels or stages
-    share: float = fraction(0.2)  # of the units that go, by what they cost
+    share: float = fraction(0.2)  # of the units that go, by what they cost; one of each stays
     scope: Literal["block", "model"] = "block"  # each block loses the same share; or units of all blocks compete
     spare_first: int = count(0, low=0, unit="blocks")  # at the start, left as they are
     spare_last: int = count(0, low=0, unit="blocks")  # at the end, left as they are

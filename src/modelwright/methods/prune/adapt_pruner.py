@@ -38,7 +38,7 @@ class AdaptPruner(LlmPruner):
     neutral = dict(share=0.0)
     small = dict(steps=4)
 
-    share: float = fraction(0.3)  # of the units that go, by what they cost
+    share: float = fraction(0.3)  # of the units that go, by what they cost; one of each stays
     scope: Literal["model"] = "model"  # blocks lose by what they do
     spare_first: int = count(0, low=0, unit="blocks")  # at the start, left as they are
     spare_last: int = count(0, low=0, unit="blocks")  # at the end, left as they are

@@ -34,7 +34,7 @@ class LlmPruner(TextUnitPruner):
     neutral = dict(share=0.0)
     small = dict(spare_first=1, spare_last=1)
 
-    share: float = fraction(0.25)  # of the units that go, by what they cost
+    share: float = fraction(0.25)  # of the units that go, by what they cost; one of each stays
     spare_first: int = count(4, low=0, unit="blocks")  # at the start, left as they are
     spare_last: int = count(2, low=0, unit="blocks")  # at the end, left as they are
     effect: Effect = "first"  # of the estimate of a weight's effect

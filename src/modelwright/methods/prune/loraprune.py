@@ -41,7 +41,7 @@ class LoraPrune(UnitChoice, TrainMethod):
     kinds: ClassVar[tuple[str, ...]] = ("mlp", "heads")
     small = dict(tokens=256, batch=2, length=16, every=2, spare_first=1, spare_last=1)
 
-    share: float = fraction(0.5)  # of the units that go, by what they cost
+    share: float = fraction(0.5)  # of the units that go, by what they cost; one of each stays
     scope: Literal["block"] = "block"  # each block loses the same share
     spare_first: int = count(3, low=0, unit="blocks")  # at the start, left as they are
     spare_last: int = count(1, low=0, unit="blocks")  # at the end, left as they are

@@ -37,7 +37,7 @@ class Reap(TextUnitPruner):
     neutral = dict(share=0.0)
 
     units: tuple[str, ...] = ("experts",)  # kinds that go: experts
-    share: float = fraction(0.25)  # of the units that go, by what they cost
+    share: float = fraction(0.25)  # of the units that go, by what they cost; one of each stays
     measure: Literal["reap", "norm", "gate", "frequency"] = "reap"  # of an expert, over the tokens that are sent to it
     merge: bool = False  # what goes is averaged into the most similar expert that stays, each by its measure
 

@@ -155,8 +155,10 @@ class Grouped(Packer):
 
     def otherwise(self, shape: tuple[int, ...]) -> str:
         columns = shape[-1]
-        if not self.group or columns <= self.group or columns % self.group == 0:
+        if not self.group or columns % self.group == 0:
             return ""
+        if columns < self.group:
+            return f"have one scale for a row, because their {columns} inputs are fewer than {self.group}"
         group = self.group_of(columns)
         found = f"groups of {group}" if group else "one scale for a row"
         return f"have {found}, because {self.group} does not divide their {columns} inputs"

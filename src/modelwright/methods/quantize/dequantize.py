@@ -15,9 +15,8 @@ from torch import nn
 from modelwright.blocks._stored import Described, Stored
 from modelwright.blocks.experts import SplitExperts
 from modelwright.core.errors import ModelError
-from modelwright.core.loading import described
+from modelwright.core.loading import PACKED, described
 from modelwright.core.method import ModelMethod
-from modelwright.core.loading import PACKED
 from modelwright.core.model import GUESTS, Model, plain_module, unwrapped
 
 

@@ -40,7 +40,7 @@ class GraphHash(ModelMethod):
     fails = {"ties_survive": "the head keeps a row for each token"}
 
     form: Literal["graph", "random", "frequency", "double", "double_graph"] = "graph"  # who shares a row with whom
-    keep: float = fraction(0.5)  # rows of the table, of the vocabulary; 1 leaves it as it is
+    keep: float = fraction(0.5, low=1e-3)  # rows of the table, of the vocabulary; 1 leaves it as it is
     resolution: float | None = number(None, low=0)  # of the communities, whose number then is not by keep
     window: int = count(1, unit="tokens")  # how far from a token its contexts are
 
