@@ -1,9 +1,15 @@
 import pytest
 import torch
-from tiny import CAUSAL, outputs, tiny
+from tiny import CAUSAL, outputs, tiny, tiny_inputs
 
+import modelwright as mw
 from modelwright.anatomy._folding import apply_fold, apply_shift, folds, movable_mean
 from modelwright.core.errors import SiteError
+from modelwright.methods.encode.bitstack import Bitstack
+from modelwright.methods.factor.svd import Svd
+from modelwright.methods.quantize.awq import Awq
+from modelwright.methods.quantize.mergequant import MergeQuant
+from modelwright.methods.quantize.smoothquant import SmoothQuant
 
 EXPECTED = {"llama": ["norm", "up"], "qwen3": ["norm", "up"], "gemma2": ["norm", "up"], "phi3": ["norm", "up"], "phi": ["norm"],
             "olmo2": ["up"], "gpt2": ["norm", "value"], "gpt_neox": ["norm", "value"], "opt": ["norm", "value"], "bert": ["value"],
@@ -23,6 +29,22 @@ def test_a_factor_moves_between_matrices_and_no_output_changes(kind):
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
         assert {site.name for site in fold.readers} | {name for name, _, _ in fold.makers} <= changed
     assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "phi3"])
+def test_of_two_factors_the_first_reads_what_a_norm_makes(kind):
+    model = mw.apply(mw.open(tiny(kind)), Svd(keep=0.6)).module
+    before, found = outputs(model), folds(model)
+    assert {fold.kind for fold in found} >= {"norm"}
+    for fold in found:
+        factor = 0.3 + 2 * torch.rand(fold.makers[0][2].numel(), generator=torch.Generator().manual_seed(5))
+        if all(name in dict(model.named_parameters()) for name, _, _ in fold.makers):
+            apply_fold(model, fold, factor)
+    assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
+    for method in (Awq(bits=8, group=0, points=3), SmoothQuant(), MergeQuant(bits=8, inputs=8), Bitstack(terms=8, rank=8, measure="error")):
+        start = mw.apply(mw.open(tiny(kind)), Svd(keep=0.6))
+        after = outputs(mw.apply(start, method, data=[tiny_inputs(start.module)]).module)
+        assert (after - before).norm() < 0.3 * before.norm(), method
 
 
 @pytest.mark.parametrize("kind", [*CAUSAL, "bert", "vit"])

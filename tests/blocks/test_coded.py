@@ -4,12 +4,16 @@ import json
 
 import pytest
 import torch
+from tiny import tiny
 from torch import nn
 from torch.nn.functional import embedding, linear
 
+import modelwright as mw
 from modelwright.blocks import build
 from modelwright.blocks.coded import CodedLinear
 from modelwright.blocks.coded_embedding import CodedEmbedding
+from modelwright.methods.encode.dfloat11 import Dfloat11
+from modelwright.methods.quantize.rtn import Rtn
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -99,3 +103,12 @@ def test_what_it_cannot_stand_for_is_said():
     assert layer.why_not(nn.Linear(40, 12)) == layer.why_not(nn.Embedding(12, 40)) == ""
     assert "is a Bilinear" in layer.why_not(nn.Bilinear(1, 1, 1))
     assert layer.nonzeros() == 480
+
+
+@pytest.mark.parametrize("method", [Dfloat11(where="embed"), Rtn(where="embed", group=32)], ids=repr)
+@pytest.mark.parametrize("strange", [-1, 97])
+def test_ids_that_are_no_rows_are_refused_as_by_any_embedding(method, strange):
+    layer = mw.apply(mw.open(tiny("llama").bfloat16()), method).module.model.embed_tokens
+    assert layer(torch.tensor([0, 96])).shape == (2, 64)
+    with pytest.raises(IndexError, match="0 to 96"):
+        layer(torch.tensor([strange, 0]))

@@ -194,6 +194,14 @@ def test_a_layer_alone_is_a_network(tmp_path):
     agrees(nn.Linear(4, 3), torch.randn(2, 4), tmp_path / "c")
 
 
+def test_a_network_trains_or_not_as_it_did(tmp_path):
+    for training in (True, False):
+        module = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).train(training)
+        module[1].eval()  # frozen in a network that trains
+        mw.export_c(module, torch.zeros(1, 4), tmp_path / str(training))
+        assert [layer.training for layer in module.modules()] == [training, training, False]
+
+
 def test_bad_wishes_are_refused(tmp_path):
     module = nn.Sequential(nn.Linear(4, 2))
     with pytest.raises(SettingError, match=r"a batch of 1; got torch.Size\(\[2, 4\]\)"):

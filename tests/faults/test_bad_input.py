@@ -203,6 +203,17 @@ def test_a_matrix_that_is_nan_is_found_before_those_before_it_are_changed(name: 
     assert all(torch.equal(value, before[key]) or value.isnan().any() for key, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["prune.magnitude", "quantize.rtn", "quantize.gptq", "prune.shortgpt"])
+def test_from_folder_to_folder_too(name: str, tmp_path) -> None:
+    module = tiny("llama")
+    module.model.layers[0].mlp.up_proj.weight.data[5, 7] = float("nan")
+    Model(name="broken", module=module).save(tmp_path / "in")
+    method = find(name)
+    with pytest.raises(WeightsError, match=r"(?s)NaN or infini.*model\.layers\.0\.mlp\.up_proj\.weight|up_proj\.weight.*NaN or infini"):
+        mw.apply(tmp_path / "in", method(**method.small), data=[tiny_inputs(module)], save=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
 @pytest.mark.parametrize("name", ["prune.wanda", "factor.asvd"])
 def test_infinite_activations_are_named_and_experts_stay_in_their_stacks(name: str) -> None:
     module = tiny("qwen3_moe")

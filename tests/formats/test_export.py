@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from tiny import outputs, tiny
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import modelwright as mw
 from modelwright.anatomy.removal import remove_units
@@ -19,6 +21,7 @@ from modelwright.methods.adapt.lora import Lora
 from modelwright.methods.factor.svd import Svd
 from modelwright.methods.prune.wanda import Wanda
 from modelwright.methods.quantize.dequantize import Dequantize
+from modelwright.methods.quantize.llm_int8 import LlmInt8
 from modelwright.methods.quantize.nf4 import Nf4
 from modelwright.methods.quantize.rtn import Rtn
 from modelwright.methods.share.depth import Depth
@@ -93,6 +96,52 @@ def test_models_that_no_folder_can_hold_are_refused_by_name(made, words, form, t
     with pytest.raises(ModelError, match=words):
         mw.export(made(), tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+def with_head(method):
+    return mw.apply(mw.open(tiny("llama", vocab_size=96)), dataclasses.replace(method, where=("attn", "mlp", "head")))
+
+
+@pytest.mark.parametrize("method", [Nf4(), LlmInt8()], ids=str)
+def test_a_head_in_few_bits_is_read_by_plain_transformers(method, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = with_head(method)
+    mw.export(model, tmp_path / "out", "bitsandbytes")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", device_map="cpu")
+    assert type(loaded.lm_head).__name__ in ("Linear4bit", "Linear8bitLt")
+    assert torch.equal(outputs(mw.open(tmp_path / "out").module), outputs(model.module))
+
+
+def test_a_head_that_readers_take_for_dense_is_refused(tmp_path):
+    with pytest.raises(ModelError, match="AWQ cannot hold 1 layers, first lm_head, which gives the logits"):
+        mw.export(with_head(Rtn(group=32)), tmp_path / "out", "awq")
+
+
+def test_the_name_of_the_head_is_the_architectures(tmp_path):
+    mw.export(mw.apply(mw.open(tiny("gpt_neox")), Rtn(group=32)), tmp_path / "out", "gptq")
+    stated = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stated["lm_head"] is False
+    assert "dynamic" not in stated
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda stated: stated.update(transform_config={"config_groups": {"R1": {}}}), "transform_config"),
+        (lambda stated: stated.update(sparsity_config={"format": "sparse-bitmask"}), "sparsity_config"),
+        (lambda stated: stated.update(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme"),
+        (lambda stated: stated["config_groups"]["group_0"].update(output_activations={"num_bits": 4}), "output_activations"),
+        (lambda stated: stated["config_groups"]["group_0"]["weights"].update(actorder="group"), "actorder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_folder_of_compressed_tensors_says_beyond_our_layers_is_refused(change, what, quantised, tmp_path):
+    quantised(Rtn(group=32)).save(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    change(config["quantization_config"])
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"A compressed-tensors checkpoint with {what} cannot be opened yet"):
+        _ = mw.open(tmp_path / "in").module
 
 
 def test_other_quantised_folders_are_refused_as_before(small, tmp_path):

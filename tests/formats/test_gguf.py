@@ -183,6 +183,14 @@ def test_values_that_float16_cannot_hold_and_removed_parts_are_refused(tmp_path)
     with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight holds values that float16 cannot"):
         mw.export(module, tmp_path / "out", "gguf-f16")
     mw.export(module, tmp_path / "out", "gguf-bf16")
+    module.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight holds values that are NaN or infinite"):
+        mw.export(module, tmp_path / "nan", "gguf-bf16")
+    module.model.layers[0].mlp.up_proj.weight.data.fill_(1e-6)
+    with pytest.raises(
+        ModelError, match=r"up_proj\.weight holds values that are too small for the float16 scales of Q8_0, at most 1.0e-06"
+    ):
+        mw.export(module, tmp_path / "small", "gguf-q8_0")
     data = [{"input_ids": torch.arange(1, 33).view(2, 16), "attention_mask": torch.ones(2, 16, dtype=torch.long)}]
     cut = mw.apply(tiny("llama"), BlockPruner(branches=1), data=data)
     with pytest.raises(ModelError, match="another part than the architecture has"):

@@ -109,7 +109,7 @@ def test_gptq_keeps_every_weight_in_float16(bits, zero, version):
     layout = Gptq(version)
     stored = layout.tensors(given)
     assert torch.equal(of_gptq(stored, bits, version), given.dense())
-    config = layout.config(given, False, ["lm_head"])
+    config = layout.config(given, False, ["lm_head"], "lm_head")
     assert (config["checkpoint_format"], config["sym"]) == ("gptq" if version == 1 else "gptq_v2", not zero)
     back = layout.layer(stored, config, torch.float16)
     assert torch.equal(back.dense(), given.dense())

@@ -62,6 +62,14 @@ def test_the_dynamic_map_has_256_levels_from_zero_to_one():
     assert (table > 0).sum() == 128
 
 
+def test_k_means_of_many_numbers_sees_all_columns():
+    weight = torch.randn(1024, 512, generator=torch.Generator().manual_seed(0))
+    weight[:, ::2] *= 20  # every so many numbers would be of these alone
+    table = k_means(weight, 4)
+    apart = (table.decode(table.encode(weight)) - weight)[:, 1::2]
+    assert apart.norm() < 0.7 * weight[:, 1::2].norm()
+
+
 def test_k_means_finds_separate_values_and_its_levels_are_the_means_of_what_is_nearest():
     assert k_means(torch.tensor([-3.0, 1.0, 2.0, 9.0]).repeat(50), 2).values.tolist() == [-3, 1, 2, 9]
     found = k_means(NORMAL, 3)

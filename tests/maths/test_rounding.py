@@ -170,3 +170,12 @@ def test_a_group_with_nan_has_no_bounds(dtype):
     assert scale[5].isnan().nonzero().tolist() == [[7]]
     assert scale[4].isinf().nonzero().tolist() == [[0]]
     assert scale.isfinite().sum() == scale.numel() - 3
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_largest_numbers_of_a_dtype_stay_finite(bits):
+    weight = torch.tensor([[65000.0, -65000.0, 1.0, 0.0]], dtype=torch.float16)
+    scale, zero = scales(weight, bits)
+    found = decode(encode(weight, scale, zero, bits), scale, zero)
+    assert found.isfinite().all()
+    assert (found[0, :2].float() / weight[0, :2].float() > 0.4).all()

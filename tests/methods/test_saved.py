@@ -17,9 +17,14 @@ import modelwright as mw
 from modelwright.core.model import Model
 from modelwright.methods.encode.bitstack import Bitstack
 from modelwright.methods.factor.svd import Svd
+from modelwright.methods.prune.flap import Flap
 from modelwright.methods.prune.magnitude import Magnitude
+from modelwright.methods.quantize.dequantize import Dequantize
+from modelwright.methods.quantize.fp8 import Fp8
 from modelwright.methods.quantize.gptq import Gptq
+from modelwright.methods.quantize.llm_int8 import LlmInt8
 from modelwright.methods.quantize.rtn import Rtn
+from modelwright.methods.quantize.smoothquant import SmoothQuant
 
 PLAIN = {
     "bits 4, groups": (Rtn(bits=4, group=32), {}, torch.bfloat16),
@@ -31,6 +36,8 @@ PLAIN = {
     "bits by role, float32": (Rtn(bits={"mlp": 4, "attn": 8}, group=32), {}, torch.float32),
     "a tied head": (Rtn(bits=4, group=32), {"tie_word_embeddings": True}, torch.float32),
     "biases": (Rtn(bits=4, group=32), {"attention_bias": True, "mlp_bias": True}, torch.float32),
+    "inputs too": (SmoothQuant(), {}, torch.bfloat16),
+    "few bits of inputs": (LlmInt8(bits=4, inputs=4, threshold=0.0), {}, torch.float32),
     "the head too": (Rtn(bits=8, group=32, where=("attn.*", "mlp.*", "head")), {}, torch.float32),
 }
 OURS = {
@@ -40,6 +47,9 @@ OURS = {
     "experts": ("qwen3_moe", Rtn(bits=4, group=16)),
     "stored the other way": ("gpt2", Rtn(bits=4, group=32)),
     "terms": ("llama", Bitstack(terms=3, rank=4, tries=2)),
+    "integers of other widths": ("llama", [Flap(), Rtn(bits=4, group=0)]),
+    "floats of other widths": ("opt", [Flap(), Fp8()]),
+    "of other widths, made dense": ("llama", [Flap(), Rtn(bits=8, group=0), Dequantize()]),
     "factors of integers": ("llama", [Svd(rank=16), Rtn(bits=4, group=16, where="mlp.*")]),
 }
 ORDERS = {

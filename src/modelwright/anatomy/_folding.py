@@ -66,7 +66,8 @@ def _norm_folds(module: Any, stack: str, shapes: dict[str, Any]) -> list[Fold]:
         first = own if len(own) == 1 else [*own[:half][:1], *own[half:][:1]]
         readers_of: dict[str, list[Site]] = {path: [] for path in first}
         for site in sites:
-            if site.name.startswith(prefix) and first and "cross" not in site.role:
+            behind_another = site.module.endswith(".b")  # the second of two factors reads the first
+            if site.name.startswith(prefix) and first and "cross" not in site.role and not behind_another:
                 readers_of[first[0] if site.role.startswith("attn") else first[-1]].append(site)
         for path, readers in readers_of.items():
             names = [name for name in (f"{path}.weight", f"{path}.bias") if name in shapes]

@@ -90,6 +90,7 @@ class Stored(Described):
     dense_work: ClassVar[bool] = False  # multiplies by its dense weight all the same, though its values are fewer
     exact: tuple[str, ...] = ()  # tensors whose dtype is part of the format: `to` another dtype leaves them as they are
     lossless: ClassVar[bool] = False  # holds every bit of the weight, so that it also stands for an embedding and the head tied to it
+    other_sizes: bool = False  # than those of the layer that the architecture's config makes in its place, or a bias where that has none
     rounds_inputs: bool = False  # so that no gradient passes through
     out_features: int
     in_features: int
@@ -144,7 +145,7 @@ class Stored(Described):
 
     def standing_for(self, old: nn.Module) -> Stored:
         """The layer that goes on in the place of `old`: this one, or another of its tensors that does what `old` did."""
-        self.replaces = type(old).__name__
+        self.replaces, self.other_sizes = type(old).__name__, hasattr(old, "resized")
         return self
 
     def take_bias(self, bias: nn.Parameter | None) -> None:
@@ -167,6 +168,18 @@ class Stored(Described):
     def stored_bytes(self) -> int:
         """The bytes of all tensors that a checkpoint holds of this layer."""
         return sum(tensor.nbytes for tensor in self.state_dict().values())
+
+
+def in_a_row(ids: Tensor, rows: int) -> Tensor:
+    """The ids [...] of a table's rows as [n].
+
+    Raises:
+        IndexError: on the processor, one is no row, as of any embedding.
+    """
+    flat = ids.reshape(-1)
+    if flat.device.type == "cpu" and len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
+        raise IndexError(f"ids of this embedding are 0 to {rows - 1}; got {int(flat.min())} to {int(flat.max())}")
+    return flat
 
 
 def parameter(values: Tensor | None) -> nn.Parameter | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modelwright.blocks._coded import CodedWeight
+from modelwright.blocks._stored import in_a_row
 from modelwright.blocks.coded import CodedLinear
 from modelwright.maths.prefix_codes import BLOCK
 
@@ -51,7 +52,7 @@ class CodedEmbedding(CodedWeight):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., columns], in the table's dtype."""
         columns = torch.arange(self.embedding_dim, device=ids.device)
-        places = ids.reshape(-1, 1) * self.embedding_dim + columns
+        places = in_a_row(ids, self.num_embeddings)[:, None] * self.embedding_dim + columns
         blocks, inverse = (places // BLOCK).unique(return_inverse=True)
         rows = self.values(blocks.tolist())[inverse * BLOCK + places % BLOCK].view(*ids.shape, self.embedding_dim)
         return rows if self.multiplier == 1 else rows * torch.tensor(self.multiplier, dtype=rows.dtype, device=rows.device)

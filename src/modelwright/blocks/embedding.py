@@ -7,7 +7,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from modelwright.blocks._stored import Stored
+from modelwright.blocks._stored import Stored, in_a_row
 from modelwright.blocks.packed import PackedLinear
 from modelwright.maths.rounding import decode, pack, packed_words, unpack
 
@@ -77,7 +77,7 @@ class PackedEmbedding(Stored):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] → [..., columns], in the scales' dtype."""
-        flat = ids.reshape(-1)
+        flat = in_a_row(ids, self.num_embeddings)
         codes = unpack(self.weight_packed[flat], self.bits, self.embedding_dim)
         rows = decode(codes, self.weight_scale[flat]).view(*ids.shape, self.embedding_dim)
         return rows if self.multiplier == 1 else rows * self.multiplier

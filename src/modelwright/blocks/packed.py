@@ -20,7 +20,7 @@ class PackedLinear(Stored):
     anew for many inputs; a few are multiplied by the codes as they are (`maths.packed_products`).
     group: columns that share a scale, a divisor of in_features; None is the whole row. inputs: bits to which each row of the inputs is
     rounded with a scale of its own; None leaves them. threshold: columns in which an input reaches this size are not rounded, but
-    multiplied as they are (LLM.int8()); 0 rounds all.
+    multiplied as they are (LLM.int8()); 0 rounds all, in the steps that compressed-tensors takes, so that others compute the same.
     """
 
     kind = "packed"
@@ -114,7 +114,7 @@ class PackedLinear(Stored):
         """The products of rounded inputs [rows, in], and of those that are too large to round; float32 [rows, out]."""
         assert self.inputs is not None
         large = (x.abs() >= self.threshold).any(0).nonzero()[:, 0] if self.threshold else x.new_empty(0, dtype=torch.long)
-        codes, step = rounded_rows(x.masked_fill(x.abs() >= self.threshold, 0) if len(large) else x, self.inputs)
+        codes, step = rounded_rows(x.masked_fill(x.abs() >= self.threshold, 0) if len(large) else x, self.inputs, even=self.threshold > 0)
         codes[:, large] = 0
         if self.bits == 8 and self.group is None and self.weight_zero_point is None and x.device.type == "cpu":  # others ask for sizes
             whole = torch._int_mm(codes, self.codes().T).float() * step * self.weight_scale.float().T

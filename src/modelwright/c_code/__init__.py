@@ -82,13 +82,13 @@ def _plain(module: nn.Module) -> nn.Module:
 
 def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:
     """The module's operations, each with the shape of what it gives."""
-    was = module.training
+    modes = {layer: layer.training for layer in module.modules()}
     module.eval()
     try:
         with torch.no_grad():
             module(example)
     except Exception as error:  # whatever its layers say of the example
-        module.train(was)
+        _set_modes(modes)
         raise SettingError(f"{type(module).__name__} takes no input of shape {list(example.shape)}: {error}") from error
     try:
         graph = fx.symbolic_trace(module)
@@ -97,5 +97,11 @@ def _traced(module: nn.Module, example: Tensor) -> fx.GraphModule:
     except Exception as error:  # whatever a module's own code does under tracing
         raise ModelError(f"{type(module).__name__} cannot be followed operation by operation: {error}") from error
     finally:
-        module.train(was)
+        _set_modes(modes)
     return graph
+
+
+def _set_modes(modes: dict[nn.Module, bool]) -> None:
+    """Let each layer train or not, as it did."""
+    for layer, training in modes.items():
+        layer.training = training

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -375,10 +375,14 @@ def check_readable(model: Model) -> None:
     if model.checkpoint is not None:
         check_finite(model.checkpoint)
     else:
-        floats = [(name, value.detach()) for name, value in model.module.named_parameters() if value.is_floating_point()]
-        bad = [name for name, value in floats if not value.is_meta and not_finite(value)]
-        if bad:
-            raise WeightsError(f"{model.name}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
+        refuse_not_finite(model.name, dict(model.module.named_parameters()))
+
+
+def refuse_not_finite(model: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError where tensors of a model, by their names, hold NaN or infinity."""
+    found = {name: value.detach() for name, value in tensors.items() if value.is_floating_point() and not value.is_meta}
+    if bad := [name for name, value in found.items() if not_finite(value)]:
+        raise WeightsError(f"{model}: {len(bad)} tensors hold NaN or infinity, first {bad[0]}. Start from sound weights.")
 
 
 def stated_config(folder: Path) -> dict[str, Any]:

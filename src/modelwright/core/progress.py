@@ -1,8 +1,9 @@
-"""Progress bars on a terminal for what takes longer than a second; nothing when the output is piped or quiet."""
+"""Progress bars on a terminal; elsewhere, as in a log, a line now and then; nothing when quiet."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 Item = TypeVar("Item")
 Tick = Callable[..., None]
+SILENT = 30.0  # seconds without a line
 
 console = Console(stderr=True, highlight=False)
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
@@ -31,8 +33,11 @@ def silence(on: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def bar(title: str, total: int | None = None) -> Iterator[Tick]:
     """A bar; call what it yields as `tick()`, `tick(note="loss 2.1")` or `tick(done=5)`."""
-    if _quiet.get() or not console.is_terminal:
+    if _quiet.get():
         yield lambda **_: None
+        return
+    if not console.is_terminal:
+        yield _lines(title, total)
         return
     outer = _current.get()
     progress = outer or Progress(
@@ -54,6 +59,20 @@ def bar(title: str, total: int | None = None) -> Iterator[Tick]:
         finally:
             progress.remove_task(task)
             _current.reset(token)
+
+
+def _lines(title: str, total: int | None) -> Tick:
+    """Says how far something is, when it has said nothing for SILENT seconds."""
+    count, said = 0, time.monotonic()
+
+    def tick(*, note: str | None = None, done: int | None = None) -> None:
+        nonlocal count, said
+        count = count + 1 if done is None else done
+        if time.monotonic() - said > SILENT:
+            said = time.monotonic()
+            console.print(f"{title}: {count}{f' of {total}' if total is not None else ''}{f', {note}' if note else ''}")
+
+    return tick
 
 
 def track(items: Iterable[Item], title: str) -> Iterator[Item]:

@@ -134,12 +134,14 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
     if not isinstance(steps, list) or not steps:
         problems.append("A recipe needs `steps:`, a list of methods with their settings, such as `- quantize.rtn: {bits: 4}`.")
         steps = []
-    made = []
+    made: dict[int, Step] = {}
     for number, text in enumerate(steps):
         try:
-            made.append(_step(text))
+            made[number] = _step(text)
         except ModelwrightError as error:
             problems += [f"step {number}: {reason}" for reason in error.reasons]
+    if problems:  # else the plan says these, among what else it finds
+        problems += [f"step {number}: {word}" for number, step in made.items() for word in walk.strange_patterns(step.method)]
     for key in ("samples", "length", "seed"):
         if key in stated and (
             not isinstance(stated[key], int) or isinstance(stated[key], bool) or stated[key] < (0 if key == "seed" else 1)
@@ -150,7 +152,7 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
             problems.append(f"{key} must be a text{' or a mapping' if dict in types else ''}; got {stated[key]!r}. Put it in quotes.")
     refuse(RecipeError, problems)
     known = {key: stated[key] for key in KEYS if key in stated and key != "steps"}
-    return Recipe(**known, steps=tuple(made))
+    return Recipe(**known, steps=tuple(made.values()))
 
 
 def parse(source: str | Path) -> Any:
@@ -182,7 +184,7 @@ def _loaded(source: str | Path, what: str, load: Callable[[str], Any]) -> Any:
         key, line = str(error.problem).split('"')[1], error.problem_mark.line + 1
         raise RecipeError(f"{name} has the key {key!r} twice, the second time in line {line}. Keep one.") from None
     except YAMLError as error:
-        raise RecipeError(f"{name} is not valid YAML: {error}") from error
+        raise RecipeError(f"{name} is not valid YAML: {error}".replace('in "<unicode string>", ', "in ")) from error
 
 
 def _yaml() -> Any:

@@ -23,7 +23,7 @@ from . import kinds, loading, walk
 from .errors import ModelwrightError, WeightsError
 from .given import Given
 from .method import BlockMethod, Chooses, LayerMethod, Method, TensorMethod
-from .model import RECORD, Model, empty_module, open, put, tensor_of, tokenizer_files, write_card
+from .model import RECORD, Model, check_readable, empty_module, open, put, refuse_not_finite, tensor_of, tokenizer_files, write_card
 from .passage import Resident, fill
 from .progress import track
 from .weights import Checkpoint, Writer
@@ -71,9 +71,11 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     walk.refuse_strangers(model, method, given)
     _steady_memory()
     with torch.no_grad():
-        if isinstance(method, TensorMethod):
+        if isinstance(method, TensorMethod):  # which looks at every weight that it reads
             _write_tensors(model, method, given, folder, overwrite)
-        elif isinstance(method, LayerMethod):
+            return open(folder)
+        check_readable(model)
+        if isinstance(method, LayerMethod):
             _write_layers(model, method, given, folder, overwrite)
         else:
             assert isinstance(method, BlockMethod)
@@ -185,7 +187,10 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
                 return found.T if site.transposed else found
 
             extras = walk.needed(local, given, site, lambda donor: read(files[id(donor)]), surveyed)
-            result = walk.call(local, read(checkpoint), site, extras)
+            weight = read(checkpoint)
+            if isinstance(weight, Tensor):
+                refuse_not_finite(model.name, {name: weight})
+            result = walk.call(local, weight, site, extras)
             with_it = biases.get(name)
             if not isinstance(result, Stored):
                 out.add(name, result.T if site.transposed and isinstance(result, Tensor) else result)

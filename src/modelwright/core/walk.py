@@ -331,6 +331,8 @@ def _unfit(module: nn.Module, site: Site, local: Placed) -> str:
     if weight is None:
         return ""
     shape = tuple(weight.shape[1:] if site.stack else weight.shape)
+    if 0 in shape:
+        return f"has the shape {list(shape)}, without an entry. Leave it out with `skip`"
     if isinstance(local, LayerAdapter) and len(shape) > 2 and not local.on_convolutions:
         return "is a convolution's, and the method stands on linear layers alone. Leave it out with `skip`"
     if why := local.unfit(shape):

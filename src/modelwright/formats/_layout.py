@@ -22,6 +22,7 @@ class Layout(ABC):
     """How a tool stores linear layers, and what it says of them in `config.json`."""
 
     name: ClassVar[str]  # in errors
+    heads: ClassVar[bool] = True  # the head too can be stored so, and not only what lies before it
     markers: ClassVar[tuple[str, ...]]  # what the name of one tensor of each stored layer ends with, after the layer's
 
     @abstractmethod
@@ -37,8 +38,11 @@ class Layout(ABC):
         """What is stored of a layer, but for its bias."""
 
     @abstractmethod
-    def config(self, layer: Any, rows: bool, plain: list[str]) -> dict[str, Any]:
-        """The `quantization_config` of a model with layers like this one, and with linears of these names that are stored as they are."""
+    def config(self, layer: Any, rows: bool, plain: list[str], head: str) -> dict[str, Any]:
+        """The `quantization_config` of a model with layers like this one, and with linears of these names that are stored as they are.
+
+        head: the name of the one that gives logits.
+        """
 
     @abstractmethod
     def refused(self, config: Mapping[str, Any]) -> str:
@@ -85,10 +89,12 @@ class Folder:
         self.model, self.layout = model, layout
         self.module = unwrapped(model.module)
         self.layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, Stored)}
+        outputs = getattr(self.module, "get_output_embeddings", lambda: None)()
+        self.head = next((name for name, layer in self.module.named_modules() if layer is outputs), "lm_head")
         rows = all(getattr(layer, "group", None) is None for layer in self.layers.values())
         self._refuse(rows)
         plain = [name for name, layer in self.module.named_modules() if isinstance(layer, nn.Linear)]
-        self.stated = layout.config(next(iter(self.layers.values())), rows, plain)
+        self.stated = layout.config(next(iter(self.layers.values())), rows, plain, self.head)
 
     def _refuse(self, rows: bool) -> None:
         name, own = self.model.name, self.layout
@@ -100,7 +106,11 @@ class Folder:
             raise ModelError(f"{name}: blocks share weights, which {own.name} cannot say. Save the model as it is.")
         reasons: dict[str, list[str]] = {}
         for path in loading.described(self.module):
-            if why := self._unfit(self.module.get_submodule(path)):
+            if (
+                why := "gives the logits, and readers take that for dense"
+                if path == self.head and not own.heads
+                else self._unfit(self.module.get_submodule(path))
+            ):
                 reasons.setdefault(why, []).append(path)
         refuse(ModelError, [f"{own.name} cannot hold {len(at)} layers, first {at[0]}, which {why}." for why, at in reasons.items()])
         refuse_other_sizes(name, self.module)
@@ -185,7 +195,8 @@ def translate(folder: Path, out: Path, layout: Layout) -> None:
 
 
 def _as(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Values in another dtype. Raises ModelError where one is too large for it."""
-    if values.abs().max() > torch.finfo(dtype).max:
+    """Values in another dtype. Raises ModelError where one is too large for it, or some would become 0."""
+    found = values.to(dtype)
+    if not (found.isfinite() == values.isfinite()).all() or not ((found == 0) == (values == 0)).all():
         raise ModelError(f"{name} holds values that {str(dtype).removeprefix('torch.')} cannot. Open the unquantised model.")
-    return values.to(dtype)
+    return found

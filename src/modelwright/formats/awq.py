@@ -35,6 +35,7 @@ class Awq(Integers):
     """AWQ's."""
 
     name = "AWQ"
+    heads = False
 
     def unfit(self, layer: nn.Module) -> str:
         if why := unfit_integers(layer, self.name, (4,)):
@@ -49,8 +50,8 @@ class Awq(Integers):
         scales = layer.weight_scale.t().to(torch.float16)
         return {"qweight": pack(layer.codes().t()), "qzeros": pack(zeros_of(layer).t()), "scales": scales}
 
-    def config(self, layer: PackedLinear, rows: bool, plain: list[str]) -> dict[str, Any]:
-        left = [name for name in plain if name != "lm_head"] or None
+    def config(self, layer: PackedLinear, rows: bool, plain: list[str], head: str) -> dict[str, Any]:
+        left = [name for name in plain if name != head] or None
         return {"quant_method": "awq", "bits": 4, "group_size": group_size(layer, rows), "zero_point": True, "version": "gemm",
                 "modules_to_not_convert": left}  # fmt: skip
 

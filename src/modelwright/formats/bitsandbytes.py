@@ -72,9 +72,9 @@ class Bitsandbytes(Layout):
             state |= {"nested_blocksize": NESTED, "nested_dtype": "float32", "nested_offset": layer.nested_offset.item()}
         return found | {STATE: torch.frombuffer(bytearray(json.dumps(state).encode()), dtype=torch.uint8)}
 
-    def config(self, layer: Any, rows: bool, plain: list[str]) -> dict[str, Any]:
+    def config(self, layer: Any, rows: bool, plain: list[str], head: str) -> dict[str, Any]:
         eight = isinstance(layer, PackedLinear)
-        stated = {"quant_method": "bitsandbytes", "load_in_4bit": not eight, "load_in_8bit": eight, "llm_int8_skip_modules": plain or None}
+        stated = {"quant_method": "bitsandbytes", "load_in_4bit": not eight, "load_in_8bit": eight, "llm_int8_skip_modules": plain}
         if eight:
             return stated | {"llm_int8_threshold": layer.threshold}
         return stated | {

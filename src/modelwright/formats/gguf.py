@@ -37,6 +37,7 @@ PRESETS = {
 }  # fmt: skip  # of gguf.LlamaFileType
 NEXT = {"Q4_K": "Q5_0", "Q6_K": "Q8_0", "Q5_0": "F16", "Q8_0": "F16", "Q4_0": "F16"}  # for rows that the blocks do not divide
 HALF = torch.finfo(torch.float16).max
+LEAST, LEAST_OF_SUPER = 1e-4, 2e-3  # largest sizes whose scales, or scales of scales, float16 holds with some bits
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # How text is cut into words before its letters are joined, by the pattern in tokenizer.json: the name that llama.cpp has for it.
 LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -100,8 +101,20 @@ class File:
             raise ModelError(f"{model.name}: GGUF has no name in {self.architecture} for {', '.join(unknown)}. Save the model as it is.")
         self.shapes = {name: _shape(source) for name, source in self.sources.items()}
         self.forms = {name: self._form(name) for name in self.sources}
-        large = [name for name, form in self.forms.items() if form not in ("F32", "BF16") and self.dense(name).abs().max() > HALF]
-        refuse(ModelError, [f"{model.name}: {name} holds values that float16 cannot. Write gguf-bf16." for name in large])
+        whys = {name: self._unfit(name) for name in self.forms}
+        refuse(ModelError, [f"{model.name}: {name} holds values that {why}" for name, why in whys.items() if why])
+
+    def _unfit(self, name: str) -> str:
+        """Why a tensor's values cannot be stored in its form, as the end of a sentence; "" if they can."""
+        form, largest = self.forms[name], float(self.dense(name).abs().max())
+        if not math.isfinite(largest):
+            return "are NaN or infinite. Check the model."
+        if form in ("F32", "BF16"):
+            return ""
+        if largest > HALF:
+            return "float16 cannot. Write gguf-bf16."
+        small = 0 < largest < (LEAST_OF_SUPER if form.endswith("_K") else LEAST)
+        return f"are too small for the float16 scales of {form}, at most {largest:.1e}. Write gguf-bf16." if small else ""
 
     def _refuse(self) -> None:
         config, name = getattr(self.module, "config", None), self.model.name

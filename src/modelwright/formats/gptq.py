@@ -103,15 +103,15 @@ class Gptq(Integers):
         place = torch.arange(layer.in_features, dtype=torch.int32) // (layer.group or layer.in_features)
         return {"qweight": weight, "qzeros": zeros, "scales": layer.weight_scale.t().to(torch.float16), "g_idx": place}
 
-    def config(self, layer: PackedLinear, rows: bool, plain: list[str]) -> dict[str, Any]:
-        inside = [name for name in plain if name != "lm_head"]
+    def config(self, layer: PackedLinear, rows: bool, plain: list[str], head: str) -> dict[str, Any]:
+        inside = [name for name in plain if name != head]
         return {
             "quant_method": "gptq",
             "bits": layer.bits,
             "group_size": group_size(layer, rows),
             "desc_act": False,
             "sym": layer.weight_zero_point is None,
-            "lm_head": "lm_head" not in plain,
+            "lm_head": head not in plain,
             "checkpoint_format": "gptq" if self.version == 1 else "gptq_v2",
             "pack_dtype": "int32",
         } | ({"dynamic": {f"-:^{re.escape(name)}$": {} for name in inside}} if inside else {})

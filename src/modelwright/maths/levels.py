@@ -83,8 +83,10 @@ def normal_float() -> Tensor:
 
 def k_means(numbers: Tensor, bits: int, iterations: int = 50) -> Levels:
     """2^bits levels with the least squares to these numbers: Lloyd's iteration from their quantiles; levels of one value coincide."""
-    flat = numbers.float().flatten()
-    seen = flat[:: -(-len(flat) // SAMPLE)].sort().values
+    flat = numbers.flatten()
+    if len(flat) > SAMPLE:  # drawn, since every so many would be some columns alone
+        flat = flat[torch.randint(len(flat), (SAMPLE,), generator=torch.Generator().manual_seed(0)).to(flat.device)]
+    seen = flat.float().sort().values
     count = 2**bits
     centres = seen[((torch.arange(count, device=seen.device) + 0.5) * len(seen) / count).long()]
     sums = torch.cat([seen.new_zeros(1, dtype=torch.float64), seen.double().cumsum(0)])

@@ -157,11 +157,15 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None = None, dtype: torc
     return grouped.mul_(scale.unsqueeze(-1)).view(codes.shape).to(dtype or scale.dtype)
 
 
-def rounded_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Whole numbers for each row of inputs, with a scale max|x| / (2^(bits-1) - 1) of its own: (int8 [rows, in], float32 [rows, 1])."""
+def rounded_rows(x: Tensor, bits: int, *, even: bool = True) -> tuple[Tensor, Tensor]:
+    """Whole numbers for each row of inputs, with a scale of its own: (int8 [rows, in], float32 [rows, 1]).
+
+    even: as many steps below zero as above, scale = max|x| / (2^(bits-1) - 1); else the full range of the codes is used, as by
+    compressed-tensors: max|x| / ((2^bits - 1) / 2).
+    """
     most = 2 ** (bits - 1) - 1
-    scale = (x.abs().amax(-1, keepdim=True).float() / most).clamp_(min=torch.finfo(torch.float32).tiny)
-    return (x.float() / scale).round_().clamp_(-most, most).to(torch.int8), scale
+    scale = (x.abs().amax(-1, keepdim=True).float() / (most if even else most + 0.5)).clamp_(min=torch.finfo(torch.float32).tiny)
+    return (x.float() / scale).round_().clamp_(-most if even else -most - 1, most).to(torch.int8), scale
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -298,7 +302,8 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
 
 def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, even: bool) -> tuple[Tensor, Tensor | None]:
     steps = 2**bits - (2 if even else 1)
-    scale = ((high - low) / steps).to(dtype).clamp_(min=smallest_scale(dtype))
+    most = torch.finfo(dtype).max / 2 ** (bits - 1)  # that no code becomes infinite
+    scale = ((high - low) / steps).to(dtype).clamp_(min=smallest_scale(dtype), max=most)
     if symmetric:
         return scale, None
     zero = torch.round(-low / scale.float()).clamp_(0, steps) - 2 ** (bits - 1)

@@ -5,6 +5,7 @@ import torch
 from calibration import batches, correlated, cost, gathered, normal
 from tiny import outputs, tiny
 
+from modelwright.anatomy import anatomy_of
 from modelwright.core.given import Given
 from modelwright.core.model import Model
 from modelwright.core.statistics import Statistics
@@ -152,3 +153,15 @@ def test_rows_are_clipped_by_themselves_however_many_there_are():
 def test_it_takes_the_other_grids_too():
     layer = Awq(grid="nf4", group=32, nested=True, narrow=0.5).layer(WEIGHT, seen(correlated(100, 128)))
     assert layer.describe()["levels"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("kind", "clipped"), [("llama", {"v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}), ("gpt2", {"c_proj", "c_fc"})]
+)
+def test_queries_and_keys_are_not_clipped_nor_what_is_one_matrix_with_them(kind, clipped):
+    module = tiny(kind)
+    sites = anatomy_of(module).sites(module)
+    found = {
+        site.module.rpartition(".")[2] for site in sites if site.role != "head" and Awq().at(site.role, site.depth, site.depths).narrow
+    }
+    assert found - {"wte", "wpe", "embed_tokens"} == clipped

@@ -23,8 +23,8 @@ def test_a_case_by_hand():
 
 def test_without_a_threshold_it_is_the_product_of_whole_numbers():
     layer = LlmInt8(threshold=0.0).tensor(WEIGHT)
-    scale = INPUTS.abs().amax(1, keepdim=True) / 127
-    codes = (INPUTS / scale).round()
+    scale = INPUTS.abs().amax(1, keepdim=True) / 127.5
+    codes = (INPUTS / scale).round().clamp(-128, 127)
     whole = codes.long() @ layer.codes().long().T
     assert torch.allclose(layer(INPUTS), whole * scale * layer.weight_scale.T, rtol=1e-6)
 

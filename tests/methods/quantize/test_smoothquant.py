@@ -9,6 +9,7 @@ from modelwright.core.given import Given
 from modelwright.core.model import Model
 from modelwright.core.statistics import Statistics
 from modelwright.core.walk import change
+from modelwright.methods.quantize.llm_int8 import LlmInt8
 from modelwright.methods.quantize.smoothquant import SmoothQuant
 
 
@@ -62,3 +63,16 @@ def test_a_model_in_8_bits_gives_nearly_what_it_gave():
     changed = Model(name="tiny", module=copy.deepcopy(model))
     change(changed, SmoothQuant(), Given(data=data))
     assert float((outputs(changed.module) - exact).norm() / exact.norm()) < 0.05
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_are_rounded_as_compressed_tensors_does(bits):
+    schemes, helpers = (pytest.importorskip(f"compressed_tensors.quantization.{name}") for name in ("quant_args", "utils.helpers"))
+    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward")
+    layer = LlmInt8(bits=bits, inputs=bits, threshold=0.0).tensor(normal(24, 64))
+    inputs = normal(1, 5, 64)
+    stated = schemes.QuantizationArgs(**layer.scheme()["input_activations"])
+    scale, zero = helpers.compute_dynamic_scales_and_zp(inputs, stated, layer)
+    theirs = forward.fake_quantize(inputs, scale, zero, stated)
+    assert torch.allclose(layer(inputs), theirs @ layer.dense().T, atol=1e-5)
+    assert LlmInt8(threshold=6.0).tensor(normal(24, 64)).scheme() is None  # there some inputs stay as they are, in other steps

@@ -2,7 +2,7 @@
 
 Lin, Tang, Tang, Yang, Dang, Han 2023, arXiv:2306.00978, sections 3.2 and 3.3, as llm-awq does it: s = mean|x|^r over √(max s · min s),
 with the r of a grid for which the outputs of the attention or MLP change least; s goes into the norm or matrix before. Then each
-group's range is shrunk to where its own outputs change least, q and k left out.
+group's range is shrunk to where its own outputs change least, q and k left out, and v too where it is one matrix with them.
 Differs: a group's error Δw (Σ x xᵀ) Δwᵀ is over all tokens, where llm-awq takes 512 of them. An `up` matrix is scaled only where a gate
 multiplies it. Inputs of o are scaled where every head has its own v.
 """
@@ -39,7 +39,7 @@ class Awq(Quantizer, LayerMethod):
 
     symmetric: bool = False  # of integers; false adds zero points, and then modelwright is needed to load
     points: int = count(20)  # of the grid of exponents, from 0 on
-    narrow: float = fraction(ByRole({"attn.{q,k}": 0.0, "*": 0.5}))  # the most that a group's range shrinks by, in ten steps
+    narrow: float = fraction(ByRole({"attn.{q,k,qkv}": 0.0, "*": 0.5}))  # the most that a group's range shrinks by, in ten steps
 
     def rescales(self) -> bool:
         return True

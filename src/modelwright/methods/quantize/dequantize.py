@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from modelwright.anatomy import removal
 from modelwright.blocks._stored import Described, Stored
 from modelwright.blocks.experts import SplitExperts
 from modelwright.core.errors import ModelError
@@ -57,9 +58,10 @@ def _dense(module: nn.Module) -> None:
         transposed = layer.replaces == "Conv1D"
         if old is None:  # one of an expert that was split, or of two factors
             old = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        old.weight = nn.Parameter(weight.T.contiguous()) if transposed else weight
-        if hasattr(layer, "bias"):
-            old.bias = layer.bias
+        with removal.resizing(old):
+            old.weight = nn.Parameter(weight.T.contiguous()) if transposed else weight
+            if hasattr(layer, "bias"):
+                old.bias = layer.bias
         for name, value in old.named_buffers():  # what an embedding is multiplied by
             old.register_buffer(name, torch.tensor(layer.multiplier, dtype=value.dtype), persistent=False)
         module.set_submodule(path, old.train(layer.training))

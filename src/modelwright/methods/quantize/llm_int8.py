@@ -3,7 +3,8 @@
 Dettmers, Lewis, Belkada, Zettlemoyer 2022, arXiv:2208.07339, sections 3.1 and 3.2, as bitsandbytes does it: a scale for each row of
 the weights and one for each token's inputs below `threshold`; columns in which an input reaches it are multiplied in full precision
 with the rounded weights.
-Differs: scales are in the weights' dtype, where bitsandbytes has float32.
+Differs: scales are in the weights' dtype, where bitsandbytes has float32. With threshold 0 a token's scale is max|x| / 127.5, as
+compressed-tensors has it, so that plain transformers computes the same.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Xiao, Lin, Seznec, Wu, Demouth, Han 2022, arXiv:2211.10438, equation 4: s_j = max|x_j|^a / max|w_j|^(1-a); the norm before is divided by s
 and the matrices multiplied. Weights then have a scale for each row, and inputs one for each token, found as they come.
-Differs: channels that the text leaves at 0 keep s = 1. Inputs of o and down, which no norm makes, are rounded as they are.
+Differs: a token's scale is max|x| / ((2^bits - 1) / 2), as compressed-tensors has it, so that plain transformers computes the same.
+Channels that the text leaves at 0 keep s = 1. Inputs of o and down, which no norm makes, are rounded as they are.
 """
 
 from __future__ import annotations
