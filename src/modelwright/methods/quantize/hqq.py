@@ -3,6 +3,7 @@
 Badri, Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models", equations 2 to 5: min over z of Σ|w - ŵ|^p, p < 1, by
 turns of a shrinkage of the errors and a mean for z; scales stay those of the groups' ranges. Zero points are floats.
 Differs: each group keeps the best zero point that it has seen; the published code may stop one step after it. Groups lie in rows.
+Zero points have the weights' dtype, as there: in bfloat16 a group far from 0 for its range loses digits that whole zero points keep.
 """
 
 from __future__ import annotations
