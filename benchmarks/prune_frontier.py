@@ -87,14 +87,15 @@ def main() -> None:
             parser.error(f"--add goes with the settings of before; these were: {before['command']}")
 
     import modelwright as mw
+    from modelwright import small
     from modelwright.core import data, find, loading
     from modelwright.core.errors import ModelwrightError
     from modelwright.core.measure import quality, sizes
 
     calibration, scored = data.read(asked.data).split()
     encoder = asked.model == "encoder"
-    asked.length = _encoder.LENGTH if encoder else asked.length  # it has seen no place beyond
-    source = _encoder.trained(calibration, Path(tempfile.mkdtemp(prefix="encoder-"))) if encoder else asked.model
+    asked.length = small.LENGTH if encoder else asked.length  # it has seen no place beyond
+    source = small.encoder(calibration, Path(tempfile.mkdtemp(prefix="encoder-"))) if encoder else asked.model
     original = mw.open(source)
     config = original.config.get_text_config()
     training = {"tokens": asked.recover, "batch": 16, "length": asked.length}

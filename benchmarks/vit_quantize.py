@@ -39,11 +39,13 @@ def main() -> None:
     import _vit
 
     import modelwright as mw
+    from modelwright.core.labels import stripes
+    from modelwright.small import vit
 
-    plain = _vit.trained(asked.steps, NOISE)
+    plain = vit(asked.steps, NOISE)
     uneven = copy.deepcopy(plain)
     _vit.uneven(uneven)
-    data = [{"pixel_values": part} for part in _vit.images(128, 7, NOISE)[0].split(16)]
+    data = [{"pixel_values": part} for part in stripes(128, 7, NOISE).images.split(16)]
 
     def accuracy(module: Any) -> float:
         return _vit.accuracy(module, asked.images, noise=NOISE)

@@ -29,6 +29,7 @@ _HOMES = {
     "plan": "core.plan",
     "measure": "core.measure",
     "fit": "fit",
+    "compare": "compare",
     "merge": "mergekit",
     "compress": "compression",
     "decompress": "compression",
@@ -50,6 +51,7 @@ __all__ = [*_HOMES, "__version__"]
 if TYPE_CHECKING:
     from .c_code import export_c
     from .caches import fp8_cache, kivi_cache
+    from .compare import compare
     from .compression import compress, decompress
     from .core.contract import check
     from .core.data import corpus

@@ -179,6 +179,11 @@ def run(
     if dry_run:
         _print_plan(recipe, set_ or [], as_json)
         return
+    from .core.recipe import parse
+
+    if recipe.is_file() and isinstance(stated := parse(recipe), dict) and "compare" in stated:
+        _compare(stated, set_ or [], overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
     ways = {"overwrite": overwrite, "keep_steps": keep_steps, "trust_remote_code": trust_remote_code}
     _run(str(recipe), quiet=quiet, as_json=as_json, overrides=set_ or [], **ways)
 
@@ -222,6 +227,24 @@ def _run(recipe: Any, quiet: bool, as_json: bool, **ways: Any) -> None:
         for note in row.get("notes", []):
             _note(note)
     out.print(f"saved to {done.model.folder}", soft_wrap=True)
+
+
+def _compare(stated: dict[str, Any], overrides: list[str], overwrite: bool, quiet: bool, as_json: bool) -> None:
+    from . import report
+    from .compare import compare
+    from .core.progress import silence
+    from .core.recipe import override
+
+    for change in overrides:
+        override(stated, change)
+    with silence(quiet):
+        rows = compare(stated, overwrite=overwrite)
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    for table in report.comparison_tables(rows):
+        out.print(table)
+    out.print(f"saved to {stated['save']}; its README.md has the tables and a plot", soft_wrap=True)
 
 
 @app.command()

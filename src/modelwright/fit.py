@@ -217,7 +217,7 @@ def fit(
     source = open(str(given.folder), trust_remote_code=given.trust_remote_code)  # a reader of its own, to forget
     check_readable(source)
     limits = Budget.parse(budget, measure.disk_bytes(source.stored_in))
-    key = recipe._hash(
+    key = recipe.hashed(
         __version__, recipe.model_digest(source), texts.digest(texts.read(data)), limits.bytes, dataclasses.asdict(effort), seed
     )
     work = folder.with_name(f"{folder.name}.fit") / key

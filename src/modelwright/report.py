@@ -483,6 +483,107 @@ Made by Modelwright {__version__} with this recipe:
 """
 
 
+COMPARED = {
+    "method": "method", "score": "", "trained": "trained", "rate": "learning rate", "optimizer_bytes": "optimizer",
+    "step_bytes": "a step holds", "step_seconds": "ms a step", "merges": "merges",
+}  # fmt: skip
+
+
+def compared(row: dict[str, Any]) -> list[str]:
+    """A row of a comparison as text, in the order of `COMPARED`."""
+    if "why not" in row:
+        return [row["method"], "–", *[""] * (len(COMPARED) - 2)]
+    percent = row["column"] == "right"
+    score = f"{row['score']:.1%}" if percent else f"{row['score']:.2f}"
+    if (spread := row.get("spread")) is not None:
+        score += f" ± {100 * spread:.1f}" if percent else f" ± {spread:.2f}"
+    if "rate" not in row:
+        return [row["method"], score, *[""] * (len(COMPARED) - 2)]
+    settings = ", ".join(f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}" for key, value in row["settings"].items())
+    return [
+        f"{row['method']} ({settings})" if settings else row["method"], score, f"{row['trained']:,}", f"{row['rate']:g}",
+        size(row["optimizer_bytes"]), size(row["step_bytes"]), f"{1000 * row['step_seconds']:.0f}",
+        {"yes": "yes", "": ""}.get(row["merges"], "no"),
+    ]  # fmt: skip
+
+
+def ranked(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The rows of a comparison by task, the best first, and last those that came to nothing."""
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        tasks.setdefault(row["task"], []).append(row)
+    sign = lambda row: -row["score"] if row["column"] == "right" else row["score"]  # noqa: E731
+    return {
+        name: [*sorted((row for row in own if "score" in row), key=sign), *(row for row in own if "score" not in row)]
+        for name, own in tasks.items()
+    }
+
+
+def comparison_tables(rows: list[dict[str, Any]]) -> list[Table]:
+    """A table for the terminal for each task, without what its width has no place for."""
+    made = []
+    left_out = ("optimizer_bytes", "step_bytes", "step_seconds")
+    for name, own in ranked(rows).items():
+        shown_as = plain_table(name)
+        column = next((row["column"] for row in own if "column" in row), "score")
+        shown = [place for place, key in enumerate(COMPARED) if key not in left_out]
+        for key in (key for key in COMPARED if key not in left_out):
+            shown_as.add_column(COMPARED[key] or column, justify="left" if key in ("method", "merges") else "right")
+        for row in own:
+            shown_as.add_row(*(Text(compared(row)[place]) for place in shown))
+        made.append(shown_as)
+    return made
+
+
+def comparison_page(rows: list[dict[str, Any]], asked: Any) -> str:
+    """A comparison as Markdown: what was asked, a plot and a table for each task."""
+    budget, seeds, rates = asked.parameters, ", ".join(map(str, asked.seeds)), ", ".join(f"{rate:g}" for rate in asked.rates)
+    parts = [
+        f"""# Adapters compared
+
+Every adapter trains at most {budget} of a model's numbers on {asked.tokens:,} tokens, or as many examples, with the seeds {seeds}; of the
+learning rates {rates} each has the one that did best on a part of the training data. Scores are of data that no run has seen, ± half of a
+95 % interval over the seeds. A new head, where there is one, trains in all rows and is not counted. `optimizer` is what its states
+take; `a step holds` is that, gradients, and what the forward pass keeps for them, beyond the model and its adapter.
+
+![Scores](comparison.svg)
+"""
+    ]
+    for name, own in ranked(rows).items():
+        column = next((row["column"] for row in own if "column" in row), "score")
+        task = asked.tasks[name]
+        heads = [title or column for title in COMPARED.values()]
+        lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in compared(row))} |" for row in own]
+        whys = "".join(f"- {row['method']} has no row: {row['why not']}\n" for row in own if "why not" in row)
+        whys += "".join(
+            f"- {row['method']} stays beside the weights: {row['merges']}\n" for row in own if row.get("merges", "yes") not in ("yes", "")
+        )
+        parts.append(f"## {name}: {task['model']} on {task['data']}\n\n" + "\n".join(lines) + f"\n\n{whys}")
+    return "\n".join(parts) + f"\nMade by Modelwright {__version__}. `comparison.json` has every score.\n"
+
+
+def comparison_plot(rows: list[dict[str, Any]]) -> str:
+    """The score of each method on each task with its interval, the best on top; SVG."""
+    tasks = {name: [row for row in own if "score" in row] for name, own in ranked(rows).items()}
+    tallest = max(map(len, tasks.values()))
+    figure, _ = figure_of(5.2 * len(tasks), 1.2 + 0.22 * tallest)
+    figure.clear()
+    for place, (name, own) in enumerate(tasks.items(), 1):
+        axes = figure.add_subplot(1, len(tasks), place)
+        heights = range(len(own), 0, -1)
+        beside = [row["method"] in ("nothing", "all weights") for row in own]
+        for height, row, apart in zip(heights, own, beside, strict=True):
+            axes.errorbar(row["score"], height, xerr=row.get("spread") or 0, fmt="s" if apart else "o", ms=4, lw=1,
+                          color=INK if apart else ACCENT)  # fmt: skip
+        axes.set_yticks(list(heights), [row["method"] for row in own], fontsize=8)
+        axes.set_ylim(0.3, tallest + 0.7)
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.set_xlabel("share right" if own and own[0]["column"] == "right" else "perplexity")
+        axes.grid(axis="x", lw=0.4, color="0.85")
+    return svg_of(figure)
+
+
 BITS = "bits.svg"  # beside a run's weights
 PICTURE = f"![Bits of each matrix]({BITS})\n\n"
 

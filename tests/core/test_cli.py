@@ -103,7 +103,7 @@ def test_show_of_an_unknown_method_names_the_nearest(call):
 def test_show_prints_the_schema_as_json(call):
     code, printed, _ = call("show", "--schema")
     assert code == 0
-    assert json.loads(printed)["title"] == "A Modelwright recipe"
+    assert json.loads(printed)["title"] == "A Modelwright recipe, or a comparison"
 
 
 @pytest.mark.parametrize("name", find.names())

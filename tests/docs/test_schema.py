@@ -63,6 +63,6 @@ def test_both_refuse_misspelt_names_and_bad_values(text, validator):
 
 
 def test_every_setting_has_a_description(validator):
-    for step in validator.schema["properties"]["steps"]["items"]["anyOf"][1:]:
+    for step in validator.schema["else"]["properties"]["steps"]["items"]["anyOf"][1:]:
         (settings,) = step["properties"].values()
         assert all(setting["description"] for setting in settings["properties"].values()), step["title"]

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from modelwright.core import hub
 from modelwright.core.errors import DataError, ModelError
-from modelwright.starter import corpus_text, paragraphs
+from modelwright.starter import code_text, corpus_text, paragraphs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 READABLE = (".txt", ".jsonl", ".parquet")
-FORMS = "Give a .txt, .jsonl or .parquet file, a folder of them, a hub data set as owner/name, or corpus."
+FORMS = "Give a .txt, .jsonl or .parquet file, a folder of them, a hub data set as owner/name, corpus, or code."
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,10 @@ class Text:
 
 
 def read(source: str | Path | Text | Sequence[str]) -> Text:
-    """The text in `source`: a file, a folder, a hub data set, `"corpus"`, or a list of strings.
+    """The text in `source`: a file, a folder, a hub data set, `"corpus"`, `"code"`, or a list of strings.
 
-    A .txt file is one document; a .jsonl file has one per line under "text"; a .parquet file one per row of "text".
+    corpus is the documentation inside Python, on which the starter was trained, code the standard library's sources. A .txt file is one
+    document; a .jsonl file has one per line under "text"; a .parquet file one per row of "text".
     A folder is read in the order of its paths. Raises DataError when there is nothing, or nothing readable.
     """
     if isinstance(source, Text):
@@ -72,6 +73,8 @@ def read(source: str | Path | Text | Sequence[str]) -> Text:
     if str(source) == "corpus":
         train, held = corpus_text()
         return Text(train, "corpus", held)
+    if str(source) == "code":
+        return Text(code_text(), "code")
     path = Path(source)
     if path.is_file():
         return _text(_file(path), str(source))

@@ -7,7 +7,7 @@ import typing
 from typing import Any, Literal
 
 from . import find
-from .method import DRIVEN, NEEDS, Method, fields_of, plain, setting_texts
+from .method import DRIVEN, NEEDS, AdapterMethod, Method, fields_of, plain, setting_texts
 from .recipe import GIVEN
 from .settings import Pattern, describe_kind
 
@@ -33,7 +33,7 @@ def page(name: str) -> str:
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of recipes, with every method's settings."""
+    """The JSON Schema of recipes, with every method's settings, and of comparisons."""
     steps: list[dict[str, Any]] = []
     for name in find.names():
         cls = find.find(name)
@@ -43,10 +43,7 @@ def schema() -> dict[str, Any]:
         })  # fmt: skip
     bare = {"enum": [name for name in find.names() if not set(find.find(name).needs()) & set(GIVEN)]}
     whole = {"type": "integer", "minimum": 0}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "A Modelwright recipe",
-        "type": "object",
+    recipe = {
         "properties": {
             "model": {"type": ["string", "object"], "description": 'a folder, a hub name, "starter", or fresh weights'},
             "data": {"type": ["string", "object"], "description": '.txt .jsonl .parquet, a folder, a hub name, or "corpus"'},
@@ -58,6 +55,34 @@ def schema() -> dict[str, Any]:
         },
         "required": ["steps"],
         "additionalProperties": False,
+    }
+    listed = {"type": "array", "minItems": 1, "items": {"type": "number", "minimum": 0}}
+    ends = {"type": "object", "properties": {"model": {"type": "string"}, "data": {"type": "string"}}, "required": ["model", "data"]}
+    beside = [step for step in steps if issubclass(find.find(step["title"]), AdapterMethod)]
+    named = {"enum": [step["title"] for step in beside]}
+    comparison = {
+        "properties": {
+            "compare": {"type": "array", "minItems": 1, "description": "adapters", "items": {"anyOf": [named, *beside]}},
+            "tasks": {"type": "object", "minProperties": 1, "additionalProperties": {**ends, "additionalProperties": False}},
+            "parameters": {"type": ["integer", "string"], "description": "the most that train: a number, or a share such as 1%"},
+            "tokens": {**whole, "minimum": 1, "description": "seen in training, repeats too"},
+            "batch": {**whole, "minimum": 1, "description": "sequences in a step, or twice as many examples"},
+            "length": {**whole, "minimum": 2, "description": "tokens in each"},
+            "rates": {**listed, "description": "learning rates, of which each adapter takes the best"},
+            "seeds": {**listed, "description": "of the runs"},
+            "held": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "description": "the share of data to measure on"},
+            "save": {"type": "string", "description": "the folder to write"},
+        },
+        "required": ["compare", "tasks", "save"],
+        "additionalProperties": False,
+    }
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A Modelwright recipe, or a comparison",
+        "type": "object",
+        "if": {"required": ["compare"]},
+        "then": comparison,
+        "else": recipe,
     }
 
 

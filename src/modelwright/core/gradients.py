@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from modelwright.anatomy import Site
 
-from .errors import DataError, ModelError
+from .errors import DataError, LayoutError, ModelError
 from .given import Batch
 from .model import Model, unwrapped
 from .passage import Resident
@@ -86,6 +86,10 @@ def finite_loss(model: Model, batches: Sequence[Batch], name: str) -> float:
 
 def next_tokens(batch: Batch, device: torch.device) -> Tensor:
     """The token after each but the last [rows, places - 1]; -100, which no loss counts, where it is padding."""
+    if "input_ids" not in batch:
+        raise LayoutError(
+            f"the next tokens of a text are asked for, and the data holds {', '.join(batch)}: such a model predicts no tokens"
+        )
     ids = batch.get("decoder_input_ids", batch["input_ids"]).to(device)
     mask = batch.get("attention_mask")
     real = mask.to(ids.device) if mask is not None and mask.shape == ids.shape else torch.ones_like(ids)

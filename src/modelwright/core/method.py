@@ -384,10 +384,20 @@ class AdapterMethod(Placed):
     leaves: ClassVar[frozenset[str]] = frozenset({"adapters"})
     sites: ClassVar[tuple[str, ...]] = ("attn", "mlp", "linear", "conv")
     on_norms: ClassVar[bool] = False  # can stand on norms too
+    sized_by: ClassVar[tuple[str, ...]] = ()  # settings that decide how many numbers train, where there are such
 
     def whole(self) -> tuple[str, ...]:
         """Roles of the modules that train themselves, as copies that are saved with the adapter; for methods to extend."""
         return ()
+
+    @classmethod
+    def sized(cls, size: int) -> dict[str, Any]:
+        """The settings with which the method is of a size, from 1 on; for methods to extend where these are not the size itself."""
+        return dict.fromkeys(cls.sized_by, size)
+
+    def grown(self) -> Self:
+        """The method with as many numbers as will ever train, for one that begins with fewer."""
+        return self
 
     def attached(self, layers: Mapping[str, tuple[Self, Any]], gradients: Mapping[str, Any]) -> None:
         """Change what was attached, and the weights beside it, for methods that need `gradients`; by the paths of layers.

@@ -124,9 +124,9 @@ def read(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) 
         raise RecipeError("This is a configuration of mergekit, and no recipe. Merge it: modelwright merge config.yaml folder/")
     stated = json.loads(json.dumps(stated, default=str))
     problems = []
-    for override in overrides:
+    for change in overrides:
         try:
-            _override(stated, override)
+            override(stated, change)
         except RecipeError as error:
             problems.append(str(error))
     problems += [f"A recipe has no key {key!r}.{nearest(key, KEYS)} Its keys are {', '.join(KEYS)}." for key in stated if key not in KEYS]
@@ -217,7 +217,7 @@ def _step(stated: Any) -> Step:
     return Step(cls.build({key: value for key, value in settings.items() if key not in given}), given)
 
 
-def _override(stated: Any, text: str) -> None:
+def override(stated: Any, text: str) -> None:
     """Set one value, such as steps.0.blocks=2; a step's method name is left out of the path."""
     path, equals, value = text.partition("=")
     if not equals:
@@ -314,11 +314,11 @@ def _steps(
     from modelwright import __version__, report
 
     source = _anew(model)
-    key = _hash(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
+    key = hashed(__version__, model_digest(model), _text_digest(given), recipe.samples, recipe.length, recipe.seed)
     account: list[dict[str, Any]] = [{"step": "input", **sizes(model)}]
     folder: Path | None = None
     for number, step in enumerate(recipe.steps):
-        key = _hash(
+        key = hashed(
             key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT],
             [texts.digest(texts.read(source)) for source in getattr(step.method, "texts", None) or ()],
         )  # fmt: skip
@@ -544,5 +544,5 @@ def _names(given: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _hash(*parts: Any) -> str:
+def hashed(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

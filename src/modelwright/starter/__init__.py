@@ -72,6 +72,18 @@ def corpus_text() -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(train), tuple(text for text in held if text)
 
 
+@functools.cache
+def code_text() -> tuple[str, ...]:
+    """The sources of the standard library's modules of one file, in the order of their names.
+
+    Raises DataError when this Python comes without them.
+    """
+    found = tuple(file.read_text("utf-8", errors="replace") for file in sorted(_library().glob("*.py")))
+    if len(found) < 50:
+        raise DataError(f"The built-in code needs the standard library's sources; {_library()} has too few of them. Give your own text.")
+    return found
+
+
 def held_out(module: str) -> bool:
     """Whether the top-level `module` belongs to the held-out part: a hash of its name below 7 %."""
     if module == TOPICS:

@@ -9,9 +9,11 @@ from tiny import outputs, tiny
 from torch import nn
 
 import modelwright as mw
+from modelwright import small
 from modelwright.anatomy._folding import apply_fold, apply_shift, folds
 from modelwright.blocks.static import StaticLinear
 from modelwright.core.given import Given
+from modelwright.core.labels import stripes
 from modelwright.core.model import Model
 from modelwright.core.walk import change
 from modelwright.maths.static_inputs import rounded
@@ -29,7 +31,7 @@ def trained():
     """A ViT that knows its images, and the same one with unlike channels behind its norms."""
     known = torch.get_num_threads()
     torch.set_num_threads(1)  # so that it learns the same on every machine
-    plain = vit.trained(110, NOISE)
+    plain = small.vit(110, NOISE)
     uneven = copy.deepcopy(plain)
     vit.uneven(uneven)
     yield {"plain": plain, "uneven": uneven}
@@ -44,7 +46,7 @@ def changed(module, method):
     """A copy that a method has worked on, with 64 images to look at."""
     module = copy.deepcopy(module)
     needs = {"statistics", "calibration"} & set(method.needs())
-    data = [{"pixel_values": part} for part in vit.images(64, 7, NOISE)[0].split(16)]
+    data = [{"pixel_values": part} for part in stripes(64, 7, NOISE).images.split(16)]
     return mw.apply(module, method, data=data if needs else None)
 
 
@@ -122,7 +124,7 @@ def test_with_many_bits_outputs_stay_and_norms_take_the_steps(kind):
 def test_a_saved_model_is_the_same_when_loaded(trained, tmp_path):
     model = Model(name="vit", module=changed(trained["plain"], RepqVit(bits=4, inputs=4)))
     model.save(tmp_path / "vit")
-    pixels = vit.images(8, 3, NOISE)[0]
+    pixels = stripes(8, 3, NOISE).images
     with torch.no_grad():
         one, two = (each(pixel_values=pixels).logits for each in (model.module, mw.open(tmp_path / "vit").module))
     assert torch.equal(one, two)
@@ -155,7 +157,7 @@ def test_unlike_channels_cost_rounding_to_nearest_its_accuracy_and_the_fold_none
 
 
 def test_with_middles_inputs_lose_less_than_around_zero(trained):
-    pixels = vit.images(64, 9, NOISE)[0]
+    pixels = stripes(64, 9, NOISE).images
     with torch.no_grad():
         exact = trained["uneven"](pixel_values=pixels).logits
         lost = [float((changed(trained["uneven"], method)(pixel_values=pixels).logits - exact).norm())

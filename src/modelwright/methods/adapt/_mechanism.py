@@ -58,6 +58,8 @@ class StockAdapter(AdapterMethod):
 class LowRank(StockAdapter):
     """An adapter of peft's whose updates have a rank."""
 
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
+
     rank: int = count(8)  # of the update
 
     def unfit(self, shape: tuple[int, ...]) -> str:
@@ -93,6 +95,7 @@ class OfWaves(StockAdapter):
     """An adapter whose update is a sum of few waves at places that are drawn once."""
 
     neutral = {}  # the waves start at zero
+    sized_by: ClassVar[tuple[str, ...]] = ("frequencies",)
     small = dict(frequencies=50)
     calls = dict(frequencies="n_frequency", scale="scaling")
     patterns = dict(frequencies="n_frequency_pattern")
@@ -110,6 +113,7 @@ class Bottlenecked(LayerAdapter):
 
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # U starts at zero
+    sized_by: ClassVar[tuple[str, ...]] = ("inner",)
     small = dict(inner=8)
 
     inner: int = count(256)  # rows of D, columns of U

@@ -23,6 +23,7 @@ class Adalora(StockAdapter):
     """LoRA that gives each layer the rank it needs while it trains; needs more steps than LoRA."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank", "initial")
     neutral = {}  # λ starts at zero: attaching changes no output
     config = "AdaLoraConfig"
     calls = dict(rank="target_r", initial="init_r", alpha="lora_alpha", dropout="lora_dropout", every="deltaT", penalty="orth_reg_weight")
@@ -37,11 +38,15 @@ class Adalora(StockAdapter):
     every: int = count(10, unit="steps")  # between two times that ranks are chosen anew
     penalty: float = number(0.5, low=0)  # of what is not orthogonal, in the loss
 
+    @classmethod
+    def sized(cls, size: int) -> dict[str, Any]:
+        return {"rank": size, "initial": -(-3 * size // 2)}
+
     def problems(self) -> list[str]:
         return (
             ["begin is after end. Let it be before."] * (self.begin >= self.end)
-            + ["rank is above initial, and ranks only fall. Let initial be higher."]
-            * (isinstance(self.rank, int) and isinstance(self.initial, int) and self.rank > self.initial)
+            + ["rank is not below initial, and ranks only fall. Let initial be higher."]
+            * (isinstance(self.rank, int) and isinstance(self.initial, int) and self.rank >= self.initial)
         )  # fmt: skip
 
     def unfit(self, shape: tuple[int, ...]) -> str:

@@ -32,6 +32,7 @@ class Apet(LayerAdapter):
     """Train what chance takes, as many numbers as another adapter has: does its design beat chance?"""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("parameters",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # whatever is drawn starts at no change
     small = dict(parameters=200_000, inner=8)

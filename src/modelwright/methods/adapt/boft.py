@@ -18,6 +18,7 @@ class Boft(StockAdapter):
     """Denser turns than `adapt.oft` for as many numbers; slower."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("group",)
     small = dict(group=4)
     config = "BOFTConfig"
     calls = dict(group="boft_block_size", factors="boft_n_butterfly_factor", dropout="boft_dropout")

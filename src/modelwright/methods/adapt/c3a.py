@@ -19,6 +19,7 @@ class C3a(StockAdapter):
     """Full rank for few numbers, out · in / block of them."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("group",)
     neutral = {}  # the blocks start at zero
     small = dict(group=8)
     config = "C3AConfig"

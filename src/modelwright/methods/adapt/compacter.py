@@ -25,6 +25,7 @@ class Compacter(LayerAdapter):
     """Train bottlenecks of very few numbers, and the norms; the fewest of all adapters that bend the stream."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("reduction",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     sites: ClassVar[tuple[str, ...]] = ("attn.o", "attn.cross_o", "mlp.down")
     small = dict(reduction=2)

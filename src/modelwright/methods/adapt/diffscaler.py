@@ -26,6 +26,7 @@ class Diffscaler(LayerAdapter):
     """Train scales, shifts and narrow curved paths beside linears and convolutions; made for one model with many tasks."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("inner",)
     on_convolutions: ClassVar[bool] = True
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # a, β and U start at zero

@@ -29,6 +29,7 @@ class Dsee(LayerAdapter):
     """Add a low-rank update and few single entries to queries and values; pruning may then go by what they learnt."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # B and S₂ start at zero
     sites: ClassVar[tuple[str, ...]] = ("attn.q", "attn.v", "attn.qkv")

@@ -18,6 +18,7 @@ class Hra(StockAdapter):
     """Both a low-rank update and a turn; few numbers, one vector for each reflection."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     config = "HRAConfig"
     calls = dict(rank="r", orthogonal="apply_GS")
 

@@ -24,6 +24,7 @@ class Hydra(LayerAdapter):
     """Change what a matrix is given and what it gives, both by few numbers; as cheap as LoRA, and folds into the weight."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("parallel", "sequential")
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # both B start at zero
 

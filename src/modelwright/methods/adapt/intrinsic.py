@@ -27,6 +27,7 @@ class Intrinsic(LayerAdapter):
     """Train a given number of values in all, however large the model is; an adapter of some kilobytes that folds into the weight."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("dimension",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # z begins at zero
     small = dict(dimension=64)

@@ -27,6 +27,7 @@ class Loldu(LayerAdapter):
     """Train one number for each step of a matrix's elimination; as few as SVFit, without a decomposition that takes long."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # pivots and scale begin as they are
     small = dict(rank=8)

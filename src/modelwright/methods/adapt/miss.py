@@ -20,6 +20,7 @@ class Miss(StockAdapter):
     """As cheap as LoRA with one matrix in place of two; `bat` lets the update depend on the weight."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     neutral = {}  # the block starts at zero: attaching changes no output
     small = dict(rank=8)
     config = "MissConfig"

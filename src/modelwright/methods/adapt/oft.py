@@ -19,6 +19,7 @@ class Oft(StockAdapter):
     """Keeps the angles between neurons, and so what the model knew; for images and style."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("group",)
     small = dict(group=8)
     config = "OFTConfig"
     calls = dict(group="oft_block_size", dropout="module_dropout")

@@ -28,6 +28,7 @@ class Petalface(LayerAdapter):
     """Adapt to good and to poor inputs at once, each with its own low-rank update; for low resolution, noise, other languages."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     on_convolutions: ClassVar[bool] = True
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # both B start at zero

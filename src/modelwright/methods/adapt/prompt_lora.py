@@ -28,6 +28,7 @@ class PromptLora(LayerAdapter):
     """Train LoRA that works more or less, channel by channel, as the instruction asks; for models of many tasks."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # B starts at zero
     sites: ClassVar[tuple[str, ...]] = ("attn",)

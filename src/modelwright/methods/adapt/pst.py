@@ -28,6 +28,7 @@ class Pst(LayerAdapter):
     """Zero most weights in the course of a training of few parameters; put into the weights it leaves a sparse model."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank", "score_rank")
     neutral = {}  # nothing is left out before a run, and V begins at zero
 
     sparsity: float = fraction(0.9)  # of each matrix at the end of the run

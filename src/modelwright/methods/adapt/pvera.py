@@ -18,6 +18,7 @@ class Pvera(StockAdapter):
     """VeRA with noise that is learned, against fitting few examples too closely."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     neutral = {}  # the outer scales start at zero: attaching changes no output
     small = dict(rank=8)
     config = "PveraConfig"

@@ -18,6 +18,7 @@ class Randlora(StockAdapter):
     """Full-rank updates without training factors; `rank` lower means more numbers."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     neutral = {}  # Λ starts at zero: attaching changes no output
     small = dict(rank=8)
     config = "RandLoraConfig"

@@ -23,6 +23,7 @@ class Shira(StockAdapter):
     """An update that is quick to put on and off a model, and of high rank."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     neutral = {}  # the entries start at zero
     small = dict(rank=4)
     config = "ShiraConfig"

@@ -35,6 +35,7 @@ class Spiel(LayerAdapter):
     """Change a small share of each matrix's weights, which the training itself chooses; folds into the weight, at any rank."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("trained",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # v starts at zero
     small = dict(trained=0.05, every=4, gather=2)
@@ -44,6 +45,10 @@ class Spiel(LayerAdapter):
     every: int = count(20, unit="steps")  # from one choice of entries to the next
     gather: int = count(5, unit="steps")  # at the start of each cycle, before the choice
     replaced: float = fraction(0.2)  # of the entries, at most, by each choice after the first
+
+    @classmethod
+    def sized(cls, size: int) -> dict[str, Any]:
+        return {"trained": min(1.0, size / 1024)}
 
     def problems(self) -> list[str]:
         return ["gather is above every, and a cycle has no more steps. Let it be at most every."] * (self.gather > self.every)

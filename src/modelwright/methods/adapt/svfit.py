@@ -26,6 +26,7 @@ class Svfit(LayerAdapter):
     """Train one number for each direction of a matrix, the fewest of all that work on whole matrices; folds into the weight."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # the change of the singular values starts at zero
 

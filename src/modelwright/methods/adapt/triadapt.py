@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Triadapt(LayerAdapter):
     """Begin with rank 1 everywhere, and give rank to the layers that use it while training; folds into the weight."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     suffices: ClassVar[frozenset[str]] = frozenset({"packed"})
     neutral = {}  # C begins at zero
 
@@ -42,6 +43,9 @@ class Triadapt(LayerAdapter):
     every: int = count(10, unit="steps")  # between two times that layers grow
     schedule: Literal["linear", "exponential"] = "linear"  # how the number of layers that grow follows the run
     orthogonality: float = number(0.0, low=0)  # λ of λ · mean(‖A Aᵀ - I‖ + ‖Bᵀ B - I‖), added to the loss
+
+    def grown(self) -> Self:
+        return replace(self, first_rank=self.rank)
 
     def problems(self) -> list[str]:
         return [f"first_rank is {self.first_rank} and rank {self.rank}, to which it is to grow. Give less."] * (

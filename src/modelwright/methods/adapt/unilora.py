@@ -18,6 +18,7 @@ class Unilora(StockAdapter):
     """All of LoRA's numbers from a few hundred; for tiny adapters."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("size",)
     config = "UniLoraConfig"
     calls = dict(rank="r", size="theta_d_length", dropout="unilora_dropout")
 

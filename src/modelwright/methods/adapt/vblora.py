@@ -18,6 +18,7 @@ class Vblora(StockAdapter):
     """The smallest files of adapters: few vectors for the whole model."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("vectors",)
     small = dict(vectors=16, length=8)
     config = "VBLoRAConfig"
     calls = dict(rank="r", vectors="num_vectors", length="vector_length", top="topk", dropout="vblora_dropout")

@@ -18,6 +18,7 @@ class Vera(StockAdapter):
     """A tenth of LoRA's trained numbers at a high rank: two vectors for each matrix."""
 
     status: ClassVar[str] = "checked"
+    sized_by: ClassVar[tuple[str, ...]] = ("rank",)
     neutral = {}  # Λ_b starts at zero: attaching changes no output
     small = dict(rank=8)
     config = "VeraConfig"
