@@ -17,7 +17,7 @@ import math
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from . import small
 from .core import adapters, labels, measure, plan, recipe, tuners, walk
 from .core import data as texts
-from .core.errors import ModelwrightError, RecipeError, SettingError, nearest, refuse
+from .core.errors import DataError, ModelwrightError, RecipeError, SettingError, nearest, refuse
 from .core.files import alone, place_of, refuse_existing, whole_folder, write_json, write_text
 from .core.given import Given
 from .core.method import AdapterMethod
@@ -51,7 +51,7 @@ class Comparison:
     """What to compare: `tokens` are seen in training, repeats too; `parameters` is a number, or a share such as 1 % of a model's."""
 
     methods: tuple[AdapterMethod, ...]
-    tasks: Mapping[str, Mapping[str, str]]  # name -> {model, data}
+    tasks: Mapping[str, Mapping[str, Any]]  # name -> {model, data}, and examples, the number of labelled ones to train on
     save: str
     parameters: str | int = "1%"
     tokens: int = 100_000
@@ -85,7 +85,7 @@ def read(stated: Mapping[str, Any]) -> Comparison:
             problems.append(f"method {number}: {method.name()} is no adapter that begins with nothing beside a model. Leave it out.")
     given = stated.get("tasks")
     tasks: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
-    if not tasks or not all(isinstance(task, Mapping) and set(task) == {"model", "data"} for task in tasks.values()):
+    if not tasks or not all(isinstance(task, Mapping) and set(task) - {"examples"} == {"model", "data"} for task in tasks.values()):
         problems.append("tasks are names, each with {model: ..., data: ...}, such as `code: {model: starter, data: my.txt}`.")
     for key, least in (("tokens", 1), ("batch", 1), ("length", 2)):
         if not isinstance(stated.get(key, least), int) or stated.get(key, least) < least:
@@ -101,7 +101,16 @@ def read(stated: Mapping[str, Any]) -> Comparison:
     refuse(RecipeError, problems)
     more = {key: stated[key] for key in ("parameters", "tokens", "batch", "length", "held") if key in stated}
     more |= {key: tuple(stated[key]) for key in ("rates", "seeds") if key in stated}
-    return Comparison(tuple(methods), {str(name): dict(task) for name, task in tasks.items()}, stated["save"], **more)
+    return Comparison(tuple(methods), dict(_apart(tasks)), stated["save"], **more)
+
+
+def _apart(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The tasks, of one with a list of `examples` one for each number."""
+    for name, task in tasks.items():
+        counts = task.get("examples")
+        for count in counts if isinstance(counts, list) else [counts]:
+            alone = {"model": task["model"], "data": task["data"]}
+            yield (name, alone) if count is None else (f"{name}, {count} examples", alone | {"curve": name, "examples": count})
 
 
 def compare(stated: Comparison | Mapping[str, Any] | str | Path, *, overwrite: bool = False) -> list[dict[str, Any]]:
@@ -196,7 +205,8 @@ class Task:
             name = method if isinstance(method, str) else method.name()
             console.print(f"{self.name}: {name} ({number} of {len(methods)})")
             try:
-                found.append({"task": self.name, "method": name, **self.row(method, beside)})
+                of_curve = {key: self.asked.tasks[self.name][key] for key in ("curve", "examples") if key in self.asked.tasks[self.name]}
+                found.append({"task": self.name, "method": name, **of_curve, **self.row(method, beside)})
             except ModelwrightError as error:
                 found.append({"task": self.name, "method": name, "why not": str(error).removeprefix(f"{name}: ")})
         return found
@@ -403,6 +413,9 @@ class LabelTask(Task):
         self.new = {*told["missing_keys"], *beside}
         super().__init__(name, asked, Model(name=source.name, module=module.eval(), tokenizer=source._tokenizer))
         whole, measured = examples.split(asked.held)
+        if (count := asked.tasks[name].get("examples", len(whole))) > len(whole):
+            raise DataError(f"{examples.source} has {len(whole):,} examples to train on; {count:,} were asked for. Ask for fewer.")
+        whole = whole.take(torch.randperm(len(whole), generator=torch.Generator().manual_seed(2))[:count])
         trained, tuned = whole.split(TUNED)
         made = functools.partial(labels.Labelled.inputs, tokenizer=source.tokenizer if examples.texts else None, length=asked.length)
         parts = {"whole": whole, "measured": measured, "trained": trained, "tuned": tuned}
@@ -444,7 +457,8 @@ class LabelTask(Task):
         return float((found == classes).float().mean())
 
     def examples(self) -> Any:
-        return [{key: value[part] for key, value in self.parts["trained"][0].items()} for part in torch.arange(64).split(8)]
+        inputs, classes = self.parts["trained"]
+        return [{key: value[part] for key, value in inputs.items()} for part in torch.arange(min(64, len(classes))).split(8)]
 
 
 def task_of(name: str, asked: Comparison, beside: Path) -> Task:

@@ -565,6 +565,8 @@ take; `a step holds` is that, gradients, and what the forward pass keeps for the
 
 def comparison_plot(rows: list[dict[str, Any]]) -> str:
     """The score of each method on each task with its interval, the best on top; SVG."""
+    if any("curve" in row for row in rows):
+        return _curves_plot([row for row in rows if "curve" in row and "score" in row])
     tasks = {name: [row for row in own if "score" in row] for name, own in ranked(rows).items()}
     tallest = max(map(len, tasks.values()))
     figure, _ = figure_of(5.2 * len(tasks), 1.2 + 0.22 * tallest)
@@ -581,6 +583,28 @@ def comparison_plot(rows: list[dict[str, Any]]) -> str:
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("share right" if own and own[0]["column"] == "right" else "perplexity")
         axes.grid(axis="x", lw=0.4, color="0.85")
+    return svg_of(figure)
+
+
+def _curves_plot(rows: list[dict[str, Any]]) -> str:
+    """The score of each method against the number of examples that it learnt from, a panel for each task; SVG."""
+    names = list(dict.fromkeys(row["curve"] for row in rows))
+    figure, _ = figure_of(5.6 * len(names), 4.2)
+    figure.clear()
+    for place, name in enumerate(names, 1):
+        axes = figure.add_subplot(1, len(names), place)
+        own = [row for row in rows if row["curve"] == name]
+        for number, method in enumerate(dict.fromkeys(row["method"] for row in own)):
+            points = sorted((row["examples"], row["score"], row.get("spread") or 0) for row in own if row["method"] == method)
+            counts, scores, spreads = zip(*points, strict=True)
+            axes.errorbar(
+                counts, scores, yerr=spreads, marker="osD^v"[number % 5], ms=4, lw=1, capsize=2, color=f"C{number % 10}", label=method
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("examples")
+        axes.set_ylabel("share right")
+        axes.set_title(name, fontsize=10, loc="left")
+        axes.legend(frameon=False, fontsize=8)
     return svg_of(figure)
 
 

@@ -45,8 +45,10 @@ def test_some_of_every_class_are_set_aside_and_the_same_each_time():
     assert torch.equal(held.images, found.split(0.2)[1].images)
     assert not (trained.images[:, None] == held.images[None, :5]).flatten(2).all(-1).any()
     lonely = torch.cat([(found.labels == 3).nonzero()[:1, 0], (found.labels != 3).nonzero()[:, 0]])
-    with pytest.raises(DataError, match="one example of class 3"):
-        found.take(lonely).split(0.2)
+    trained, held = found.take(lonely).split(0.2)
+    assert (int((trained.labels == 3).sum()), int((held.labels == 3).sum())) == (1, 0)
+    with pytest.raises(DataError, match="no two of one class"):
+        found.take(torch.tensor([int((found.labels == number).nonzero()[0]) for number in range(4)])).split(0.2)
 
 
 def test_what_is_built_in():

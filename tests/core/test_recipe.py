@@ -199,3 +199,30 @@ def test_what_is_refused_in_the_course_of_a_run_names_its_step(small, text, tmp_
     step = {"factor.asvd": {"keep": 0.1, "keeps": [0.5], "where": "mlp.down"}}
     with pytest.raises(PlanError, match=r"^step 1: factor\.asvd: keep=0\.1 was asked for"):
         mw.run({"model": str(small), "data": str(text), "steps": ["prune.magnitude", step], "save": str(tmp_path / "out")})
+
+
+def test_a_step_may_have_text_of_its_own(small, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("\n\n".join(f"{word} is not {word[::-1]}" for word in map(str, range(1000, 1400))))
+    stated = {"model": str(small), "data": str(text), "save": str(tmp_path / "out"),
+              "steps": [{"quantize.gptq": {"group": 32, "data": str(other)}}]}  # fmt: skip
+    made = recipe.read(stated | {"samples": 4, "length": 32})
+    assert recipe.read(made.yaml()) == made
+    found = mw.run(made).model
+    alone = mw.run(
+        recipe.read(made.plain() | {"data": str(other), "steps": [{"quantize.gptq": {"group": 32}}], "save": str(tmp_path / "b")})
+    )
+    usual = mw.run(recipe.read(made.plain() | {"steps": [{"quantize.gptq": {"group": 32}}], "save": str(tmp_path / "c")}))
+    own, same, not_same = (one.module.state_dict() for one in (found, alone.model, usual.model))
+    assert all(torch.equal(value, same[name]) for name, value in own.items())
+    assert not all(torch.equal(value, not_same[name]) for name, value in own.items())
+    assert recipe.read(tmp_path / "out" / "recipe.yaml").steps[0].given == {"data": str(other)}
+    del stated["data"]
+    assert len(mw.plan(recipe.read(stated)).rows) == 2  # the recipe itself needs none
+    stated["steps"][0]["quantize.gptq"]["data"] = str(tmp_path / "none.txt")
+    with pytest.raises(DataError, match=r"step 0: quantize.gptq: data: The data .*none.txt"):
+        mw.plan(recipe.read(stated))
+    with pytest.raises(RecipeError, match=r"step 0: prune.magnitude has no setting 'data'"):
+        recipe.read({"steps": [{"prune.magnitude": {"data": "corpus"}}]})
+    with pytest.raises(RecipeError, match="data must be a text"):
+        recipe.read({"steps": [{"prune.wanda": {"data": 5}}]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
+from modelwright import compare, small
 from modelwright.blocks.levels import LevelsLinear
-from modelwright.core import plan, recipe, walk
+from modelwright.core import find, plan, recipe, walk
 from modelwright.core.errors import NeedError
 from modelwright.core.given import Given
+from modelwright.core.method import AdapterMethod
 from modelwright.core.model import open
 from modelwright.methods.quantize.dequantize import Dequantize
 
@@ -30,6 +33,7 @@ OVERRIDES = {  # what makes each recipe short
     "lora": ["steps.1.tokens=2048", "steps.1.length=64"],
     "qlora": ["steps.0.group=32", "steps.1.rank=4", "steps.2.tokens=2048", "steps.2.length=64", "steps.2.learning_rate=0.01"],
     "sparse-pretrain": ["steps.0.tokens=2048", "steps.0.length=64"],
+    "pretrain-tune-merge": ["steps.0.tokens=2048", "steps.0.length=64", "steps.1.tokens=1024", "steps.1.length=64"],
     "expert": ["steps.0.tokens=2048", "steps.0.length=64"],
 }  # fmt: skip
 
@@ -49,8 +53,35 @@ def made(name: str, tmp_path: Path, model: Path, *more: str) -> recipe.Recipe:
     return recipe.read(FOLDER / f"{name}.yaml", overrides)
 
 
+COMPARISONS = {  # what makes each comparison short
+    "compare-adapters": ["tokens=1024", "compare=[adapt.lora, adapt.ssf]"],
+    "classify": ["tokens=4096", "compare=[adapt.lora]", "tasks.topics.examples=[24, 96]"],
+}
+
+
 def test_every_recipe_is_run_here():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(OVERRIDES)
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == {*OVERRIDES, *COMPARISONS}
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_a_comparison_runs_and_every_adapter_has_a_row_for_each_task(name, tmp_path, stand_in, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(standin.documents()[0]), "utf-8")
+    monkeypatch.setattr(small, "encoder", functools.partial(small.encoder, steps=5))
+    monkeypatch.setattr(small, "vit", functools.partial(small.vit, 5))
+    stated = recipe.parse(FOLDER / f"{name}.yaml")
+    known = [find.find(one) for one in stated["compare"]]
+    for change in [*COMPARISONS[name], f"save={tmp_path / 'out'}", "seeds=[0]", "rates=[0.01]", "length=64"]:
+        recipe.override(stated, change)
+    if "code" in stated["tasks"]:
+        stated["tasks"]["code"] = {"model": str(stand_in), "data": str(text)}
+    rows = compare.compare(stated)
+    assert all(issubclass(cls, AdapterMethod) for cls in known)
+    assert len(rows) == 4 * 3 if name == "compare-adapters" else 3 * 2
+    assert {row["task"] for row in rows} == ({"code", "topics", "stripes"} if "code" in stated["tasks"] else {
+        "topics, 24 examples", "topics, 96 examples"})  # fmt: skip
+    assert all(row["score"] > 0 for row in rows if row["method"] != "adapt.ssf")
+    assert "<svg" in (tmp_path / "out" / "comparison.svg").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)

@@ -122,6 +122,17 @@ class Branch(NamedTuple):
         return f"{self.kind} {self.depth}"
 
 
+def turned_at(module: Any) -> str:
+    """Where the channels of the residual stream get another basis between blocks, "" where they do not."""
+    return next((path for path, child in module.named_modules() if getattr(child, "turns_stream", False)), "")
+
+
+def refuse_turned(module: Any) -> None:
+    """Raise SiteError where blocks, or parts of them, cannot be measured or leave by themselves, since the stream is turned between."""
+    if turned := turned_at(module):
+        raise SiteError(f"blocks and their parts cannot leave where {turned} turns the channels between them: remove them first")
+
+
 class Anatomy:
     """A family: patterns of names, and the few facts that names do not tell.
 
@@ -234,9 +245,13 @@ class Anatomy:
             raise SiteError(f"{kind!r} is no kind of unit; kinds are {', '.join(KINDS)}")
         if kind in self.why_not:
             raise LayoutError(f"{self.name} models cannot lose {kind}: {self.why_not[kind]}")
-        turned = next((path for path, child in module.named_modules() if getattr(child, "turns_stream", False)), None)
-        if kind == "residual" and turned:
+        if kind == "residual" and (turned := turned_at(module)):
             raise SiteError(f"residual channels leave all places alike, and {turned} turns them: remove all that shall go at once")
+        for path, child in module.named_modules() if kind == "residual" else ():
+            if (self.role(path) or ("",))[0] == "embed" and hasattr(child, "kind"):  # of the package's own
+                raise SiteError(
+                    f"channels leave whole tables, and {path} is a {type(child).__name__}: remove first, then share or factor it"
+                )
         for first, *others in self.tied(module):
             depths = {(self.role(name) or ("", None))[1] for name in (first, *others)}
             if depths - {None}:
@@ -276,6 +291,7 @@ class Anatomy:
 
         Raises: SiteError where they are not modules of their own in one row of blocks, or add to the stream themselves.
         """
+        refuse_turned(module)
         path = self.blocks(module)
         if path is None:
             raise LayoutError(f"attentions and MLPs leave a single row of blocks; this {self.name} model has no single row of them")

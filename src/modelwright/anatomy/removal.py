@@ -18,7 +18,7 @@ from torch import nn
 
 from modelwright.core.errors import PlanError, SiteError, refuse
 
-from ._base import Anatomy, Branch, Units, head_width, is_residual_norm
+from ._base import Anatomy, Branch, Units, head_width, is_residual_norm, refuse_turned
 from ._find import anatomy_of
 
 BY_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists in configs with an entry per block
@@ -49,6 +49,7 @@ def remove_blocks(module: Any, drop: Iterable[int], stack: str | None = None) ->
     Raises: SiteError for a model without one list of blocks or a block that it lacks; PlanError when none would stay.
     """
     anatomy = anatomy_of(module)
+    refuse_turned(module)
     stacks = anatomy.stack_paths(module)
     if stack is None:
         if len(stacks) != 1:

@@ -129,8 +129,9 @@ class Stored(Described):
 
     @property
     def weight(self) -> Tensor:
-        """The dense weight, made anew, for code that looks at a linear's weight."""
-        return self.dense()
+        """The dense weight, made anew, for code that looks at a linear's weight; empty until parts of it that stand elsewhere are tied."""
+        held = [*self.parameters(), *self.buffers()]
+        return held[0].new_empty(0) if any(0 in value.shape for value in held) else self.dense()
 
     def scheme(self) -> dict[str, Any] | None:
         """How compressed-tensors calls the form in which the weight is stored, `format` and `weights`; None where it has no name."""

@@ -8,6 +8,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from modelwright.blocks._stored import Described
+
 
 class Expert(nn.Module):
     """One gated MLP: down(act(gate(x)) · up(x))."""
@@ -94,9 +96,9 @@ def split_experts(model: nn.Module, inside: str = "") -> list[str]:
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Put all experts that were split back into their stacks, in place."""
+    """Put all experts that were split back into their stacks, in place, but where some are stored otherwise than dense."""
     for path, child in list(model.named_modules()):
-        if isinstance(child, SplitExperts):
+        if isinstance(child, SplitExperts) and not any(isinstance(inner, Described) for inner in child.modules()):
             model.set_submodule(path, child.to_fused())
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from . import find
 from .method import DRIVEN, NEEDS, AdapterMethod, Method, fields_of, plain, setting_texts
-from .recipe import GIVEN
+from .recipe import GIVEN, TEXT
 from .settings import Pattern, describe_kind
 
 
@@ -57,7 +57,12 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
     }
     listed = {"type": "array", "minItems": 1, "items": {"type": "number", "minimum": 0}}
-    ends = {"type": "object", "properties": {"model": {"type": "string"}, "data": {"type": "string"}}, "required": ["model", "data"]}
+    counts = {"type": "array", "items": {**whole, "minimum": 1}, "description": "labelled examples to train on, a curve"}
+    ends = {
+        "type": "object",
+        "properties": {"model": {"type": "string"}, "data": {"type": "string"}, "examples": counts},
+        "required": ["model", "data"],
+    }
     beside = [step for step in steps if issubclass(find.find(step["title"]), AdapterMethod)]
     named = {"enum": [step["title"] for step in beside]}
     comparison = {
@@ -104,6 +109,8 @@ def _settings_schema(cls: type[Method]) -> dict[str, Any]:
         if need in GIVEN:
             kind_of = {"type": "array", "items": {"type": "string"}} if need == "donors" else {"type": "string"}
             properties[need] = {**kind_of, "description": NEEDS[need].partition(".")[0]}
+    if cls.reads_text() and TEXT not in properties:
+        properties[TEXT] = {"type": ["string", "object"], "description": "text for this step, where the recipe's is not for it"}
     required = [need for need in cls.needs() if need in GIVEN]
     return {
         "type": ["object", "null"] if not required else "object",

@@ -37,8 +37,7 @@ class Given:
 
     def untold(self, method: Method | type[Method]) -> bool:
         """Whether the method reads text and there is none."""
-        reads = {"statistics", "calibration", "gradients", "train"} & set(method.needs())
-        return bool(reads) and self.data is None and getattr(method, "texts", None) is None
+        return method.reads_text() and self.data is None and getattr(method, "texts", None) is None
 
     def lacking(self, method: Method | type[Method]) -> list[str]:
         """The sentences for the needs of `method` that are not given."""

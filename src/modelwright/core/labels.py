@@ -42,19 +42,19 @@ class Labelled:
         return replace(self, labels=self.labels[places], texts=texts, images=None if self.images is None else self.images[places])
 
     def split(self, held: float) -> tuple[Labelled, Labelled]:
-        """(what is trained on, what is set aside), of each class the fraction `held`, drawn by the seed 0.
+        """(what is trained on, what is set aside), of each class the fraction `held`, at least one where it has two; the same each time.
 
         Raises:
-            DataError: a class has one example alone.
+            DataError: no class has two.
         """
         generator = torch.Generator().manual_seed(0)
         aside = torch.zeros(len(self), dtype=torch.bool)
         for number in self.labels.unique().tolist():
             places = (self.labels == number).nonzero()[:, 0]
-            if len(places) < 2:
-                raise DataError(f"{self.source} has one example of class {number}, and some are to be set aside. Give more.")
             count = min(len(places) - 1, max(1, round(held * len(places))))
             aside[places[torch.randperm(len(places), generator=generator)[:count]]] = True
+        if not aside.any():
+            raise DataError(f"{self.source} has {len(self)} examples, no two of one class, and some are to be set aside. Give more.")
         return self.take((~aside).nonzero()[:, 0]), self.take(aside.nonzero()[:, 0])
 
     def inputs(self, tokenizer: Any, length: int) -> dict[str, Tensor]:

@@ -144,6 +144,11 @@ class Method(ABC):
         return tuple(parameters)
 
     @classmethod
+    def reads_text(cls) -> bool:
+        """Whether it looks at text, as calibration or to train on."""
+        return bool({"statistics", "calibration", "gradients", "train"} & set(cls.needs()))
+
+    @classmethod
     def lacks(cls, marks: Set[str]) -> list[str]:
         """The marks that it wants and that are not among these."""
         return sorted(cls.wants - marks - (frozenset({"float"}) if cls.suffices & marks else frozenset()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import inspect
 import io
@@ -35,12 +36,13 @@ from .progress import console
 
 INPUT = "$input"  # the model that the recipe starts from
 GIVEN = ("donors", "base", "teacher")  # needs that a step states beside its settings
+TEXT = "data"  # and text of its own
 KEYS = ("model", "data", "samples", "length", "seed", "steps", "save")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A method with the models that it is given."""
+    """A method with the models that it is given, and text of its own under `data` where the recipe's is not for it."""
 
     method: Method
     given: Mapping[str, Any] = field(default_factory=dict)
@@ -90,19 +92,25 @@ def placed(name: Any, own: str = "") -> str:
     return str(name) if str(name) == own or not Path(name).exists() else str(Path(name).resolve())
 
 
+def _placed_text(data: Any) -> Any:
+    """The same for a text."""
+    if isinstance(data, Mapping):
+        return {**data, "source": placed(data["source"], "corpus")}
+    return placed(data, "corpus") if isinstance(data, (str, Path)) else data
+
+
 def whole_names(recipe: Recipe) -> Recipe:
     """The recipe with every model and text in it named so that it runs from any working directory."""
     model, data = recipe.model.name if isinstance(recipe.model, Model) else recipe.model, recipe.data
-    if isinstance(data, Mapping):
-        data = {**data, "source": placed(data["source"], "corpus")}
-    elif isinstance(data, (str, Path)):
-        data = placed(data, "corpus")
+    data = _placed_text(data)
     steps = []
     for step in recipe.steps:
-        given = {
+        given: dict[str, Any] = {
             need: [placed(name, INPUT) for name in value] if isinstance(value, list) else placed(value, INPUT)
             for need, value in step.given.items()
+            if need != TEXT
         }
+        given |= {TEXT: _placed_text(step.given[TEXT])} if TEXT in step.given else {}
         method = step.method
         if sources := getattr(method, "texts", None):
             method = replace(method, texts=tuple(placed(source, "corpus") for source in sources))  # type: ignore[call-arg]
@@ -208,7 +216,11 @@ def _step(stated: Any) -> Step:
         raise RecipeError(f"{name}: settings are a mapping, such as {{sparsity: 0.5}}; got {settings!r}.")
     cls = find.find(name)
     given = {key: settings[key] for key in GIVEN if key in settings and key in cls.needs()}
-    for key, value in given.items():
+    if TEXT in settings and cls.reads_text() and TEXT not in {field.name for field in dataclasses.fields(cls)}:
+        given[TEXT] = settings[TEXT]
+        if not isinstance(given[TEXT], (str, dict)):
+            raise RecipeError(f"{name}: data must be a text, or {{source: ..., held: 0.1}}; got {given[TEXT]!r}.")
+    for key, value in ((key, given[key]) for key in GIVEN if key in given):
         listed = value if key == "donors" else [value]
         if not isinstance(listed, list) or not all(isinstance(each, (str, Path)) for each in listed):
             raise RecipeError(
@@ -321,6 +333,7 @@ def _steps(
         key = hashed(
             key, step.plain(), _code_digest(step.method), [model_digest(open(name)) for name in _names(step.given) if name != INPUT],
             [texts.digest(texts.read(source)) for source in getattr(step.method, "texts", None) or ()],
+            [_text_digest(Given(**text)) for text in [step_text(step)] if text],
         )  # fmt: skip
         folder = beside / f"{number:02d}-{step.method.name().replace('/', '_')}-{key}"
         if folder.is_dir():
@@ -328,7 +341,7 @@ def _steps(
             row = json.loads((beside / f"{folder.name}.json").read_text("utf-8"))
         else:
             unfinished = beside / f"{folder.name}.work"
-            local = replace(given, **step_models(step, source), work=unfinished, notes=[], details=[])
+            local = replace(given, **step_models(step, source), **step_text(step), work=unfinished, notes=[], details=[])
             started = time.perf_counter()
             whole = beside / f"{folder.name}.whole"
             faults = Faults()
@@ -431,8 +444,11 @@ def prepare(recipe: Recipe, faults: Faults) -> tuple[Model | None, Given]:
                 if name != INPUT:
                     with faults.collected(f"step {number}: {step.method.name()}: {key}: "):
                         opened[name] = open(name)
+        own: dict[str, Any] = {TEXT: ()} if TEXT in step.given else {}
+        with faults.collected(f"step {number}: {step.method.name()}: data: "):
+            step_text(step)
         with faults.collected(f"step {number}: "):
-            replace(present, **named).refuse_lacking(step.method)
+            replace(present, **named, **own).refuse_lacking(step.method)
         for source in (
             *(getattr(step.method, "texts", None) or ()),
             *(getattr(step.method, key) for key in getattr(step.method, "reads", ())),
@@ -493,6 +509,11 @@ def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], lis
     return problems, warnings
 
 
+def step_text(step: Step) -> dict[str, Any]:
+    """The text of its own that a step has, under `data`; nothing where it has the recipe's."""
+    return {TEXT: read_data(step.given[TEXT])} if TEXT in step.given else {}
+
+
 def step_models(step: Step, source: Model) -> dict[str, Any]:
     """The models that a step names, opened."""
 
@@ -539,7 +560,7 @@ def model_digest(model: Model) -> str:
 
 def _names(given: Mapping[str, Any]) -> list[str]:
     found = []
-    for value in given.values():
+    for value in (value for need, value in given.items() if need != TEXT):
         found += value if isinstance(value, list) else [value]
     return found
 

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from modelwright.maths.masks import part_of
+
 
 def keep_highest(score: Tensor, share: float) -> list[int]:
     """The places that stay of scores [n] when the floor(share · n) lowest go, but never all; of equals the first go."""
-    gone = min(int(share * len(score)), len(score) - 1)
+    gone = min(part_of(share, len(score)), len(score) - 1)
     return sorted(score.argsort(stable=True)[gone:].tolist())
 
 

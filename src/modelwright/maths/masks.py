@@ -6,6 +6,7 @@ is exact and the same scores give the same mask on every device.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,11 @@ class Cut(NamedTuple):
         return part.le_(self.value) if at.start < self.last else part.lt_(self.value)
 
 
+def part_of(share: float, count: int) -> int:
+    """floor(share · count), of the share as it is written: 0.29 of 100 are 29, though the product of floats is less."""
+    return math.floor(share * count + 1e-9)
+
+
 def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern: tuple[int, int] | None = None) -> Tensor:
     """Mark the lowest scores.
 
@@ -65,10 +71,10 @@ def lowest(score: Tensor, sparsity: float = 0.0, *, per: str = "tensor", pattern
     if pattern:
         return _lowest_of_runs(score, *pattern)
     if per == "row":
-        return _lowest_of_rows(score, int(sparsity * score.shape[-1]))
+        return _lowest_of_rows(score, part_of(sparsity, score.shape[-1]))
     assert per == "tensor", per
     values = flat(score)
-    cut = find_cut(values, score.numel(), int(sparsity * score.numel()))
+    cut = find_cut(values, score.numel(), part_of(sparsity, score.numel()))
     return Sliced(score.shape, torch.bool, lambda at: cut.mark(values(at), at)).whole(score.new_empty(score.shape, dtype=torch.bool))
 
 

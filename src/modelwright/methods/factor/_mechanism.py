@@ -38,12 +38,14 @@ class Factoriser(SiteMethod):
         if self.keep == 1 and self.rank is None:
             return None
         rank = self.rank or low_rank.rank_for(self.keep, *shape)
-        rank = max(rank - rank % self.multiple, min(self.multiple, rank))
+        rank = max(rank - rank % self.multiple, self.multiple)
         return rank if self.store == "dense" or rank * sum(shape) < shape[0] * shape[1] else None
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         if len(shape) != 2:
             return f"has the shape {list(shape)}, and two factors are for matrices"
+        if self.multiple > min(shape):
+            return f"is {shape[0]} × {shape[1]}, and has no rank that is a multiple of {self.multiple}. Lower multiple"
         if self.rank and self.rank > min(shape):
             return f"is {shape[0]} × {shape[1]}, so its rank is at most {min(shape)}; asked for {self.rank}"
         return ""

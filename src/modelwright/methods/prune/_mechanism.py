@@ -25,7 +25,7 @@ from modelwright.core.model import Model, put, unwrapped, weight_of
 from modelwright.core.settings import Pattern, fraction, number
 from modelwright.core.statistics import Statistics
 from modelwright.maths import allocation
-from modelwright.maths.masks import lowest
+from modelwright.maths.masks import lowest, part_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Pruner(SiteMethod):
         """How many weights of a matrix of this size are removed."""
         if self.pattern:
             return rows * columns // self.pattern.of * (self.pattern.of - self.pattern.keep)
-        return rows * int(self.sparsity * columns) if self.competing() == "row" else int(self.sparsity * rows * columns)
+        return rows * part_of(self.sparsity, columns) if self.competing() == "row" else part_of(self.sparsity, rows * columns)
 
     def unfit(self, shape: tuple[int, ...]) -> str:
         columns = math.prod(shape[1:])

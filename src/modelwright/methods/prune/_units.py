@@ -44,6 +44,8 @@ class UnitChoice(Method):
 
     def problems(self) -> list[str]:
         wrong = [kind for kind in self.units if kind not in self.kinds]
+        if len(set(self.units)) < len(self.units):
+            return [f"units names a kind twice: {', '.join(self.units)}. Name each once."]
         return [f"units are some of {', '.join(self.kinds)}; got {', '.join(wrong) or 'none'}."] if wrong or not self.units else []
 
     def found(self, module: nn.Module, notes: list[str] | None = None) -> list[Units]:
@@ -90,6 +92,10 @@ class UnitChoice(Method):
 
     def taken_out(self, module: nn.Module, found: Sequence[Units], kept: Kept, notes: list[str], why: str = "") -> None:
         """Remove the units that do not stay, and note what the user should know of the result; why: it was not plain before."""
+        for kind in self.units if self.share and self.scope == "block" else ():
+            counts = [units.count for units in found if units.kind == kind]
+            if counts and all(len(rows) == units.count for units, rows in zip(found, kept, strict=True) if units.kind == kind):
+                notes.append(f"{self.name()}: no {kind} leave, for {self.share:g} of {max(counts)} is less than one. Raise share")
         config: Any = getattr(module, "config", None)
         before = getattr(config, "num_experts_per_tok", 0)
         if why := take_out(module, found, kept) or why:

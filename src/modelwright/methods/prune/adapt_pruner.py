@@ -5,7 +5,8 @@ what leaves it, less the mean over blocks, over the largest size; its sparsity g
 neurons with the least effect on the loss (as in `prune.llm_pruner`) go until floor((1 - sparsity)·n) of the n at first
 are left. The steps end when the share is reached.
 Differs: importance is by the cosine alone; the authors' other distances have the wrong sign. The last step removes only what is
-still over. Training between the steps is `prune.adapt_accel`.
+still over. Where the share is not reached in `steps` steps, as a block of the highest importance may never shrink, up to as many follow in
+which all blocks grow alike. Training between the steps is `prune.adapt_accel`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from modelwright.anatomy._base import Units
+from modelwright.anatomy._base import Units, refuse_turned
 from modelwright.core.given import Batch
 from modelwright.core.model import Model, unwrapped
 from modelwright.core.passage import similarities_of_blocks
@@ -47,15 +48,17 @@ class AdaptPruner(LlmPruner):
 
     def model(self, model: Model, calibration: Sequence[Batch], notes: list[str]) -> Model:
         module, why = unwrapped(model.module), ""
+        refuse_turned(module)
         found = self.found(module, notes)
         first, total = {(units.kind, units.scope): units.count for units in found}, self.costs(module, found)
         gone = dict.fromkeys((units.depth for units in found), 0.0)
-        for _ in track(range(self.steps), self.name()):
+        for step in track(range(2 * self.steps), self.name()):
             found = self.found(module)
             over = self.costs(module, found) - (1 - self.share) * total
             if over <= 0:
                 break
-            gone = grown(gone, similarities_of_blocks(model, calibration), 1 / self.steps, self.amplitude)
+            amplitude = self.amplitude if step < self.steps else 0.0
+            gone = grown(gone, similarities_of_blocks(model, calibration), 1 / self.steps, amplitude)
             with torch.no_grad():
                 scores = self.scores(module, found, self.look(model, found, calibration))
                 refuse_not_finite(found, scores)

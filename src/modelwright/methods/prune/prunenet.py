@@ -26,6 +26,7 @@ from modelwright.core.model import Model
 from modelwright.core.progress import track
 from modelwright.core.settings import count, fraction, number
 from modelwright.maths.divergence import kolmogorov_smirnov
+from modelwright.maths.masks import part_of
 from modelwright.methods.prune._units import UnitPruner, per_member
 
 Policy = tuple[Tensor, ...]  # P [n, width], b [n], r [n]
@@ -65,7 +66,7 @@ class PruneNet(UnitPruner):
         """For each entry the scores of its units [count]."""
         parameters = dict(model.module.named_parameters())
         matrices = [reads(units, parameters).detach() for units in found]
-        if not int(self.share * len(matrices[0])):
+        if not part_of(self.share, len(matrices[0])):
             return [torch.zeros(len(matrix)) for matrix in matrices]
         spectra = [torch.linalg.svdvals(matrix) for matrix in matrices]
         policy = self.learnt(matrices, spectra, source)
@@ -108,7 +109,7 @@ class PruneNet(UnitPruner):
         with torch.no_grad():
             found = logits(policy, matrix)
             chances = (found + noise(found, rng)).sigmoid().clamp_min(1e-12)
-        return torch.multinomial(chances.cpu(), max(len(matrix) - int(self.share * len(matrix)), 1), generator=rng).to(matrix.device)
+        return torch.multinomial(chances.cpu(), max(len(matrix) - part_of(self.share, len(matrix)), 1), generator=rng).to(matrix.device)
 
     def nearest(self, policy: Policy, matrix: Tensor, spectrum: Tensor, rng: torch.Generator) -> Tensor:
         """1 for the rows of that draw whose singular values are nearest, 0 for the others [n]."""

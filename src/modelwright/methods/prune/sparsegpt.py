@@ -15,6 +15,7 @@ from torch import Tensor
 from modelwright.core.settings import count, number
 from modelwright.core.statistics import Statistics
 from modelwright.maths import second_order
+from modelwright.maths.masks import part_of
 from modelwright.methods.prune._mechanism import LayerPruner
 
 
@@ -42,7 +43,7 @@ class SparseGpt(LayerPruner):
         if self.pattern:
             return super().zeros(rows, columns)
         widths = [min(self.columns, columns - start) for start in range(0, columns, self.columns)]
-        return sum(int(self.sparsity * rows * width) for width in widths)
+        return sum(part_of(self.sparsity, rows * width) for width in widths)
 
     def problems(self) -> list[str]:
         found = super().problems()

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from modelwright.anatomy import removal
-from modelwright.blocks._stored import Described, Stored
-from modelwright.blocks.experts import SplitExperts
+from modelwright.blocks._stored import Stored
+from modelwright.blocks.experts import fuse_experts
 from modelwright.core.errors import ModelError
 from modelwright.core.loading import PACKED, described
 from modelwright.core.method import ModelMethod
@@ -65,6 +65,4 @@ def _dense(module: nn.Module) -> None:
         for name, value in old.named_buffers():  # what an embedding is multiplied by
             old.register_buffer(name, torch.tensor(layer.multiplier, dtype=value.dtype), persistent=False)
         module.set_submodule(path, old.train(layer.training))
-    for path, child in list(module.named_modules()):
-        if isinstance(child, SplitExperts) and not any(isinstance(inner, Described) for inner in child.modules()):
-            module.set_submodule(path, child.to_fused())
+    fuse_experts(module)
