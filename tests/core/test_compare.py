@@ -17,6 +17,7 @@ from modelwright.core.method import AdapterMethod
 from modelwright.core.model import Model
 
 SIZED = [name for name in find.names() if issubclass(cls := find.find(name), AdapterMethod) and cls.sized_by]
+QUICK = ("lora", "hydra", "compacter", "apet", "spiel", "c3a", "intrinsic")  # sizes that rise, fall, are shares, or must divide
 ASKED = {"parameters": "4%", "tokens": 400, "batch": 2, "length": 32, "rates": [0.01, 0.02], "seeds": [0, 1]}
 
 
@@ -44,7 +45,9 @@ def stated(folder, methods, **more):
             "save": str(folder / "out"), **ASKED, **more}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SIZED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.removeprefix("adapt.") in QUICK else pytest.mark.slow) for name in SIZED]
+)
 def test_the_size_is_the_largest_within_the_budget(name, folder):
     task = text_task(folder, parameters=6000)
     method = find.find(name)(**{key: value for key, value in find.find(name).small.items() if key not in find.find(name).sized_by})

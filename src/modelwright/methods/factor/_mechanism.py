@@ -26,7 +26,7 @@ class Factoriser(SiteMethod):
 
     keep: float = fraction(0.5, low=1e-3)  # of each matrix's parameters, in both factors together; 1 leaves it as it is
     rank: int | None = count(None)  # of the product; overrides keep
-    multiple: int = count(1)  # ranks are rounded down to one of this, so that groups of the factors' weights divide
+    multiple: int = count(1)  # ranks are rounded down to one of this, but never to 0, so that groups of the factors' weights divide
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
 
     def metric(self, statistics: Statistics) -> Tensor | None:
