@@ -351,9 +351,10 @@ def step_bytes(module: nn.Module, ids: Tensor, loss: Losses) -> int:
     kept: dict[int, int] = {}
 
     def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+        for part in (value._indices(), value._values()) if value.is_sparse else (value,):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):

@@ -139,6 +139,16 @@ def test_what_a_step_holds_by_hand():
     assert found == 4 * (32 + 8 + 16)
 
 
+def test_what_a_step_holds_of_sparse_tensors_is_their_entries_and_places():
+    places, values = torch.tensor([[0, 1, 1], [0, 2, 3]]), torch.ones(3, requires_grad=True)
+    layer, inputs = nn.Linear(1, 1).requires_grad_(False), torch.randn(4, 2)
+
+    def loss(module, ids, mask):
+        return torch.sparse.mm(torch.sparse_coo_tensor(places, values, (2, 4)), inputs).sum(), {}
+
+    assert compare.step_bytes(layer, torch.zeros(1, 2, dtype=torch.long), loss) >= places.nbytes + 4 * 3 + inputs.nbytes
+
+
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
     wrong = {"compare": ["adapt.lroa", "prune.magnitude", {"adapt.lora": {"rank": 0}}], "tasks": {"a": {"model": "starter"}}}
     with pytest.raises(RecipeError) as error:
