@@ -6,8 +6,10 @@ from hypothesis import strategies as some
 from tiny import tiny
 
 import modelwright as mw
+from modelwright.anatomy import anatomy_of
+from modelwright.blocks.experts import split_experts
 from modelwright.blocks.sparse import SparseLinear
-from modelwright.core.errors import SiteError
+from modelwright.core.errors import SettingError, SiteError
 from modelwright.methods.prune.magnitude import Magnitude
 
 
@@ -95,3 +97,36 @@ def test_the_sparse_form_holds_the_same_weights_and_takes_the_bytes_that_were_pl
     assert isinstance(layer, SparseLinear)
     assert torch.equal(layer.dense(), Magnitude(**settings_).tensor(weight))
     assert layer.stored_bytes() == Magnitude(**settings_, store="sparse").planned(weight.to("meta")).stored_bytes()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("store", ["dense", "sparse"])
+def test_all_weights_may_compete(kind, store, tmp_path):
+    module = tiny(kind)
+    mw.open(module).save(tmp_path / "in")
+    before = chosen(mw.open(tmp_path / "in").module)
+    every = torch.cat([weight.flatten() for weight in before.values()]).abs()
+    threshold = every.sort().values[int(0.6 * len(every)) - 1]
+    method = Magnitude(sparsity=0.6, scope="model", store=store)
+    streamed = mw.apply(tmp_path / "in", method, save=tmp_path / "out")
+    held = mw.apply(mw.open(tmp_path / "in"), method)
+    for model in (streamed, held):
+        split_experts(model.module)
+        for name in before:
+            weight = model.module.get_submodule(name).weight
+            assert torch.equal(weight, before[name].masked_fill(before[name].abs() <= threshold, 0)), name
+    shares = [float((held.module.get_submodule(name).weight == 0).float().mean()) for name in before]
+    assert max(shares) - min(shares) > 0.01  # matrices with small weights lose more
+
+
+def chosen(module):
+    """The matrices of a model's blocks, dense, experts one by one."""
+    split_experts(module)
+    sites = [site for site in anatomy_of(module).sites(module) if site.role.startswith(("attn", "mlp", "experts"))]
+    return {site.module: module.get_submodule(site.module).weight.detach().clone() for site in sites}
+
+
+def test_one_threshold_takes_one_sparsity():
+    for wrong in ({"sparsity": {"mlp": 0.5}}, {"pattern": "2:4"}, {"allocate": "erk"}):
+        with pytest.raises(SettingError, match="scope: model has one threshold for all weights"):
+            Magnitude(scope="model", **wrong)
