@@ -176,13 +176,13 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a recipe. A run that was killed goes on from its last finished step or block."""
-    if dry_run:
-        _print_plan(recipe, set_ or [], as_json)
-        return
     from .core.recipe import parse
 
     if recipe.is_file() and isinstance(stated := parse(recipe), dict) and "compare" in stated:
-        _compare(stated, set_ or [], overwrite=overwrite, quiet=quiet, as_json=as_json)
+        _compare(stated, set_ or [], dry_run=dry_run, overwrite=overwrite, quiet=quiet, as_json=as_json)
+        return
+    if dry_run:
+        _print_plan(recipe, set_ or [], as_json)
         return
     ways = {"overwrite": overwrite, "keep_steps": keep_steps, "trust_remote_code": trust_remote_code}
     _run(str(recipe), quiet=quiet, as_json=as_json, overrides=set_ or [], **ways)
@@ -229,14 +229,19 @@ def _run(recipe: Any, quiet: bool, as_json: bool, **ways: Any) -> None:
     out.print(f"saved to {done.model.folder}", soft_wrap=True)
 
 
-def _compare(stated: dict[str, Any], overrides: list[str], overwrite: bool, quiet: bool, as_json: bool) -> None:
+def _compare(stated: dict[str, Any], overrides: list[str], dry_run: bool, overwrite: bool, quiet: bool, as_json: bool) -> None:
     from . import report
-    from .compare import compare
+    from .compare import compare, read, runs_of
     from .core.progress import silence
     from .core.recipe import override
 
     for change in overrides:
         override(stated, change)
+    if dry_run:
+        asked = read(stated)
+        whole = f"{len(asked.methods)} adapters on {len(asked.tasks)} tasks: at most {runs_of(asked)} runs of {asked.tokens:,} tokens"
+        out.print(f"{whole}, to {asked.save}", soft_wrap=True)
+        return
     with silence(quiet):
         rows = compare(stated, overwrite=overwrite)
     if as_json:

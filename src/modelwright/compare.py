@@ -87,6 +87,9 @@ def read(stated: Mapping[str, Any]) -> Comparison:
     tasks: Mapping[str, Any] = given if isinstance(given, Mapping) else {}
     if not tasks or not all(isinstance(task, Mapping) and set(task) - {"examples"} == {"model", "data"} for task in tasks.values()):
         problems.append("tasks are names, each with {model: ..., data: ...}, such as `code: {model: starter, data: my.txt}`.")
+    counts = [task.get("examples") or [] for task in tasks.values() if isinstance(task, Mapping)]
+    if not all(isinstance(own, list) and all(isinstance(count, int) and count > 1 for count in own) for own in counts):
+        problems.append("examples are a list of whole numbers of at least 2, such as [50, 100, 250].")
     for key, least in (("tokens", 1), ("batch", 1), ("length", 2)):
         if not isinstance(stated.get(key, least), int) or stated.get(key, least) < least:
             problems.append(f"{key} must be a whole number of at least {least}; got {stated[key]!r}.")
@@ -102,6 +105,11 @@ def read(stated: Mapping[str, Any]) -> Comparison:
     more = {key: stated[key] for key in ("parameters", "tokens", "batch", "length", "held") if key in stated}
     more |= {key: tuple(stated[key]) for key in ("rates", "seeds") if key in stated}
     return Comparison(tuple(methods), dict(_apart(tasks)), stated["save"], **more)
+
+
+def runs_of(asked: Comparison) -> int:
+    """How many training runs a comparison takes at most."""
+    return len(asked.tasks) * (len(asked.methods) + 2) * (len(asked.rates) + len(asked.seeds))
 
 
 def _apart(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -73,6 +73,11 @@ def test_a_comparison_of_texts_from_the_command_line_goes_on_and_says_all(folder
     asked = stated(folder, ["adapt.lora", {"adapt.parallel": {"activation": "relu"}}, "adapt.series", {"adapt.ssf": {}}], parameters=4550)
     (folder / "my.yaml").write_text(json.dumps(asked))
     monkeypatch.setattr(sys, "argv", ["modelwright", "run", str(folder / "my.yaml"), "--set", "tokens=320"])
+    with monkeypatch.context() as dry, pytest.raises(SystemExit):
+        dry.setattr(sys, "argv", [*sys.argv, "--dry-run"])
+        cli.main()
+    assert "4 adapters on 1 tasks: at most 24 runs of 320 tokens" in capsys.readouterr().out
+    assert not (folder / "out.steps").exists()
     whole, done = compare.Task.run, []
 
     def some(*own):
@@ -150,12 +155,15 @@ def test_what_a_step_holds_of_sparse_tensors_is_their_entries_and_places():
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path):
-    wrong = {"compare": ["adapt.lroa", "prune.magnitude", {"adapt.lora": {"rank": 0}}], "tasks": {"a": {"model": "starter"}}}
+    wrong = {
+        "compare": ["adapt.lroa", "prune.magnitude", {"adapt.lora": {"rank": 0}}],
+        "tasks": {"a": {"model": "starter", "examples": [1]}},
+    }
     with pytest.raises(RecipeError) as error:
         compare.read(wrong | {"token": 5, "batch": 0, "seeds": 3})
     for words in (
         "no key 'token'. Did you mean 'tokens'", "method 0: There is no method 'adapt.lroa'", "method 1: prune.magnitude is no adapter",
-        "method 2: adapt.lora: rank", "tasks are names", "batch must be a whole number", "seeds must be a list", "Add `save: folder/`",
+        "method 2: adapt.lora: rank", "tasks are names", "examples are a list", "batch must be a whole number", "seeds must be a list", "Add `save: folder/`",
     ):  # fmt: skip
         assert words in str(error.value), words
     assert not list(tmp_path.iterdir())
