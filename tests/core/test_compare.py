@@ -73,9 +73,10 @@ def test_a_comparison_of_texts_from_the_command_line_goes_on_and_says_all(folder
     asked = stated(folder, ["adapt.lora", {"adapt.parallel": {"activation": "relu"}}, "adapt.series", {"adapt.ssf": {}}], parameters=4550)
     (folder / "my.yaml").write_text(json.dumps(asked))
     monkeypatch.setattr(sys, "argv", ["modelwright", "run", str(folder / "my.yaml"), "--set", "tokens=320"])
-    with monkeypatch.context() as dry, pytest.raises(SystemExit):
+    with monkeypatch.context() as dry:
         dry.setattr(sys, "argv", [*sys.argv, "--dry-run"])
-        cli.main()
+        with pytest.raises(SystemExit):
+            cli.main()
     assert "4 adapters on 1 tasks: at most 24 runs of 320 tokens" in capsys.readouterr().out
     assert not (folder / "out.steps").exists()
     whole, done = compare.Task.run, []
@@ -163,7 +164,8 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
         compare.read(wrong | {"token": 5, "batch": 0, "seeds": 3})
     for words in (
         "no key 'token'. Did you mean 'tokens'", "method 0: There is no method 'adapt.lroa'", "method 1: prune.magnitude is no adapter",
-        "method 2: adapt.lora: rank", "tasks are names", "examples are a list", "batch must be a whole number", "seeds must be a list", "Add `save: folder/`",
+        "method 2: adapt.lora: rank", "tasks are names",
+        "examples are a list", "batch must be a whole number", "seeds must be a list", "Add `save: folder/`",
     ):  # fmt: skip
         assert words in str(error.value), words
     assert not list(tmp_path.iterdir())
