@@ -72,6 +72,21 @@ def test_shares_are_of_whole_numbers_as_they_are_written():
     assert int(lowest(torch.rand(1, 10), 0.999).sum()) == 9
 
 
+@pytest.mark.parametrize(
+    ("step", "marks"),
+    [
+        (("factor.svd", {}), {"float", "low-rank"}),
+        (("factor.svd", {"store": "dense"}), {"float"}),
+        (("factor.svd", {"keep": 1.0}), {"float", "sparse"}),
+        (("factor.tensor", {"keep": 1.0, "where": "embed"}), {"float", "sparse"}),
+        (("factor.tensor", {"store": "dense", "where": "embed"}), {"float"}),
+    ],
+)
+def test_marks_say_what_was_done(step, marks):
+    assert after("llama", ("prune.magnitude", {}), step).marks == marks
+    assert after("llama", ("prune.magnitude", {"sparsity": 0.0})).marks == {"float"}
+
+
 def test_kinds_of_units_are_named_once_and_ranks_have_a_multiple():
     with pytest.raises(SettingError, match="names a kind twice"):
         mw.find("prune.flap")(units=("mlp", "mlp"))

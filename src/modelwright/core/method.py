@@ -124,8 +124,12 @@ class Method(ABC):
         """Measurable effects on the chosen sites, such as `{"zeros": 0.5}`; compared after every run."""
         return {}
 
+    def gained(self) -> frozenset[str]:
+        """The marks that a model carries after the method with these settings; for methods to extend."""
+        return self.leaves
+
     def lost(self) -> frozenset[str]:
-        """The marks that a model carries no longer after the method with these settings; for methods to extend."""
+        """The marks that it carries no longer; for methods to extend."""
         return self.drops
 
     # The record, read from the class.

@@ -503,9 +503,9 @@ def check_order(recipe: Recipe, model: Model) -> tuple[dict[int, list[str]], lis
             if mark == "sparse":
                 warnings.append(f"step {number} ({method.name()}) fills in the zeros of step {makers.get(mark, 'input')}.")
             makers[f"-{mark}"] = f"{number} ({method.name()})"
-        for mark in method.leaves:
+        for mark in method.gained():
             makers[mark] = f"{number} ({method.name()})"
-        marks = (marks | method.leaves) - method.lost()
+        marks = (marks | method.gained()) - method.lost()
     return problems, warnings
 
 

@@ -188,7 +188,7 @@ def _calibration(model: Model, method: ModelMethod, given: Given) -> Any:
 
 def record(model: Model, method: Method, given: Given) -> None:
     """Write the step into the model's history and set its marks."""
-    model.marks, model.changed = (model.marks | method.leaves) - method.lost(), True
+    model.marks, model.changed = (model.marks | method.gained()) - method.lost(), True
     model.rebased |= method.changes_base and "adapters" in model.marks
     step = {"method": method.name(), "settings": method.settings(), "seed": given.seed, "notes": list(given.notes)}
     model.history.append(step | ({"details": list(given.details)} if given.details else {}))

@@ -29,13 +29,23 @@ class Factoriser(SiteMethod):
     multiple: int = count(1)  # ranks are rounded down to one of this, but never to 0, so that groups of the factors' weights divide
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
 
+    def gained(self) -> frozenset[str]:
+        return self.leaves if self.store == "factors" and not self.idle() else frozenset()
+
+    def lost(self) -> frozenset[str]:
+        return frozenset() if self.idle() else self.drops
+
+    def idle(self) -> bool:
+        """Whether every matrix stays as it is."""
+        return self.keep == 1 and self.rank is None
+
     def metric(self, statistics: Statistics) -> Tensor | None:
         """S by what is known of the inputs: None for 1, a diagonal [in], or a lower factor [in, in]."""
         return None
 
     def rank_of(self, shape: tuple[int, ...]) -> int | None:
         """The rank for a weight of this shape [out, in]; None to leave it alone: where two factors would be no smaller."""
-        if self.keep == 1 and self.rank is None:
+        if self.idle():
             return None
         rank = self.rank or low_rank.rank_for(self.keep, *shape)
         rank = max(rank - rank % self.multiple, self.multiple)

@@ -47,6 +47,12 @@ class Tensor(TensorMethod):
     iterations: int = count(50)  # of alternating least squares (cp) and HOOI (tucker), at most
     store: Literal["factors", "dense"] = "factors"  # dense: multiply them out again; saves nothing, loads anywhere
 
+    def gained(self) -> frozenset[str]:
+        return self.leaves if self.store == "factors" and self.keep != 1 else frozenset()
+
+    def lost(self) -> frozenset[str]:
+        return frozenset() if self.keep == 1 else self.drops
+
     def folding(self, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The parts of the rows and of the columns of a matrix of this shape."""
         return folded(shape[0], self.parts), folded(shape[1], self.parts)

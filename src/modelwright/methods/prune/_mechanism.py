@@ -38,6 +38,9 @@ class Pruner(SiteMethod):
     pattern: Pattern | None = None  # "2:4" keeps two of every four inputs, and overrides sparsity
     store: Literal["dense", "sparse"] = "dense"  # sparse: a bit per weight and the nonzeros; needs modelwright to load
 
+    def gained(self) -> frozenset[str]:
+        return frozenset() if self.sparsity == 0 and self.pattern is None else self.leaves
+
     def competing(self) -> Literal["tensor", "row"]:
         """What weights are ranked within."""
         return "tensor"
