@@ -26,7 +26,7 @@ from .method import BlockMethod, Chooses, LayerMethod, Method, TensorMethod
 from .model import RECORD, Model, check_readable, empty_module, open, put, refuse_not_finite, tensor_of, tokenizer_files, write_card
 from .passage import Resident, fill
 from .progress import track
-from .weights import Checkpoint, Writer
+from .weights import Checkpoint, Writer, not_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ def write(model: Model, method: Method, given: Given, folder: Path, *, overwrite
     walk.refuse_strangers(model, method, given)
     _steady_memory()
     with torch.no_grad():
-        if isinstance(method, TensorMethod):  # which looks at every weight that it reads
+        if isinstance(method, TensorMethod):  # which looks at what it makes of every weight
             _write_tensors(model, method, given, folder, overwrite)
             return open(folder)
         check_readable(model)
@@ -188,9 +188,10 @@ def _write_tensors(model: Model, method: TensorMethod, given: Given, folder: Pat
 
             extras = walk.needed(local, given, site, lambda donor: read(files[id(donor)]), surveyed)
             weight = read(checkpoint)
-            if isinstance(weight, Tensor):
-                refuse_not_finite(model.name, {name: weight})
             result = walk.call(local, weight, site, extras)
+            made = result.state_dict().values() if isinstance(result, Stored) else [result] if isinstance(result, Tensor) else []
+            if isinstance(weight, Tensor) and any(value.is_floating_point() and not_finite(value) for value in made):
+                refuse_not_finite(model.name, {name: weight})  # of what is made, which takes less time to look at where it is packed
             with_it = biases.get(name)
             if not isinstance(result, Stored):
                 out.add(name, result.T if site.transposed and isinstance(result, Tensor) else result)
