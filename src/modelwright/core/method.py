@@ -244,6 +244,10 @@ class TensorMethod(SiteMethod):
     verb: ClassVar[str] = "tensor"
     tensor: ClassVar[Verb]
 
+    def surveying(self) -> bool:
+        """Whether the survey reads all tensors; by default where the verb asks for one, for methods to narrow."""
+        return "survey" in self.needs()
+
     def survey(self, weight: Any, donors: list[Any]) -> Any:
         """What the verb must know of all tensors before the first, for methods whose verb asks for `survey`.
 

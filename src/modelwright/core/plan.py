@@ -267,7 +267,7 @@ def peak(module: nn.Module, method: Method, given: Given, program: int, streamin
             largest = SLICE * AHEAD
         if not streams:
             held += others * shape.size
-        surveyed = SURVEYED * sum(value.numel() for _, value in places) if "survey" in method.needs() else 0
+        surveyed = SURVEYED * sum(value.numel() for _, value in places) if method.surveying() else 0
         ahead = shape.bytes * largest if streams and not method.in_parts else 0  # the next tensor, read while this one is worked on
         return held + ahead + largest * (shape.bytes * (1 + others) + 4 * others) + int(4 * method.holds * largest) + surveyed
     if isinstance(method, AdapterMethod):

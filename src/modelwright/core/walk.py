@@ -391,7 +391,7 @@ def _change_tensors(model: Model, method: TensorMethod, given: Given) -> None:
 
 def survey(method: TensorMethod, given: Given, read: Callable[[Model], Sequence[Any]], model: Model) -> Any:
     """What a method that asks for it finds over all tensors; `read` gives those of a model."""
-    if "survey" not in method.needs():
+    if not method.surveying():
         return None
     return method.survey(Joined(read(model)), [Joined(read(donor)) for donor in given.donors])
 

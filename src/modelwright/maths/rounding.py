@@ -302,8 +302,9 @@ def _grouped(weight: Tensor, groups: int) -> Tensor:
 
 def _scale(low: Tensor, high: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, even: bool) -> tuple[Tensor, Tensor | None]:
     steps = 2**bits - (2 if even else 1)
-    most = torch.finfo(dtype).max / 2 ** (bits - 1)  # that no code becomes infinite
-    scale = ((high - low) / steps).to(dtype).clamp_(min=smallest_scale(dtype), max=most)
+    most = torch.finfo(dtype).max / 2 ** (bits - 1)  # that no code of finite weights becomes infinite
+    exact = (high - low) / steps
+    scale = torch.where(exact.isinf(), exact, exact.clamp(max=most)).to(dtype).clamp_(min=smallest_scale(dtype))
     if symmetric:
         return scale, None
     zero = torch.round(-low / scale.float()).clamp_(0, steps) - 2 ** (bits - 1)

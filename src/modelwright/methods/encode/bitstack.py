@@ -86,11 +86,7 @@ class Bitstack(ModelMethod, Rescales):
         least, most = resizing.sizes(module, resizing.stacks(module))
         if self.budget is not None:
             resizing.shorten(module, self.budget, before)
-        notes.append(f"{self.name()}: {len(chosen)} matrices; {least:,} bytes with one term of each, {most:,} with {self.terms}")
-        if stored_bytes(module) > before:
-            notes.append(
-                f"{self.name()}: all terms together are larger than the model was, {before:,} bytes; `budget` or fewer terms limit them"
-            )
+        notes.append(f"{self.name()}: {len(chosen)} matrices; {least:,} bytes by one term of each, {most:,} by all; {before:,} before")
         return model
 
     def chosen(self, module: nn.Module, notes: list[str]) -> walk.Chosen:

@@ -34,10 +34,11 @@ class Magnitude(TensorPruner):
         )
         return super().problems() + [wrong] * (self.scope == "model" and not alone)
 
-    def survey(self, weight: Entries, donors: list[Entries]) -> float | None:
+    def surveying(self) -> bool:
+        return self.scope == "model"
+
+    def survey(self, weight: Entries, donors: list[Entries]) -> float:
         """The largest size that goes, where all weights compete."""
-        if self.scope == "matrix":
-            return None
         count = weight.shape[0]
         return find_cut(lambda at: weight[at].float().abs(), count, part_of(self.sparsity, count)).value
 
