@@ -583,6 +583,14 @@ def comparison_plot(rows: list[dict[str, Any]]) -> str:
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("share right" if own and own[0]["column"] == "right" else "perplexity")
         axes.grid(axis="x", lw=0.4, color="0.85")
+        ends = [row["score"] for row, apart in zip(own, beside, strict=True) if apart]
+        if len(ends) > 1 and own[0]["column"] != "right":  # what is far worse than nothing would leave no room to tell the others apart
+            span = max(ends) - min(ends)
+            most = max(ends) + 0.1 * span
+            axes.set_xlim(min(row["score"] for row in own) - 0.1 * span, most)
+            for height, row in zip(heights, own, strict=True):
+                if row["score"] > most:
+                    axes.annotate(f"{row['score']:.3g} →", (most, height), ha="right", va="center", fontsize=8, color=ACCENT)
     return svg_of(figure)
 
 
