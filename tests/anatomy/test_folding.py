@@ -31,7 +31,7 @@ def test_a_factor_moves_between_matrices_and_no_output_changes(kind):
     assert torch.allclose(outputs(model), before, atol=3e-5 * before.abs().max())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "phi3"])
+@pytest.mark.parametrize("kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gpt2", "opt", "phi3"))])
 def test_of_two_factors_the_first_reads_what_a_norm_makes(kind):
     model = mw.apply(mw.open(tiny(kind)), Svd(keep=0.6)).module
     before, found = outputs(model), folds(model)

@@ -17,7 +17,7 @@ from modelwright.core.method import AdapterMethod
 from modelwright.core.model import Model
 
 SIZED = [name for name in find.names() if issubclass(cls := find.find(name), AdapterMethod) and cls.sized_by]
-QUICK = ("lora", "hydra", "compacter", "apet", "spiel", "c3a", "intrinsic")  # sizes that rise, fall, are shares, or must divide
+QUICK = ("lora", "compacter", "spiel")  # sizes that rise, fall, and are shares
 ASKED = {"parameters": "4%", "tokens": 400, "batch": 2, "length": 32, "rates": [0.01, 0.02], "seeds": [0, 1]}
 
 
@@ -177,9 +177,9 @@ def test_models_that_are_made_are_the_same_each_time():
 
 
 def test_an_encoder_is_made_and_classifies_text(tmp_path):
-    small.encoder(mw.corpus(), tmp_path / "encoder", steps=2)
-    examples = labels.read("topics")
-    examples = examples.take((examples.labels < 6).nonzero()[::8, 0])
+    words = [f"{number} {LETTERS[number % 30 : number % 30 + 64]}" for number in range(60)]
+    small.encoder(mw.core.data.read([" ".join(words)]), tmp_path / "encoder", steps=2)
+    examples = labels.Labelled("words", torch.arange(60) % 3, 3, texts=tuple(words))
     asked = compare.read(stated(tmp_path, ["adapt.lora"], length=64))
     task = compare.LabelTask("mine", asked, str(tmp_path / "encoder"), examples)
     assert task.each == 64

@@ -49,7 +49,7 @@ def test_experts_that_share_are_refused_a_second_time():
         mw.apply(model, mw.find("share.roast")(keep=0.5))
 
 
-@pytest.mark.parametrize(("share", "gone"), [(0.3, 0.3), (0.9, 0.9)])
+@pytest.mark.parametrize(("share", "gone"), [pytest.param(0.3, 0.3, marks=pytest.mark.slow), (0.9, 0.9)])
 def test_adapt_pruner_reaches_its_share_by_default(share, gone):
     model = mw.open(tiny("llama"))
     sizes = [sum(value.numel() for value in model.module.model.layers.parameters())]

@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from modelwright import compare, small
 from modelwright.blocks.levels import LevelsLinear
-from modelwright.core import find, plan, recipe, walk
+from modelwright.core import data, find, labels, plan, recipe, walk
 from modelwright.core.errors import NeedError
 from modelwright.core.given import Given
 from modelwright.core.method import AdapterMethod
@@ -67,6 +67,9 @@ def test_every_recipe_is_run_here():
 def test_a_comparison_runs_and_every_adapter_has_a_row_for_each_task(name, tmp_path, stand_in, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(standin.documents()[0]), "utf-8")
+    passages = tuple(f"{number % 12} {text.read_text()[number : number + 50]}" for number in range(240))
+    monkeypatch.setattr(labels, "topics", lambda: labels.Labelled("topics", torch.arange(240) % 12, 12, texts=passages))
+    monkeypatch.setattr(data, "corpus", lambda: data.read(text))
     monkeypatch.setattr(small, "encoder", functools.partial(small.encoder, steps=5))
     monkeypatch.setattr(small, "vit", functools.partial(small.vit, 5))
     stated = recipe.parse(FOLDER / f"{name}.yaml")
